@@ -22,8 +22,9 @@ enum class PScale : uint8_t {
   kBlockLocal255,  ///< round(255 exp(s - max of this key block)), `accurate`
 };
 
-/// What the softmax denominator sums.
+/// What the softmax denominator of kAccurate sums (docs/numerics.md).
 enum class Normalizer : uint8_t {
+  kMixed,  ///< `accurate`: the rounded weights, but unrounded ones for tokens with a tiny V scale
   kCodes,  ///< the rounded weights, so that what rounding loses is lost on both sides
   kFloat,  ///< the weights before rounding
 };
@@ -37,7 +38,7 @@ struct EmulationOptions {
   Granularity v_granularity = Granularity::kToken;
   bool smooth_k = true;
   PScale p_scale = PScale::kBlockLocal255;
-  Normalizer normalizer = Normalizer::kCodes;
+  Normalizer normalizer = Normalizer::kMixed;
   Fp8Format fp8_format = Fp8Format::kE4m3Tensor;
 };
 
