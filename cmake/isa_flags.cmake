@@ -1,0 +1,24 @@
+# SPDX-FileCopyrightText: The attn8 authors
+# SPDX-License-Identifier: Apache-2.0
+
+# Instruction-set flags, one set per file of src/cpu/isa, chosen by the start of the file's name.
+# No other file has any: whatever runs before the CPU was asked must run on every CPU.
+set(ATTN8_ISA_FLAGS_avx2 -mavx2 -mfma -mf16c)
+set(ATTN8_ISA_FLAGS_avx512_vnni
+    -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vbmi -mavx512vnni -mfma -mf16c)
+
+# Gives each file of `sources` (a variable's name) its flags, and drops from that list the files of
+# another processor family.
+function(attn8_set_isa_flags sources)
+  set(kept ${${sources}})
+  foreach(isa IN ITEMS avx2 avx512_vnni)
+    set(files ${${sources}})
+    list(FILTER files INCLUDE REGEX "/cpu/isa/${isa}[^/]*\\.cpp$")
+    if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
+      set_property(SOURCE ${files} APPEND PROPERTY COMPILE_OPTIONS ${ATTN8_ISA_FLAGS_${isa}})
+    elseif(files)
+      list(REMOVE_ITEM kept ${files})
+    endif()
+  endforeach()
+  set(${sources} ${kept} PARENT_SCOPE)
+endfunction()
