@@ -1,0 +1,140 @@
+// SPDX-FileCopyrightText: The attn8 authors
+// SPDX-License-Identifier: Apache-2.0
+//
+// Micro-benchmarks of quantize() and attention, each on every instruction set of this machine, one
+// thread. For speed against the machine's peak, see `attn8 bench`.
+#include <benchmark/benchmark.h>
+
+#include <cstddef>
+#include <new>
+#include <optional>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "attn8/attn8.hpp"
+
+namespace {
+
+using attn8::DType;
+using attn8::Extents;
+
+constexpr std::align_val_t kWorkspaceAlignment{64};
+
+size_t elements(const Extents& shape) {
+  return static_cast<size_t>(shape[0] * shape[1] * shape[2] * shape[3]);
+}
+
+std::vector<float> normal_tensor(const Extents& shape, uint32_t seed) {
+  std::mt19937 random(seed);
+  std::normal_distribution<float> normal;
+  std::vector<float> x(elements(shape));
+  for (float& value : x) value = normal(random);
+  return x;
+}
+
+void quantize(benchmark::State& state, attn8::Isa isa, attn8::Granularity granularity,
+              attn8::Mean mean_use) {
+  const Extents shape = {1, state.range(0), 1, state.range(1)};
+  const attn8::QuantSpec spec = {granularity};
+  const std::vector<float> x = normal_tensor(shape, 1);
+  std::vector<int8_t> codes(elements(shape));
+  std::vector<float> scale(elements(attn8::scale_shape(shape, spec)));
+  std::vector<float> mean(static_cast<size_t>(shape[3]));
+  std::optional<attn8::TensorView> mean_view;
+  if (mean_use != attn8::Mean::kNone) {
+    mean_view = attn8::bshd(mean.data(), DType::kFloat32, {1, 1, 1, shape[3]});
+  }
+  for (auto _ : state) {
+    const attn8::Status status =
+        attn8::quantize(attn8::bshd(x.data(), DType::kFloat32, shape), spec,
+                        attn8::bshd(codes.data(), DType::kInt8, shape),
+                        attn8::bshd(scale.data(), DType::kFloat32, attn8::scale_shape(shape, spec)),
+                        attn8::Context::with_isa(isa), mean_use, mean_view);
+    if (!status.ok()) {
+      state.SkipWithError(status.message().c_str());
+      break;
+    }
+    benchmark::DoNotOptimize(codes.data());
+    benchmark::ClobberMemory();
+  }
+  state.SetBytesProcessed(state.iterations() * static_cast<int64_t>(x.size() * sizeof(float)));
+}
+
+void attend(benchmark::State& state, attn8::Isa isa, attn8::Mode mode, bool causal) {
+  const Extents shape = {1, state.range(0), 1, state.range(1)};
+  const std::vector<float> q = normal_tensor(shape, 1);
+  const std::vector<float> k = normal_tensor(shape, 2);
+  const std::vector<float> v = normal_tensor(shape, 3);
+  std::vector<float> out(q.size());
+  const attn8::AttentionInputs inputs = {.q = attn8::bshd(q.data(), DType::kFloat32, shape),
+                                         .k = attn8::bshd(k.data(), DType::kFloat32, shape),
+                                         .v = attn8::bshd(v.data(), DType::kFloat32, shape)};
+  const attn8::AttentionOutputs outputs = {.out = attn8::bshd(out.data(), DType::kFloat32, shape)};
+  const auto plan = attn8::AttentionPlan::make(
+      inputs, outputs, {.mode = mode, .mask = {.causal = causal}}, attn8::Context::with_isa(isa));
+  if (!plan.ok()) {
+    state.SkipWithError(plan.status().message().c_str());
+    return;
+  }
+  const size_t bytes = plan.value().workspace_bytes();
+  auto* workspace = static_cast<std::byte*>(::operator new(bytes, kWorkspaceAlignment));
+  attn8::RunTimes times;
+  double attention_ms = 0;
+  for (auto _ : state) {
+    const attn8::Status status = plan.value().run(inputs, outputs, {workspace, bytes}, &times);
+    if (!status.ok()) {
+      state.SkipWithError(status.message().c_str());
+      break;
+    }
+    attention_ms += times.attention_ms;
+    benchmark::ClobberMemory();
+  }
+  ::operator delete(workspace, kWorkspaceAlignment);
+  state.SetLabel(std::string(plan.value().kernel()));
+  // 2 products of 2 operations per visible (q, k) pair and channel.
+  const double n = static_cast<double>(shape[1]);
+  const double pairs = causal ? n * (n + 1) / 2 : n * n;
+  const double runs = static_cast<double>(state.iterations());
+  state.counters["gops"] = 4e-6 * pairs * static_cast<double>(shape[3]) * runs / attention_ms;
+}
+
+void register_all() {
+  using attn8::Granularity;
+  using attn8::Mean;
+  using attn8::Mode;
+  for (const attn8::IsaSupport& support : attn8::isa_support()) {
+    if (!support.available) continue;
+    const attn8::Isa isa = support.isa;
+    const std::string suffix = "/" + std::string(attn8::to_string(isa));
+    const auto add_quantize = [&](const char* name, Granularity granularity, Mean mean_use) {
+      benchmark::RegisterBenchmark((name + suffix).c_str(), quantize, isa, granularity, mean_use)
+          ->Args({4096, 64})
+          ->Args({4096, 128});
+    };
+    add_quantize("quantize_token", Granularity::kToken, Mean::kNone);
+    add_quantize("quantize_token_smooth", Granularity::kToken, Mean::kCompute);
+    add_quantize("quantize_tensor", Granularity::kTensor, Mean::kNone);
+    add_quantize("quantize_channel", Granularity::kChannel, Mean::kNone);
+    for (const Mode mode : {Mode::kAccurate, Mode::kPaper, Mode::kHalf, Mode::kExact}) {
+      for (const bool causal : {false, true}) {
+        const std::string name =
+            "attend_" + std::string(attn8::to_string(mode)) + (causal ? "_causal" : "") + suffix;
+        benchmark::RegisterBenchmark(name.c_str(), attend, isa, mode, causal)
+            ->Args({1024, 64})
+            ->Args({1024, 128})
+            ->Unit(benchmark::kMillisecond);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  register_all();
+  benchmark::Initialize(&argc, argv);
+  if (benchmark::ReportUnrecognizedArguments(argc, argv)) return 2;
+  benchmark::RunSpecifiedBenchmarks();
+  return 0;
+}
