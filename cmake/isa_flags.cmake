@@ -6,6 +6,10 @@
 set(ATTN8_ISA_FLAGS_avx2 -mavx2 -mfma -mf16c)
 set(ATTN8_ISA_FLAGS_avx512_vnni
     -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vbmi -mavx512vnni -mfma -mf16c)
+if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU" AND CMAKE_CXX_COMPILER_VERSION VERSION_LESS 13)
+  # GCC's own AVX-512 headers warn of themselves (https://gcc.gnu.org/PR105593).
+  list(APPEND ATTN8_ISA_FLAGS_avx512_vnni -Wno-uninitialized -Wno-maybe-uninitialized)
+endif()
 
 # Gives each file of `sources` (a variable's name) its flags, and drops from that list the files of
 # another processor family.
