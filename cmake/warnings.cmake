@@ -5,6 +5,10 @@
 # compiler never breaks a user's build.
 function(attn8_enable_warnings target)
   target_compile_options(${target} PRIVATE -Wall -Wextra -Wpedantic -Wshadow)
+  if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU" AND CMAKE_CXX_COMPILER_VERSION VERSION_LESS 13)
+    # Wrong about "literal" + std::string (https://gcc.gnu.org/PR105651).
+    target_compile_options(${target} PRIVATE -Wno-restrict)
+  endif()
   if(ATTN8_WERROR)
     target_compile_options(${target} PRIVATE -Werror)
   endif()
