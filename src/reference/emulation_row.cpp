@@ -28,7 +28,8 @@
 // Recurrences. With A = |x' - x| for a factor x, each step
 //     O <- a O + b C   moves  E_O to  a_hi E_O + A_a |O| + b_hi E_C + A_b |C| + 4 u (a |O| + b |C|)
 // (conversion to float32, the products with b and the V scale, the multiply-add), and l likewise,
-// where E_L is sum_j |w' - w| / r_j + (n + 5) u L, or sum_j flip_j / r_j when l sums codes.
+// where E_L sums |w' - w| / r_j, or flip_j / r_j for the keys that enter by their code, and
+// (n + 5) u L for the float32 sum.
 //
 // Result. O'/l' - O/l = (O' - O - out (l' - l)) / l', so
 //     |out' - out| <= (E_O + |out| E_l) / (l - E_l) + 6 u |out|.
@@ -199,7 +200,8 @@ double emulate_row(const Arithmetic& arithmetic, const KeyValues& kv, const Quer
         add_scaled(scratch.sum.data(), code, kv.v.token(j), kv.v.stride);
       }
       block_weights += w / range / r;
-      block_denominator.value += (arithmetic.sum_codes ? code : w) / r;
+      const bool sums_code = arithmetic.sums_code(r);
+      block_denominator.value += (sums_code ? code : w) / r;
       if (!want_bound) continue;
 
       double others = t + t_error == block.upper ? second_upper : block.upper;
@@ -209,7 +211,7 @@ double emulate_row(const Arithmetic& arithmetic, const KeyValues& kv, const Quer
       const double flip = Interval{round_p(arithmetic.p_format, kernel.lower),
                                    round_p(arithmetic.p_format, std::min(kernel.upper, range))}
                               .error(code);
-      block_denominator.error += (arithmetic.sum_codes ? flip : kernel.error(w)) / r;
+      block_denominator.error += (sums_code ? flip : kernel.error(w)) / r;
       if (flip != 0) add_scaled_abs(scratch.sum_error, flip, kv.v.token(j));
       if (!arithmetic.integer()) {
         add_scaled_abs(scratch.sum_error, static_cast<double>(n + 2) * kUnit * code, kv.v.token(j));

@@ -20,8 +20,14 @@ struct Arithmetic {
   double p_range = 1;  ///< R: the weight of the key at the maximum
   bool local_max =
       false;  ///< weights relative to the maximum of the key block, else the running one
-  bool sum_codes = false;  ///< l sums the rounded weights
+  Normalizer normalizer = Normalizer::kFloat;  ///< what l sums
   [[nodiscard]] bool integer() const { return p_format == PFormat::kInteger; }
+  /// Whether a key with this r enters l by its rounded weight.
+  [[nodiscard]] bool sums_code(double r) const {
+    constexpr double kMinRoundedRatio = 0x1p-6;
+    return normalizer == Normalizer::kCodes ||
+           (normalizer == Normalizer::kMixed && r >= kMinRoundedRatio);
+  }
 };
 
 /// Visible keys of one (batch, kv head), quantized. Vectors [count] are indexed by j - k.first.

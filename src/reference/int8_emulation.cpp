@@ -61,11 +61,11 @@ Arithmetic arithmetic_of(const EmulationOptions& options) {
   switch (options.mode) {
     case Mode::kPaper:
       arithmetic.p_range = 127;
-      arithmetic.sum_codes = true;
+      arithmetic.normalizer = Normalizer::kCodes;
       break;
     case Mode::kHalf:
       arithmetic.p_format = PFormat::kBfloat16;
-      arithmetic.sum_codes = true;
+      arithmetic.normalizer = Normalizer::kCodes;
       break;
     case Mode::kFp8:
       if (options.fp8_format == Fp8Format::kE4m3Tensor) {
@@ -79,7 +79,7 @@ Arithmetic arithmetic_of(const EmulationOptions& options) {
     case Mode::kExact:
       arithmetic.p_range = options.p_scale == PScale::kRunningMax127 ? 127 : 255;
       arithmetic.local_max = options.p_scale == PScale::kBlockLocal255;
-      arithmetic.sum_codes = options.normalizer == Normalizer::kCodes;
+      arithmetic.normalizer = options.normalizer;
       break;
   }
   return arithmetic;
@@ -163,8 +163,9 @@ Folded fold_token_scales(const Quantized& v, int64_t kv_block) {
     for (int64_t j = from; j < to; ++j) {
       const double scale = scale_of_token(j);
       const double used = !std::isnan(scale) && is_zero(codes, j) ? zero_scale : scale;
-      const double r = used / folded.v_ref;
-      folded.r.push_back(std::isnan(r) ? r : std::max(r, kMinRatio));
+      // A float32 quotient: it decides which keys enter the denominator by their code.
+      const auto r = static_cast<float>(used) / static_cast<float>(folded.v_ref);
+      folded.r.push_back(std::isnan(r) ? r : std::max<double>(r, kMinRatio));
     }
   }
   return folded;
@@ -384,7 +385,7 @@ EmulationOptions emulation_options(const AttentionOptions& options) noexcept {
   } else {
     result.v_granularity = options.v_granularity;
     result.p_scale = PScale::kBlockLocal255;
-    result.normalizer = Normalizer::kFloat;
+    result.normalizer = Normalizer::kMixed;
   }
   return result;
 }
