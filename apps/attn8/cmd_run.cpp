@@ -1,0 +1,171 @@
+// SPDX-FileCopyrightText: The attn8 authors
+// SPDX-License-Identifier: Apache-2.0
+#include <fmt/format.h>
+
+#include <cstdio>
+#include <memory>
+#include <nlohmann/json.hpp>
+#include <optional>
+#include <string>
+
+#include "attn8/attention.hpp"
+#include "attn8/reference.hpp"
+#include "commands.hpp"
+#include "failure.hpp"
+#include "flags.hpp"
+#include "measure.hpp"
+#include "npy.hpp"
+#include "safetensors.hpp"
+#include "table.hpp"
+
+namespace attn8::app {
+namespace {
+
+struct RunFlags {
+  std::string q, k, v, qkv, entry, out, lse;
+  std::string mode = "accurate";
+  std::string layout = "bshd";
+  OptionFlags options;
+  ContextFlags context;
+  std::optional<std::string> softcap, alibi, bias;
+  bool allow_nonfinite = false;
+  bool check = false;
+  int64_t rows = 64;
+  bool json = false;
+};
+
+Qkv read_operands(const RunFlags& flags, Layout layout) {
+  if (!flags.qkv.empty()) {
+    const SafetensorsFile file("--qkv", flags.qkv);
+    return {file.read(flags.entry + "q", layout), file.read(flags.entry + "k", layout),
+            file.read(flags.entry + "v", layout)};
+  }
+  return {read_npy_tensor("--q", flags.q, layout), read_npy_tensor("--k", flags.k, layout),
+          read_npy_tensor("--v", flags.v, layout)};
+}
+
+void require_operand_flags(const RunFlags& flags) {
+  const bool separate = !flags.q.empty() || !flags.k.empty() || !flags.v.empty();
+  if (!flags.qkv.empty() && separate) {
+    fail(StatusCode::kInvalidArgument,
+         "--qkv: got --q, --k or --v beside it, want one or the other");
+  }
+  if (!flags.qkv.empty()) return;
+  for (const auto& [name, path] :
+       {std::pair{"--q", &flags.q}, {"--k", &flags.k}, {"--v", &flags.v}}) {
+    if (path->empty()) {
+      fail(StatusCode::kInvalidArgument,
+           fmt::format("{}: got nothing, want a .npy file (or --qkv FILE.safetensors)", name));
+    }
+  }
+}
+
+void refuse_unsupported(const RunFlags& flags) {
+  for (const auto& [name, value] : {std::pair{"--softcap", &flags.softcap},
+                                    {"--alibi", &flags.alibi},
+                                    {"--bias", &flags.bias}}) {
+    if (value->has_value()) {
+      fail(StatusCode::kUnsupported,
+           fmt::format("{}: got '{}', want no such flag: unsupported", name, **value));
+    }
+  }
+}
+
+void run(const RunFlags& flags) {
+  refuse_unsupported(flags);
+  require_operand_flags(flags);
+  const Layout layout = parse_layout(flags.layout);
+  AttentionOptions options = flags.options.options(take(parse_mode(flags.mode)));
+  options.check_finite = !flags.allow_nonfinite;
+  const Context context = flags.context.context();
+  const OutputFile out_file("--out", flags.out);
+  std::optional<OutputFile> lse_file;
+  if (!flags.lse.empty()) {
+    lse_file.emplace("--lse", flags.lse);
+    if (lse_file->path() == out_file.path()) {
+      fail(StatusCode::kInvalidArgument,
+           fmt::format("--lse: got '{}', want another file than --out", flags.lse));
+    }
+  }
+
+  const Qkv qkv = read_operands(flags, layout);
+  // .npy has no bfloat16.
+  const DType out_dtype = qkv.q.dtype() == DType::kFloat16 ? DType::kFloat16 : DType::kFloat32;
+  Runner runner(qkv, options, context, lse_file.has_value(), layout, out_dtype);
+  const RunTimes times = runner.run();
+
+  const AttentionPlan& plan = runner.plan();
+  nlohmann::ordered_json report = {
+      {"mode", to_string(options.mode)},   {"kernel", plan.kernel()},
+      {"isa", to_string(plan.isa())},      {"threads", context.threads},
+      {"kv_block", plan.kv_block()},       {"v_granularity", to_string(plan.v_granularity())},
+      {"shape", qkv.shape().list()},       {"quantize_ms", times.quantize_ms},
+      {"attention_ms", times.attention_ms}};
+  if (flags.check) {
+    const Sample sample = Sample::spread(qkv.shape(), flags.rows, INT64_MAX);
+    const auto exact =
+        exact_rows(qkv, options.softmax_scale, options.mask, sample, context.threads);
+    const auto error = reference::error_report(gather(runner.out().view(), sample), exact);
+    report["rel_l2"] = error.rel_l2;
+    report["mean_rel"] = error.mean_rel;
+    report["max_abs"] = error.max_abs;
+    report["cosine"] = error.cosine;
+    report["mre"] = error.mre;
+    report["rows_checked"] = sample.rows.size();
+  }
+  write_npy(out_file, runner.out().view(), layout);
+  if (lse_file) write_npy(*lse_file, runner.lse().view(), layout, 3);
+
+  if (flags.json) {
+    fmt::print("{}\n", report.dump());
+    return;
+  }
+  for (const auto& [key, value] : report.items()) {
+    fmt::print("{:<14} {}\n", key, value.is_string() ? value.get<std::string>() : value.dump());
+  }
+}
+
+}  // namespace
+
+void add_run(CLI::App& root) {
+  auto flags = std::make_shared<RunFlags>();
+  CLI::App& command = *root.add_subcommand("run", "Attention of tensors in files");
+  command.add_option("--q", flags->q, "Queries, .npy, float32 or float16, four axes")
+      ->type_name("FILE");
+  command.add_option("--k", flags->k, "Keys, as --q")->type_name("FILE");
+  command.add_option("--v", flags->v, "Values, as --q")->type_name("FILE");
+  command.add_option("--qkv", flags->qkv, "A safetensors file with all three instead")
+      ->type_name("FILE");
+  command
+      .add_option("--entry", flags->entry,
+                  "Prefix of the tensor names in --qkv, for example layer.03.")
+      ->type_name("NAME");
+  command.add_option("--out", flags->out, "Output, .npy in the axis order of the inputs")
+      ->type_name("FILE")
+      ->required();
+  command.add_option("--lse", flags->lse, "Logarithm of the softmax denominator, .npy, three axes")
+      ->type_name("FILE");
+  command.add_option("--mode", flags->mode, "accurate, paper, half, exact or fp8")
+      ->type_name("NAME")
+      ->capture_default_str();
+  command.add_option("--layout", flags->layout, "Axis order of the files: bshd or bhsd")
+      ->type_name("NAME")
+      ->capture_default_str();
+  flags->options.add(command);
+  flags->context.add(command);
+  command.add_flag("--allow-nonfinite", flags->allow_nonfinite,
+                   "Let NaN and Inf through to the rows that see them instead of refusing them");
+  command.add_flag("--check", flags->check, "Add the error against float64 attention");
+  command.add_option("--rows", flags->rows, "Query rows per head that --check compares")
+      ->check(whole_number(1))
+      ->type_name("N")
+      ->capture_default_str();
+  command.add_flag("--json", flags->json, "One JSON object on stdout");
+  // Named by the contract, not implemented: refused by name instead of "unknown argument".
+  command.add_option("--softcap", flags->softcap)->group("");
+  command.add_option("--alibi", flags->alibi)->group("");
+  command.add_option("--bias", flags->bias)->group("");
+  command.final_callback([flags] { run(*flags); });
+}
+
+}  // namespace attn8::app

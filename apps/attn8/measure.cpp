@@ -1,0 +1,180 @@
+// SPDX-FileCopyrightText: The attn8 authors
+// SPDX-License-Identifier: Apache-2.0
+#include "measure.hpp"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <functional>
+#include <span>
+
+#include "failure.hpp"
+#include "parallel.hpp"
+
+namespace attn8::app {
+namespace {
+
+/// Operands of one query head: q [1, seqlen_q, 1, dim], k and v [1, seqlen_k, 1, dim].
+struct HeadViews {
+  ConstTensorView q, k, v;
+};
+
+HeadViews head_views(const Qkv& qkv, int64_t batch, int64_t head) {
+  const int64_t group = qkv.q.shape()[2] / qkv.k.shape()[2];
+  return {slice_heads(qkv.q.view(), batch, head, 1),
+          slice_heads(qkv.k.view(), batch, head / group, 1),
+          slice_heads(qkv.v.view(), batch, head / group, 1)};
+}
+
+using HeadOracle =
+    std::function<Status(const HeadViews&, std::span<double> out, reference::Rows rows)>;
+
+/// Runs the oracle over the heads of the sample in parallel; the rows are split too when there are
+/// fewer heads than threads.
+std::vector<double> oracle_rows(const Qkv& qkv, const Sample& sample, int32_t threads,
+                                const HeadOracle& oracle) {
+  const auto heads = static_cast<int64_t>(sample.heads.size());
+  const auto rows = static_cast<int64_t>(sample.rows.size());
+  const int64_t dim = qkv.q.shape()[3];
+  if (heads == 0 || rows == 0) return {};
+  const int64_t parts = std::clamp<int64_t>(threads / heads, 1, rows);
+  std::vector<double> result(static_cast<size_t>(heads * rows * dim));
+  parallel_cases(heads * parts, threads, [&](int64_t i) {
+    const int64_t head = i / parts;
+    const int64_t begin = (i % parts) * rows / parts;
+    const int64_t end = (i % parts + 1) * rows / parts;
+    const auto [batch, query_head] = sample.heads[static_cast<size_t>(head)];
+    const reference::Rows part =
+        std::span(sample.rows)
+            .subspan(static_cast<size_t>(begin), static_cast<size_t>(end - begin));
+    std::vector<double> out(static_cast<size_t>(qkv.q.shape()[1] * dim));
+    require(oracle(head_views(qkv, batch, query_head), out, part));
+    for (int64_t r = begin; r < end; ++r) {
+      const auto* row = out.data() + sample.rows[static_cast<size_t>(r)] * dim;
+      std::copy(row, row + dim, result.data() + (head * rows + r) * dim);
+    }
+  });
+  return result;
+}
+
+}  // namespace
+
+std::string Shape::label() const {
+  return fmt::format("{}x{}x{} {}x{} d{}", batch, nheads_q, nheads_k, seqlen_q, seqlen_k, head_dim);
+}
+
+double visible_pairs(int64_t seqlen_q, int64_t seqlen_k, const Mask& mask) {
+  const int64_t shift = mask.align == CausalAlign::kBottomRight ? seqlen_k - seqlen_q : 0;
+  int64_t pairs = 0;
+  for (int64_t i = 0; i < seqlen_q; ++i) {
+    const int64_t diagonal = i + shift;
+    int64_t first = 0;
+    int64_t last = seqlen_k - 1;
+    if (mask.causal) last = std::min(last, diagonal);
+    if (mask.window_left >= 0) first = std::max(first, diagonal - mask.window_left);
+    if (mask.window_right >= 0) last = std::min(last, diagonal + mask.window_right);
+    pairs += std::max<int64_t>(0, last - first + 1);
+  }
+  return static_cast<double>(pairs);
+}
+
+Shape Qkv::shape() const {
+  return {q.shape()[0], q.shape()[2], k.shape()[2], q.shape()[1], k.shape()[1], q.shape()[3]};
+}
+
+Qkv convert(const Qkv& qkv, DType dtype) {
+  return {convert(qkv.q.view(), dtype), convert(qkv.k.view(), dtype), convert(qkv.v.view(), dtype)};
+}
+
+Runner::Runner(const Qkv& qkv, const AttentionOptions& options, const Context& context,
+               bool with_lse, Layout layout, std::optional<DType> out_dtype)
+    : inputs_(qkv.inputs()), with_lse_(with_lse) {
+  const Extents& shape = qkv.q.shape();
+  out_ = HostTensor(out_dtype.value_or(qkv.q.dtype()), shape, layout);
+  if (with_lse) lse_ = HostTensor(DType::kFloat32, {shape[0], shape[1], shape[2], 1}, layout);
+  plan_ = take(AttentionPlan::make(inputs_, outputs(), options, context));
+  workspace_ = AlignedBytes(plan_->workspace_bytes());
+}
+
+RunTimes Runner::run() {
+  RunTimes times;
+  require(plan_->run(inputs_, outputs(), workspace_.span(), &times));
+  return times;
+}
+
+AttentionOutputs Runner::outputs() {
+  AttentionOutputs outputs = {out_.view()};
+  if (with_lse_) outputs.lse = lse_.view();
+  return outputs;
+}
+
+std::vector<int64_t> spread_positions(int64_t count, int64_t wanted) {
+  std::vector<int64_t> positions;
+  if (count <= wanted) {
+    for (int64_t i = 0; i < count; ++i) positions.push_back(i);
+  } else if (wanted == 1) {
+    positions.push_back(count - 1);
+  } else {
+    for (int64_t i = 0; i < wanted; ++i) positions.push_back(i * (count - 1) / (wanted - 1));
+  }
+  return positions;
+}
+
+Sample Sample::spread(const Shape& shape, int64_t max_rows, int64_t max_heads) {
+  Sample sample;
+  sample.rows = spread_positions(shape.seqlen_q, max_rows);
+  for (const int64_t i : spread_positions(shape.batch * shape.nheads_q, max_heads)) {
+    sample.heads.emplace_back(i / shape.nheads_q, i % shape.nheads_q);
+  }
+  return sample;
+}
+
+std::vector<double> gather(const ConstTensorView& x, const Sample& sample) {
+  std::vector<double> result;
+  for (const auto& [batch, head] : sample.heads) {
+    const auto rows = gather_rows(slice_heads(x, batch, head, 1), sample.rows);
+    result.insert(result.end(), rows.begin(), rows.end());
+  }
+  return result;
+}
+
+std::vector<double> exact_rows(const Qkv& qkv, std::optional<float> softmax_scale, const Mask& mask,
+                               const Sample& sample, int32_t threads) {
+  return oracle_rows(qkv, sample, threads,
+                     [&](const HeadViews& head, std::span<double> out, reference::Rows rows) {
+                       return reference::exact_attention(head.q, head.k, head.v, softmax_scale,
+                                                         mask, out, {}, rows);
+                     });
+}
+
+std::vector<double> emulated_rows(const Qkv& qkv, const reference::EmulationOptions& options,
+                                  const Sample& sample, int32_t threads) {
+  return oracle_rows(
+      qkv, sample, threads,
+      [&](const HeadViews& head, std::span<double> out, reference::Rows rows) {
+        return reference::emulation({head.q, head.k, head.v}, options, out, {}, {}, rows);
+      });
+}
+
+std::vector<double> mode_rows(const Qkv& qkv, const AttentionOptions& options,
+                              const Context& context, const Sample& sample) {
+  if (options.mode == Mode::kFp8) {
+    return emulated_rows(qkv, reference::emulation_options(options), sample, context.threads);
+  }
+  Runner runner(qkv, options, context, false, Layout::kBshd, DType::kFloat32);
+  runner.run();
+  return gather(runner.out().view(), sample);
+}
+
+double median(std::vector<double> values) {
+  if (values.empty()) return 0;
+  const size_t middle = values.size() / 2;
+  std::nth_element(values.begin(), values.begin() + static_cast<std::ptrdiff_t>(middle),
+                   values.end());
+  if (values.size() % 2 == 1) return values[middle];
+  return (values[middle] +
+          *std::max_element(values.begin(), values.begin() + static_cast<std::ptrdiff_t>(middle))) /
+         2;
+}
+
+}  // namespace attn8::app
