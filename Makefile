@@ -67,58 +67,6 @@ check-tidy: release
 	run-clang-tidy -quiet -p build/release -j $(JOBS) -extra-arg=-Wno-unknown-warning-option \
 	  '$(CURDIR)/$(TIDY)/'
 
-dev asan ubsan tsan setup-build setup-test
-.PHONY: checks release check-format check-tidy check-python check-sanitized check-pytest check-release
-
-run: setup-build
-	cmake --preset release
-	cmake --build --preset release --parallel $(JOBS) --target attn8_cli attn8_shared
-	build/release/attn8 report
-
-# -k: one failing check does not hide the next; the status is still that of all.
-test: setup-test
-	@rm -rf $(RESULTS) && mkdir -p $(RESULTS)
-	@status=0; $(MAKE) --no-print-directory -k checks || status=$$?; \
-	  .venv/bin/python tools/list_skipped.py $(RESULTS); exit $$status
-
-checks: check-format check-python check-sanitized check-pytest check-tidy check-release
-
-lint: TIDY := (src/(core|reference|cpu)|apps/attn8)
-lint: setup-test check-format check-python check-tidy
-
-setup-build:
-	@tools/setup.sh build
-
-setup-test:
-	@tools/setup.sh test
-
-release:
-	cmake --preset release
-	cmake --build --preset release --parallel $(JOBS)
-
-check-release: release
-	ctest --preset release --parallel $(JOBS) --output-junit $(CURDIR)/$(RESULTS)/ctest-release.xml
-
-check-sanitized:
-	cmake --preset ci
-	cmake --build --preset ci --parallel $(JOBS)
-	ctest --preset ci --parallel $(JOBS) --output-junit $(CURDIR)/$(RESULTS)/ctest-ci.xml
-
-check-pytest: release
-	ATTN8_CLI=$(CURDIR)/build/release/attn8 .venv/bin/pytest --junit-xml=$(RESULTS)/pytest.xml
-
-check-format:
-	find apps benchmarks examples include src tests -name '*.[ch]pp' -o -name '*.[ch]' -o -name '*.cu' | \
-	  xargs clang-format --dry-run -Werror
-
-check-python:
-	.venv/bin/ruff check tools tests
-	.venv/bin/ruff format --check tools tests
-	.venv/bin/mypy
-
-check-tidy: release
-	run-clang-tidy -quiet -p build/release -j $(JOBS) '/(src/core|src/reference|apps/attn8)/'
-
 dev asan ubsan tsan: setup-test
 	cmake --preset $@
 	cmake --build --preset $@ --parallel $(JOBS)
