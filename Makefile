@@ -65,7 +65,7 @@ check-python:
 TIDY := src/(core|reference|cpu)
 check-tidy: release
 	run-clang-tidy -quiet -p build/release -j $(JOBS) -extra-arg=-Wno-unknown-warning-option \
-	  '$(CURDIR)/$(TIDY)/'
+	  '/$(TIDY)/'
 
 dev asan ubsan tsan: setup-test
 	cmake --preset $@
