@@ -1,0 +1,84 @@
+// SPDX-FileCopyrightText: The attn8 authors
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <string>
+
+#include "attn8/attention.hpp"
+#include "core/kernel_table.hpp"
+
+namespace attn8 {
+
+/// How one operand arrives.
+struct OperandKind {
+  bool quantized = false;
+  DType dtype = DType::kFloat32;  ///< of the float tensor; kInt8 when quantized
+};
+
+/// Byte offsets into the workspace of one run; H = batch * nheads_k heads, groups of 64 keys.
+struct WorkspaceLayout {
+  size_t k = 0, k_bytes_per_head = 0;        ///< packed K
+  size_t v = 0, v_bytes_per_head = 0;        ///< packed V
+  size_t records = 0;                        ///< KeyRecord [H][groups]
+  size_t group_mixed = 0;                    ///< uint8 [H][groups]
+  size_t poison = 0;                         ///< uint8 [H][seqlen_k]: a NaN or an Inf in K or V
+  size_t head_poisoned = 0;                  ///< uint8 [H]
+  size_t k_mean = 0;                         ///< float [H][head_dim]
+  size_t k_mean_sums = 0;                    ///< double [H][chunks][head_dim]
+  size_t v_max_bits = 0;                     ///< uint32 [H][kv blocks][head_dim]
+  size_t v_out_scale = 0;                    ///< float [H][padded_v_dim]
+  size_t v_block_scale = 0;                  ///< float [H][kv blocks][1 or padded_v_dim]
+  size_t workers = 0, bytes_per_worker = 0;  ///< [threads] tile buffers
+  size_t total = 0;
+};
+
+/// A validated problem.
+struct AttentionPlan::State {
+  AttentionOptions options;  ///< every default resolved
+  Context context;
+  const KernelTable* table = nullptr;  ///< nullptr in kFp8, which is emulated
+  OperandKind q, k, v;
+  int64_t batch = 0, seqlen_q = 0, seqlen_k = 0, nheads_q = 0, nheads_k = 0, head_dim = 0;
+  float softmax_scale = 0;
+  Granularity v_granularity = Granularity::kToken;
+  bool with_lse = false;
+  KeyRange keys;  ///< visible to at least one query
+  WorkspaceLayout layout;
+  std::string kernel;
+
+  [[nodiscard]] int64_t heads() const noexcept { return batch * nheads_k; }
+  [[nodiscard]] int64_t groups() const noexcept { return key_groups(seqlen_k); }
+  [[nodiscard]] int64_t kv_blocks() const noexcept {
+    return (seqlen_k + options.kv_block - 1) / options.kv_block;
+  }
+  [[nodiscard]] bool int8_scores() const noexcept { return options.mode != Mode::kExact; }
+  [[nodiscard]] bool int8_values() const noexcept {
+    return options.mode == Mode::kAccurate || options.mode == Mode::kPaper;
+  }
+  [[nodiscard]] bool smooths_k() const noexcept {
+    return !k.quantized && options.smooth_k &&
+           (options.mode == Mode::kAccurate || options.mode == Mode::kHalf);
+  }
+  [[nodiscard]] bool fold_v() const noexcept {
+    return int8_values() && v_granularity == Granularity::kToken;
+  }
+};
+
+/// The float tensor of an operand, or its codes.
+inline const ConstTensorView& data_view(const Operand& operand) noexcept {
+  if (const auto* view = std::get_if<ConstTensorView>(&operand)) return *view;
+  return std::get_if<QuantizedView>(&operand)->codes;
+}
+
+namespace cpu {
+
+/// Everything after validation, on the CPU. workspace is 64-byte aligned and large enough.
+Status run(const AttentionPlan::State& plan, const AttentionInputs& inputs,
+           const AttentionOutputs& outputs, std::byte* workspace, RunTimes* times) noexcept;
+
+/// Fills the layout and kernel of a plan whose other members are set.
+Status lay_out(AttentionPlan::State& plan) noexcept;
+
+}  // namespace cpu
+}  // namespace attn8

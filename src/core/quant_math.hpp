@@ -1,0 +1,38 @@
+// SPDX-FileCopyrightText: The attn8 authors
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+#include <bit>
+#include <cstdint>
+#include <limits>
+
+namespace attn8 {
+
+/// Bits of |x| order as the values do, with Inf and NaN above every finite one: one unsigned
+/// maximum finds both the largest magnitude and whether anything was not finite.
+inline constexpr uint32_t kInfBits = 0x7f800000u;
+
+/// Scale of a group from the bits of its largest magnitude (docs/numerics.md, "Scales and codes").
+constexpr float scale_from_bits(uint32_t max_abs_bits) noexcept {
+  if (max_abs_bits >= kInfBits) return std::numeric_limits<float>::quiet_NaN();
+  const float scale = std::bit_cast<float>(max_abs_bits) / 127.0f;
+  if (!(scale >= std::numeric_limits<float>::min())) return 1.0f;
+  return std::bit_cast<float>(std::bit_cast<uint32_t>(scale) & ~7u);
+}
+
+/// Whether a group with this scale and magnitude has only zero codes.
+constexpr bool codes_are_zero(uint32_t max_abs_bits) noexcept {
+  return max_abs_bits >= kInfBits ||
+         !(std::bit_cast<float>(max_abs_bits) / 127.0f >= std::numeric_limits<float>::min());
+}
+
+/// Tokens per partial sum of the K mean.
+inline constexpr int64_t kMeanChunk = 4096;
+
+/// V tokens whose relative scale r is below this enter the normaliser unrounded.
+inline constexpr float kMinRoundedRatio = 0x1p-6f;
+/// r of a V token of zeros, relative to the largest of its key block.
+inline constexpr float kZeroTokenRatio = 0x1p-20f;
+/// Smallest r: keeps 255 * 512 / r finite in float32.
+inline constexpr float kMinRatio = 0x1p-100f;
+
+}  // namespace attn8

@@ -1,0 +1,296 @@
+// SPDX-FileCopyrightText: The attn8 authors
+// SPDX-License-Identifier: Apache-2.0
+#include "core/validate.hpp"
+
+#include <cmath>
+#include <string>
+
+#include "core/element.hpp"
+#include "core/kernel_table.hpp"
+#include "core/message.hpp"
+
+namespace attn8 {
+namespace {
+
+#define ATTN8_RETURN_IF_ERROR(expression)                             \
+  do {                                                                \
+    if (Status status_ = (expression); !status_.ok()) return status_; \
+  } while (false)
+
+/// More bytes than any address space: keeps every offset of a view far from overflow.
+constexpr int64_t kMaxBytes = int64_t{1} << 48;
+
+std::string text(const Extents& shape) {
+  std::string result = "[";
+  for (int i = 0; i < 4; ++i) {
+    if (i > 0) result += ", ";
+    result += std::to_string(shape[static_cast<size_t>(i)]);
+  }
+  return result + "]";
+}
+
+/// Extents, strides and pointer of a view that will be read (or, when written, be distinct
+/// elements).
+Status check_view(std::string_view name, const ConstTensorView& view, bool written) {
+  if (view.device.type != DeviceType::kCpu) {
+    return invalid(name, ".device got cuda, wants cpu, as the context's");
+  }
+  int64_t reach = static_cast<int64_t>(dtype_bytes(view.dtype));
+  if (reach == 0) return invalid(name, ".dtype is not a type of attn8::DType");
+  bool empty = false;
+  for (size_t i = 0; i < 4; ++i) {
+    if (view.shape[i] < 0) return invalid(name, ".shape=", text(view.shape), " wants no negative");
+    empty = empty || view.shape[i] == 0;
+  }
+  if (empty) return {};
+  for (size_t i = 0; i < 4; ++i) {
+    int64_t span = 0;
+    const int64_t stride = view.strides[i];
+    if (__builtin_mul_overflow(stride < 0 ? -(stride + 1) : stride, view.shape[i] - 1, &span) ||
+        span > kMaxBytes || (reach += span * 4) > kMaxBytes) {
+      return invalid(name, ".shape=", text(view.shape), " with strides=", text(view.strides),
+                     " reaches over 2^48 bytes");
+    }
+    if (written && view.strides[i] == 0 && view.shape[i] > 1) {
+      return invalid(name, ".strides[", i, "]=0 wants distinct elements, because it is written");
+    }
+  }
+  if (view.data == nullptr) return invalid(name, ".data got nullptr, wants ", text(view.shape));
+  return {};
+}
+
+Status check_float(std::string_view name, const ConstTensorView& view) {
+  if (!is_float(view.dtype)) {
+    return invalid(name, ".dtype got ", to_string(view.dtype),
+                   ", wants float32, float16 or bfloat16");
+  }
+  return {};
+}
+
+Status check_type(std::string_view name, const ConstTensorView& view, DType wanted) {
+  if (view.dtype != wanted) {
+    return invalid(name, ".dtype got ", to_string(view.dtype), ", wants ", to_string(wanted));
+  }
+  return {};
+}
+
+Status check_shape(std::string_view name, const ConstTensorView& view, const Extents& wanted,
+                   std::string_view why) {
+  if (view.shape != wanted) {
+    return invalid(name, ".shape got ", text(view.shape), ", wants ", text(wanted), why);
+  }
+  return {};
+}
+
+Status check_spec(std::string_view name, const QuantSpec& spec) {
+  if (static_cast<int>(spec.granularity) > static_cast<int>(Granularity::kBlockChannel)) {
+    return invalid(name, ".granularity is not a value of attn8::Granularity");
+  }
+  const bool blocks =
+      spec.granularity == Granularity::kBlock || spec.granularity == Granularity::kBlockChannel;
+  if (blocks && spec.block <= 0) return invalid(name, ".block got ", spec.block, ", wants > 0");
+  return {};
+}
+
+Status check_quantized(const std::string& name, const QuantizedView& x) {
+  ATTN8_RETURN_IF_ERROR(check_view(name + ".codes", x.codes, false));
+  ATTN8_RETURN_IF_ERROR(check_type(name + ".codes", x.codes, DType::kInt8));
+  ATTN8_RETURN_IF_ERROR(check_spec(name + ".spec", x.spec));
+  ATTN8_RETURN_IF_ERROR(check_view(name + ".scale", x.scale, false));
+  ATTN8_RETURN_IF_ERROR(check_type(name + ".scale", x.scale, DType::kFloat32));
+  ATTN8_RETURN_IF_ERROR(check_shape(name + ".scale", x.scale, scale_shape(x.codes.shape, x.spec),
+                                    " for this granularity"));
+  if (x.mean.has_value()) {
+    ATTN8_RETURN_IF_ERROR(check_view(name + ".mean", *x.mean, false));
+    ATTN8_RETURN_IF_ERROR(check_type(name + ".mean", *x.mean, DType::kFloat32));
+    const Extents& s = x.codes.shape;
+    ATTN8_RETURN_IF_ERROR(check_shape(name + ".mean", *x.mean, {s[0], 1, s[2], s[3]}, ""));
+  }
+  return {};
+}
+
+/// One of q, k, v: its own consistency and whether the mode takes it in this form.
+Status check_operand(const std::string& name, const Operand& operand,
+                     const AttentionOptions& options) {
+  const bool is_v = name == "v";
+  const Mode mode = options.mode;
+  const auto* quantized = std::get_if<QuantizedView>(&operand);
+  if (quantized == nullptr) {
+    const ConstTensorView& view = *std::get_if<ConstTensorView>(&operand);
+    ATTN8_RETURN_IF_ERROR(check_view(name, view, false));
+    return check_float(name, view);
+  }
+  if (mode == Mode::kExact || mode == Mode::kFp8 || (mode == Mode::kHalf && is_v)) {
+    return invalid(name, " got int8 codes, mode ", to_string(mode), " wants float");
+  }
+  ATTN8_RETURN_IF_ERROR(check_quantized(name, *quantized));
+  const Granularity granularity = quantized->spec.granularity;
+  if (!is_v && granularity != Granularity::kToken) {
+    return invalid(name, ".spec.granularity got ", to_string(granularity), ", wants token");
+  }
+  if (name != "k" && quantized->mean.has_value()) {
+    return invalid(name, ".mean is set, only k may have had its mean subtracted");
+  }
+  if (is_v && mode == Mode::kPaper && granularity != Granularity::kTensor) {
+    return invalid("v.spec.granularity got ", to_string(granularity), ", mode paper wants tensor");
+  }
+  const bool blocks =
+      granularity == Granularity::kBlock || granularity == Granularity::kBlockChannel;
+  const int32_t kv_block = options.kv_block == 0 ? kDefaultKvBlock : options.kv_block;
+  if (is_v && blocks && quantized->spec.block != kv_block) {
+    return invalid("v.spec.block got ", quantized->spec.block, ", wants kv_block=", kv_block);
+  }
+  return {};
+}
+
+Status check_options(const AttentionOptions& options) {
+  if (static_cast<int>(options.mode) > static_cast<int>(Mode::kFp8)) {
+    return invalid("options.mode is not a value of attn8::Mode");
+  }
+  if (static_cast<int>(options.v_granularity) > static_cast<int>(Granularity::kBlockChannel)) {
+    return invalid("options.v_granularity is not a value of attn8::Granularity");
+  }
+  if (options.softmax_scale.has_value() && !std::isfinite(*options.softmax_scale)) {
+    return invalid("options.softmax_scale got ", *options.softmax_scale, ", wants a finite number");
+  }
+  if (options.mask.window_left < -1) {
+    return invalid("options.mask.window_left got ", options.mask.window_left, ", wants >= -1");
+  }
+  if (options.mask.window_right < -1) {
+    return invalid("options.mask.window_right got ", options.mask.window_right, ", wants >= -1");
+  }
+  const int32_t kv_block = options.kv_block;
+  if (kv_block != 0 && (kv_block < 64 || kv_block > 512 || kv_block % 64 != 0)) {
+    return invalid("options.kv_block got ", kv_block, ", wants 0 or a multiple of 64 in [64, 512]");
+  }
+  return {};
+}
+
+Status check_shapes(const Extents& q, const Extents& k, const Extents& v) {
+  if (k[0] != q[0])
+    return invalid("k.shape[0]=", k[0], " must equal q.shape[0]=", q[0], " (batch)");
+  if (k[3] != q[3]) {
+    return invalid("k.shape[3]=", k[3], " must equal q.shape[3]=", q[3], " (head_dim)");
+  }
+  if (v != k) return invalid("v.shape got ", text(v), ", wants k.shape=", text(k));
+  if (q[3] < 1 || q[3] > 256) return invalid("q.shape[3]=", q[3], " (head_dim) wants 1 to 256");
+  if (q[2] < 1) return invalid("q.shape[2]=", q[2], " (nheads_q) wants >= 1");
+  if (k[2] < 1) return invalid("k.shape[2]=", k[2], " (nheads_k) wants >= 1");
+  if (q[2] % k[2] != 0) {
+    return invalid("k.shape[2]=", k[2], " (nheads_k) must divide q.shape[2]=", q[2], " (nheads_q)");
+  }
+  return {};
+}
+
+/// Turns a failed allocation of a message into a status.
+template <class Check>
+Status guarded(Check check) noexcept {
+  try {
+    return check();
+  } catch (...) {
+    return Status(StatusCode::kOutOfMemory, {});
+  }
+}
+
+}  // namespace
+
+Status validate_context(const Context& context) noexcept {
+  if (context.device.type != DeviceType::kCpu) {
+    return failure(StatusCode::kUnsupported, "context.device got cuda, this build has cpu only");
+  }
+  if (context.threads < 1) return invalid("context.threads got ", context.threads, ", wants >= 1");
+  if (context.force_isa) {
+    for (const IsaSupport& support : isa_support()) {
+      if (support.isa != context.isa) continue;
+      if (support.available) return {};
+      return failure(StatusCode::kUnavailable, "isa ", to_string(context.isa),
+                     " is not available: ", support.reason);
+    }
+    return invalid("context.isa is not a value of attn8::Isa");
+  }
+  return {};
+}
+
+Status validate_attention(const AttentionInputs& inputs, const AttentionOutputs& outputs,
+                          const AttentionOptions& options) noexcept {
+  return guarded([&]() -> Status {
+    ATTN8_RETURN_IF_ERROR(check_options(options));
+    ATTN8_RETURN_IF_ERROR(check_operand("q", inputs.q, options));
+    ATTN8_RETURN_IF_ERROR(check_operand("k", inputs.k, options));
+    ATTN8_RETURN_IF_ERROR(check_operand("v", inputs.v, options));
+    const auto shape_of = [](const Operand& operand) {
+      const auto* quantized = std::get_if<QuantizedView>(&operand);
+      return quantized != nullptr ? quantized->codes.shape
+                                  : std::get_if<ConstTensorView>(&operand)->shape;
+    };
+    const Extents q = shape_of(inputs.q);
+    ATTN8_RETURN_IF_ERROR(check_shapes(q, shape_of(inputs.k), shape_of(inputs.v)));
+    ATTN8_RETURN_IF_ERROR(check_view("out", outputs.out, true));
+    ATTN8_RETURN_IF_ERROR(check_float("out", outputs.out));
+    ATTN8_RETURN_IF_ERROR(check_shape("out", outputs.out, q, ", as q"));
+    if (outputs.lse.has_value()) {
+      ATTN8_RETURN_IF_ERROR(check_view("lse", *outputs.lse, true));
+      ATTN8_RETURN_IF_ERROR(check_type("lse", *outputs.lse, DType::kFloat32));
+      ATTN8_RETURN_IF_ERROR(check_shape("lse", *outputs.lse, {q[0], q[1], q[2], 1}, ""));
+    }
+    return {};
+  });
+}
+
+Status validate_quantize(const ConstTensorView& x, const QuantSpec& spec,
+                         const ConstTensorView& codes, const ConstTensorView& scale, Mean mean_use,
+                         const std::optional<TensorView>& mean) noexcept {
+  return guarded([&]() -> Status {
+    ATTN8_RETURN_IF_ERROR(check_view("x", x, false));
+    ATTN8_RETURN_IF_ERROR(check_float("x", x));
+    ATTN8_RETURN_IF_ERROR(check_spec("spec", spec));
+    ATTN8_RETURN_IF_ERROR(check_view("codes", codes, true));
+    ATTN8_RETURN_IF_ERROR(check_type("codes", codes, DType::kInt8));
+    ATTN8_RETURN_IF_ERROR(check_shape("codes", codes, x.shape, ", as x"));
+    ATTN8_RETURN_IF_ERROR(check_view("scale", scale, true));
+    ATTN8_RETURN_IF_ERROR(check_type("scale", scale, DType::kFloat32));
+    ATTN8_RETURN_IF_ERROR(
+        check_shape("scale", scale, scale_shape(x.shape, spec), " for this granularity"));
+    if (mean_use == Mean::kNone) return {};
+    if (!mean.has_value()) return invalid("mean is not set, mean_use wants it");
+    ATTN8_RETURN_IF_ERROR(check_view("mean", *mean, mean_use == Mean::kCompute));
+    ATTN8_RETURN_IF_ERROR(check_type("mean", *mean, DType::kFloat32));
+    return check_shape("mean", *mean, {x.shape[0], 1, x.shape[2], x.shape[3]}, "");
+  });
+}
+
+Status validate_dequantize(const QuantizedView& x, const ConstTensorView& out) noexcept {
+  return guarded([&]() -> Status {
+    ATTN8_RETURN_IF_ERROR(check_quantized("x", x));
+    ATTN8_RETURN_IF_ERROR(check_view("out", out, true));
+    ATTN8_RETURN_IF_ERROR(check_float("out", out));
+    return check_shape("out", out, x.codes.shape, ", as x.codes");
+  });
+}
+
+Status validate_finite(std::string_view name, const ConstTensorView& x) noexcept {
+  for (int64_t b = 0; b < x.shape[0]; ++b) {
+    for (int64_t s = 0; s < x.shape[1]; ++s) {
+      for (int64_t h = 0; h < x.shape[2]; ++h) {
+        for (int64_t d = 0; d < x.shape[3]; ++d) {
+          const int64_t i =
+              b * x.strides[0] + s * x.strides[1] + h * x.strides[2] + d * x.strides[3];
+          float value = 0;
+          if (x.dtype == DType::kFloat32) {
+            value = static_cast<const float*>(x.data)[i];
+          } else {
+            const uint16_t bits = static_cast<const uint16_t*>(x.data)[i];
+            value = x.dtype == DType::kFloat16 ? float16_to_float(bits) : bfloat16_to_float(bits);
+          }
+          if (!std::isfinite(value)) {
+            return invalid(name, "[", b, ", ", s, ", ", h, ", ", d, "] got ", value,
+                           ", wants finite numbers");
+          }
+        }
+      }
+    }
+  }
+  return {};
+}
+
+}  // namespace attn8

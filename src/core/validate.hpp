@@ -1,0 +1,23 @@
+// SPDX-FileCopyrightText: The attn8 authors
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+#include <string_view>
+
+#include "attn8/attention.hpp"
+#include "attn8/quantize.hpp"
+
+namespace attn8 {
+
+/// THE validation: every check of an argument and every message stands behind these functions.
+Status validate_context(const Context& context) noexcept;
+Status validate_attention(const AttentionInputs& inputs, const AttentionOutputs& outputs,
+                          const AttentionOptions& options) noexcept;
+Status validate_quantize(const ConstTensorView& x, const QuantSpec& spec,
+                         const ConstTensorView& codes, const ConstTensorView& scale, Mean mean_use,
+                         const std::optional<TensorView>& mean) noexcept;
+Status validate_dequantize(const QuantizedView& x, const ConstTensorView& out) noexcept;
+
+/// kInvalidArgument naming the first element that is a NaN or an Inf.
+Status validate_finite(std::string_view name, const ConstTensorView& x) noexcept;
+
+}  // namespace attn8

@@ -1,0 +1,210 @@
+// SPDX-FileCopyrightText: The attn8 authors
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+#include <immintrin.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+// The vocabulary of kernels/*-inl.hpp on AVX2 + FMA + F16C: 16 lanes are two registers.
+namespace attn8::avx2 {
+
+#define ATTN8_INLINE inline __attribute__((always_inline))
+#define ATTN8_INLINE_LAMBDA __attribute__((always_inline))
+
+inline constexpr Isa kIsa = Isa::kAvx2;
+inline constexpr bool kQueryCodesOffset = false;
+/// 4 rows x 1 vector of 16 columns are 8 of 16 registers; two operands, one broadcast and the
+/// temporaries of the byte products take the rest.
+inline constexpr int kVectors = 1;
+
+struct F32 {
+  __m256 lo, hi;
+};
+struct I32 {
+  __m256i lo, hi;
+};
+
+ATTN8_INLINE F32 load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+ATTN8_INLINE I32 load(const int32_t* p) {
+  return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)(p + 8))};
+}
+ATTN8_INLINE void store(float* p, F32 a) {
+  _mm256_storeu_ps(p, a.lo);
+  _mm256_storeu_ps(p + 8, a.hi);
+}
+ATTN8_INLINE F32 broadcast(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+ATTN8_INLINE I32 zero_i32() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+
+ATTN8_INLINE F32 operator+(F32 a, F32 b) {
+  return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)};
+}
+ATTN8_INLINE F32 operator-(F32 a, F32 b) {
+  return {_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)};
+}
+ATTN8_INLINE F32 operator*(F32 a, F32 b) {
+  return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)};
+}
+ATTN8_INLINE F32 divide(F32 a, F32 b) {
+  return {_mm256_div_ps(a.lo, b.lo), _mm256_div_ps(a.hi, b.hi)};
+}
+/// a * b + c, rounded once where the ISA can; only for modes that need no bit-equality.
+ATTN8_INLINE F32 multiply_add(F32 a, F32 b, F32 c) {
+  return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)};
+}
+/// The larger; b where either is NaN.
+ATTN8_INLINE F32 max(F32 a, F32 b) {
+  return {_mm256_max_ps(a.lo, b.lo), _mm256_max_ps(a.hi, b.hi)};
+}
+/// The smaller; b where either is NaN.
+ATTN8_INLINE F32 min(F32 a, F32 b) {
+  return {_mm256_min_ps(a.lo, b.lo), _mm256_min_ps(a.hi, b.hi)};
+}
+ATTN8_INLINE F32 to_float(I32 a) { return {_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)}; }
+/// Round half to even.
+ATTN8_INLINE I32 round_to_int(F32 a) {
+  return {_mm256_cvtps_epi32(a.lo), _mm256_cvtps_epi32(a.hi)};
+}
+ATTN8_INLINE __m256 scale_by_power(__m256 x, __m256 magic) {
+  return _mm256_castsi256_ps(
+      _mm256_add_epi32(_mm256_castps_si256(x), _mm256_slli_epi32(_mm256_castps_si256(magic), 23)));
+}
+/// x * 2^n for the n whose sum with 1.5 * 2^23 is `magic`; the result must be normal.
+ATTN8_INLINE F32 scale_by_power(F32 x, F32 magic) {
+  return {scale_by_power(x.lo, magic.lo), scale_by_power(x.hi, magic.hi)};
+}
+/// a in lanes [lo, hi), other elsewhere; lo and hi may lie outside [0, 16].
+ATTN8_INLINE F32 keep_lanes(F32 a, int lo, int hi, F32 other) {
+  const __m256i low = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  const __m256i high = _mm256_setr_epi32(8, 9, 10, 11, 12, 13, 14, 15);
+  const __m256i first = _mm256_set1_epi32(lo - 1);
+  const __m256i end = _mm256_set1_epi32(hi);
+  const __m256i in_low =
+      _mm256_and_si256(_mm256_cmpgt_epi32(low, first), _mm256_cmpgt_epi32(end, low));
+  const __m256i in_high =
+      _mm256_and_si256(_mm256_cmpgt_epi32(high, first), _mm256_cmpgt_epi32(end, high));
+  return {_mm256_blendv_ps(other.lo, a.lo, _mm256_castsi256_ps(in_low)),
+          _mm256_blendv_ps(other.hi, a.hi, _mm256_castsi256_ps(in_high))};
+}
+/// a where x >= bound, b elsewhere.
+ATTN8_INLINE F32 select_not_below(F32 x, F32 bound, F32 a, F32 b) {
+  return {_mm256_blendv_ps(b.lo, a.lo, _mm256_cmp_ps(x.lo, bound.lo, _CMP_GE_OQ)),
+          _mm256_blendv_ps(b.hi, a.hi, _mm256_cmp_ps(x.hi, bound.hi, _CMP_GE_OQ))};
+}
+ATTN8_INLINE float reduce_max(F32 a) {
+  const __m256 m8 = _mm256_max_ps(a.lo, a.hi);
+  const __m128 m4 = _mm_max_ps(_mm256_castps256_ps128(m8), _mm256_extractf128_ps(m8, 1));
+  const __m128 m2 = _mm_max_ps(m4, _mm_movehl_ps(m4, m4));
+  return _mm_cvtss_f32(_mm_max_ss(m2, _mm_shuffle_ps(m2, m2, 1)));
+}
+
+ATTN8_INLINE __m256 round_to_bfloat16(__m256 p) {
+  const __m256i bits = _mm256_castps_si256(p);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i sum = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+  return _mm256_castsi256_ps(_mm256_and_si256(sum, _mm256_set1_epi32(~0xffff)));
+}
+/// p rounded to bfloat16 (nearest even) and back; p finite.
+ATTN8_INLINE F32 round_to_bfloat16(F32 p) {
+  return {round_to_bfloat16(p.lo), round_to_bfloat16(p.hi)};
+}
+ATTN8_INLINE __m256 widen_bfloat16(const uint16_t* p) {
+  const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+}
+ATTN8_INLINE F32 load_bfloat16(const uint16_t* p) {
+  return {widen_bfloat16(p), widen_bfloat16(p + 8)};
+}
+
+/// Four bytes to every lane.
+ATTN8_INLINE I32 broadcast4(const std::byte* p) {
+  int32_t word;
+  std::memcpy(&word, p, 4);
+  const __m256i a = _mm256_set1_epi32(word);
+  return {a, a};
+}
+ATTN8_INLINE I32 load_bytes(const std::byte* p) {
+  return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)(p + 32))};
+}
+// vpmaddubsw saturates a sum of two products to 16 bits. Both forms below keep it in range:
+// |q| * (+-k) of codes is at most 2 * 127 * 127 = 32258, and one product of a u8 with a code at a
+// time is at most 255 * 127 = 32385.
+ATTN8_INLINE __m256i dot4_s8_s8(__m256i sum, __m256i a, __m256i b) {
+  const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(a), _mm256_sign_epi8(b, a));
+  return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+ATTN8_INLINE __m256i dot4_u8_s8(__m256i sum, __m256i a, __m256i b) {
+  const __m256i even = _mm256_maddubs_epi16(_mm256_and_si256(a, _mm256_set1_epi16(0xff)), b);
+  const __m256i odd = _mm256_maddubs_epi16(_mm256_andnot_si256(_mm256_set1_epi16(0xff), a), b);
+  const __m256i ones = _mm256_set1_epi16(1);
+  sum = _mm256_add_epi32(sum, _mm256_madd_epi16(even, ones));
+  return _mm256_add_epi32(sum, _mm256_madd_epi16(odd, ones));
+}
+/// sum[lane] += sum of 4 products of u8 in `a` with s8 in `b`; exact.
+ATTN8_INLINE void dot4_u8_s8(I32& sum, I32 a, I32 b) {
+  sum.lo = dot4_u8_s8(sum.lo, a.lo, b.lo);
+  sum.hi = dot4_u8_s8(sum.hi, a.hi, b.hi);
+}
+/// The same for Q codes (s8 in [-127, 127]) against K codes.
+ATTN8_INLINE void dot4_query(I32& sum, I32 a, I32 b) {
+  sum.lo = dot4_s8_s8(sum.lo, a.lo, b.lo);
+  sum.hi = dot4_s8_s8(sum.hi, a.hi, b.hi);
+}
+
+/// Four vectors of 16 codes in [0, 255] to 64 bytes in the order of p_position().
+ATTN8_INLINE void store_codes(std::byte* p, const I32 (&codes)[4]) {
+  const __m256i low = _mm256_packus_epi16(_mm256_packs_epi32(codes[0].lo, codes[1].lo),
+                                          _mm256_packs_epi32(codes[2].lo, codes[3].lo));
+  const __m256i high = _mm256_packus_epi16(_mm256_packs_epi32(codes[0].hi, codes[1].hi),
+                                           _mm256_packs_epi32(codes[2].hi, codes[3].hi));
+  _mm256_storeu_si256((__m256i*)p, low);
+  _mm256_storeu_si256((__m256i*)(p + 32), high);
+}
+
+// Rows.
+ATTN8_INLINE F32 load_float16(const uint16_t* p) {
+  return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)),
+          _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + 8)))};
+}
+ATTN8_INLINE void store_float16(uint16_t* p, F32 a) {
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(a.lo, _MM_FROUND_TO_NEAREST_INT));
+  _mm_storeu_si128((__m128i*)(p + 8), _mm256_cvtps_ph(a.hi, _MM_FROUND_TO_NEAREST_INT));
+}
+/// Bits of max(running, |a|), lane by lane, as unsigned integers.
+ATTN8_INLINE I32 max_abs_bits(I32 running, F32 a) {
+  const __m256i mask = _mm256_set1_epi32(0x7fffffff);
+  return {_mm256_max_epu32(running.lo, _mm256_and_si256(_mm256_castps_si256(a.lo), mask)),
+          _mm256_max_epu32(running.hi, _mm256_and_si256(_mm256_castps_si256(a.hi), mask))};
+}
+ATTN8_INLINE uint32_t reduce_max_u32(I32 a) {
+  const __m256i m8 = _mm256_max_epu32(a.lo, a.hi);
+  const __m128i m4 = _mm_max_epu32(_mm256_castsi256_si128(m8), _mm256_extracti128_si256(m8, 1));
+  const __m128i m2 = _mm_max_epu32(m4, _mm_shuffle_epi32(m4, 0x4e));
+  return static_cast<uint32_t>(_mm_cvtsi128_si32(_mm_max_epu32(m2, _mm_shuffle_epi32(m2, 0xb1))));
+}
+ATTN8_INLINE I32 load_u32(const uint32_t* p) { return load((const int32_t*)p); }
+ATTN8_INLINE void store_u32(uint32_t* p, I32 a) {
+  _mm256_storeu_si256((__m256i*)p, a.lo);
+  _mm256_storeu_si256((__m256i*)(p + 8), a.hi);
+}
+/// 16 codes in [-127, 127] to bytes in lane order.
+ATTN8_INLINE void store_signed_bytes(int8_t* p, I32 a) {
+  // Packing works by 128-bit lanes: lo0 hi0 | lo1 hi1, put in order by the permutation.
+  const __m256i words =
+      _mm256_permute4x64_epi64(_mm256_packs_epi32(a.lo, a.hi), _MM_SHUFFLE(3, 1, 2, 0));
+  _mm_storeu_si128((__m128i*)p, _mm_packs_epi16(_mm256_castsi256_si128(words),
+                                                _mm256_extracti128_si256(words, 1)));
+}
+ATTN8_INLINE void add_to_doubles(double* sums, __m256 a) {
+  const __m256d low = _mm256_cvtps_pd(_mm256_castps256_ps128(a));
+  const __m256d high = _mm256_cvtps_pd(_mm256_extractf128_ps(a, 1));
+  _mm256_storeu_pd(sums, _mm256_add_pd(_mm256_loadu_pd(sums), low));
+  _mm256_storeu_pd(sums + 4, _mm256_add_pd(_mm256_loadu_pd(sums + 4), high));
+}
+ATTN8_INLINE void add_to_doubles(double* sums, F32 a) {
+  add_to_doubles(sums, a.lo);
+  add_to_doubles(sums + 8, a.hi);
+}
+
+}  // namespace attn8::avx2

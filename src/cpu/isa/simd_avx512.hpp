@@ -1,0 +1,127 @@
+// SPDX-FileCopyrightText: The attn8 authors
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+#include <immintrin.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+// The vocabulary of kernels/*-inl.hpp on AVX-512 VNNI: 16 lanes are one register.
+namespace attn8::avx512_vnni {
+
+#define ATTN8_INLINE inline __attribute__((always_inline))
+#define ATTN8_INLINE_LAMBDA __attribute__((always_inline))
+
+inline constexpr Isa kIsa = Isa::kAvx512Vnni;
+/// vpdpbusd multiplies u8 by s8, so Q codes are stored + 128 and undone by the key's correction.
+inline constexpr bool kQueryCodesOffset = true;
+/// Vectors of 16 columns per pass of a matrix product: 4 rows x 4 vectors are 16 accumulators,
+/// which with 4 operands and 1 broadcast leave 11 of 32 registers to the softmax.
+inline constexpr int kVectors = 4;
+
+struct F32 {
+  __m512 v;
+};
+struct I32 {
+  __m512i v;
+};
+
+ATTN8_INLINE F32 load(const float* p) { return {_mm512_loadu_ps(p)}; }
+ATTN8_INLINE I32 load(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
+ATTN8_INLINE void store(float* p, F32 a) { _mm512_storeu_ps(p, a.v); }
+ATTN8_INLINE F32 broadcast(float x) { return {_mm512_set1_ps(x)}; }
+ATTN8_INLINE I32 zero_i32() { return {_mm512_setzero_si512()}; }
+
+ATTN8_INLINE F32 operator+(F32 a, F32 b) { return {_mm512_add_ps(a.v, b.v)}; }
+ATTN8_INLINE F32 operator-(F32 a, F32 b) { return {_mm512_sub_ps(a.v, b.v)}; }
+ATTN8_INLINE F32 operator*(F32 a, F32 b) { return {_mm512_mul_ps(a.v, b.v)}; }
+ATTN8_INLINE F32 divide(F32 a, F32 b) { return {_mm512_div_ps(a.v, b.v)}; }
+/// a * b + c, rounded once where the ISA can; only for modes that need no bit-equality.
+ATTN8_INLINE F32 multiply_add(F32 a, F32 b, F32 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+/// The larger; b where either is NaN.
+ATTN8_INLINE F32 max(F32 a, F32 b) { return {_mm512_max_ps(a.v, b.v)}; }
+/// The smaller; b where either is NaN.
+ATTN8_INLINE F32 min(F32 a, F32 b) { return {_mm512_min_ps(a.v, b.v)}; }
+ATTN8_INLINE F32 to_float(I32 a) { return {_mm512_cvtepi32_ps(a.v)}; }
+/// Round half to even.
+ATTN8_INLINE I32 round_to_int(F32 a) { return {_mm512_cvtps_epi32(a.v)}; }
+/// x * 2^n for the n whose sum with 1.5 * 2^23 is `magic`; the result must be normal.
+ATTN8_INLINE F32 scale_by_power(F32 x, F32 magic) {
+  return {_mm512_castsi512_ps(_mm512_add_epi32(
+      _mm512_castps_si512(x.v), _mm512_slli_epi32(_mm512_castps_si512(magic.v), 23)))};
+}
+/// a in lanes [lo, hi), other elsewhere; lo and hi may lie outside [0, 16].
+ATTN8_INLINE F32 keep_lanes(F32 a, int lo, int hi, F32 other) {
+  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __mmask16 inside = _mm512_cmpge_epi32_mask(lane, _mm512_set1_epi32(lo)) &
+                           _mm512_cmplt_epi32_mask(lane, _mm512_set1_epi32(hi));
+  return {_mm512_mask_mov_ps(other.v, inside, a.v)};
+}
+/// a where x >= bound, b elsewhere.
+ATTN8_INLINE F32 select_not_below(F32 x, F32 bound, F32 a, F32 b) {
+  return {_mm512_mask_mov_ps(b.v, _mm512_cmp_ps_mask(x.v, bound.v, _CMP_GE_OQ), a.v)};
+}
+ATTN8_INLINE float reduce_max(F32 a) { return _mm512_reduce_max_ps(a.v); }
+
+/// p rounded to bfloat16 (nearest even) and back; p finite.
+ATTN8_INLINE F32 round_to_bfloat16(F32 p) {
+  const __m512i bits = _mm512_castps_si512(p.v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i sum = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  return {_mm512_castsi512_ps(_mm512_and_si512(sum, _mm512_set1_epi32(~0xffff)))};
+}
+ATTN8_INLINE F32 load_bfloat16(const uint16_t* p) {
+  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))};
+}
+
+/// Four bytes to every lane.
+ATTN8_INLINE I32 broadcast4(const std::byte* p) {
+  int32_t word;
+  std::memcpy(&word, p, 4);
+  return {_mm512_set1_epi32(word)};
+}
+ATTN8_INLINE I32 load_bytes(const std::byte* p) { return {_mm512_loadu_si512(p)}; }
+// vpdpbusd as an asm statement: from the intrinsic g++ 12 copies accumulators between registers.
+/// sum[lane] += sum of 4 products of u8 in `a` with s8 in `b`.
+ATTN8_INLINE void dot4_u8_s8(I32& sum, I32 a, I32 b) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum.v) : "v"(a.v), "v"(b.v));
+}
+/// The same for Q codes (stored + 128 here) against K codes.
+ATTN8_INLINE void dot4_query(I32& sum, I32 a, I32 b) { dot4_u8_s8(sum, a, b); }
+
+/// Four vectors of 16 codes in [0, 255] to 64 bytes in the order of p_position().
+ATTN8_INLINE void store_codes(std::byte* p, const I32 (&codes)[4]) {
+  const __m512i low = _mm512_packs_epi32(codes[0].v, codes[1].v);
+  const __m512i high = _mm512_packs_epi32(codes[2].v, codes[3].v);
+  _mm512_storeu_si512(p, _mm512_packus_epi16(low, high));
+}
+
+// Rows.
+ATTN8_INLINE F32 load_float16(const uint16_t* p) {
+  return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))};
+}
+ATTN8_INLINE void store_float16(uint16_t* p, F32 a) {
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
+}
+/// Bits of max(running, |a|), lane by lane, as unsigned integers.
+ATTN8_INLINE I32 max_abs_bits(I32 running, F32 a) {
+  const __m512i bits = _mm512_and_si512(_mm512_castps_si512(a.v), _mm512_set1_epi32(0x7fffffff));
+  return {_mm512_max_epu32(running.v, bits)};
+}
+ATTN8_INLINE uint32_t reduce_max_u32(I32 a) { return _mm512_reduce_max_epu32(a.v); }
+ATTN8_INLINE I32 load_u32(const uint32_t* p) { return {_mm512_loadu_si512(p)}; }
+ATTN8_INLINE void store_u32(uint32_t* p, I32 a) { _mm512_storeu_si512(p, a.v); }
+/// 16 codes in [-127, 127] to bytes in lane order.
+ATTN8_INLINE void store_signed_bytes(int8_t* p, I32 a) {
+  _mm_storeu_si128((__m128i*)p, _mm512_cvtsepi32_epi8(a.v));
+}
+ATTN8_INLINE void add_to_doubles(double* sums, F32 a) {
+  const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(a.v));
+  const __m512d high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(a.v, 1));
+  _mm512_storeu_pd(sums, _mm512_add_pd(_mm512_loadu_pd(sums), low));
+  _mm512_storeu_pd(sums + 8, _mm512_add_pd(_mm512_loadu_pd(sums + 8), high));
+}
+
+}  // namespace attn8::avx512_vnni

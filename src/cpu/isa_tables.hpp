@@ -1,0 +1,17 @@
+// SPDX-FileCopyrightText: The attn8 authors
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+#include "core/kernel_table.hpp"
+
+// One function per file of cpu/isa.
+namespace attn8 {
+namespace scalar {
+const KernelTable& table() noexcept;
+}
+namespace avx2 {
+const KernelTable& table() noexcept;
+}
+namespace avx512_vnni {
+const KernelTable& table() noexcept;
+}
+}  // namespace attn8

@@ -1,0 +1,203 @@
+// SPDX-FileCopyrightText: The attn8 authors
+// SPDX-License-Identifier: Apache-2.0
+
+// Attention of one query tile with a float P V product: `half` (INT8 scores, bfloat16 P and V) and
+// `exact` (float32). Included inside the namespace of an ISA after attend_int8-inl.hpp.
+
+/// Scores of one key group from float Q and K, in log2 units.
+template <int kRows>
+ATTN8_INLINE void score_group_float(const AttendTile& tile, const RowGroup& rows, int64_t group,
+                                    float* scores, F32 (&largest)[kRows]) {
+  const auto* k = reinterpret_cast<const float*>(tile.kv.k) +
+                  group * kKeyGroup * tile.head_dim;  // [head_dim][64]
+  const auto* q = reinterpret_cast<const float*>(tile.q) + rows.first_row * tile.head_dim;
+  const bool full = all_visible<kRows>(tile, rows.first_row, group);
+  float* out = scores + (group - rows.block_group) * kKeyGroup;  // [kRows][kv_block]
+  for (int half = 0; half < 4; half += kVectors) {
+    F32 sum[kRows][kVectors];
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+      for (int c = 0; c < kVectors; ++c) sum[r][c] = broadcast(0.0f);
+    }
+    const float* column = k + 16 * half;
+    for (int dim = 0; dim < tile.head_dim; ++dim, column += kKeyGroup) {
+      F32 b[kVectors];
+#pragma GCC unroll 4
+      for (int c = 0; c < kVectors; ++c) b[c] = load(column + 16 * c);
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) {
+        const F32 a = broadcast(q[r * tile.head_dim + dim]);
+#pragma GCC unroll 4
+        for (int c = 0; c < kVectors; ++c) sum[r][c] = multiply_add(a, b[c], sum[r][c]);
+      }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      const F32 factor = broadcast(tile.score_factor[rows.first_row + r]);
+#pragma GCC unroll 4
+      for (int c = 0; c < kVectors; ++c) {
+        const int lane = 16 * (half + c);
+        F32 t = sum[r][c] * factor;
+        if (!full) [[unlikely]] {
+          int lo = 0;
+          int hi = 0;
+          visible_lanes(tile, rows.first_row + r, group, &lo, &hi);
+          t = keep_lanes(t, lo - lane, hi - lane,
+                         broadcast(-std::numeric_limits<float>::infinity()));
+        }
+        store(out + r * tile.kv_block + lane, t);
+        largest[r] = max(t, largest[r]);  // this order ignores a NaN here; its weight is NaN below
+      }
+    }
+  }
+}
+
+/// Weights of one row and key group in place of its scores, rounded to bfloat16 in `half`.
+template <bool kBfloat16, bool kLse>
+ATTN8_INLINE void weigh_group(const AttendTile& tile, int row, int64_t group, float* scores,
+                              float subtract, F32& sum, F32& weight_sum) {
+  int lo = 0;
+  int hi = 0;
+  visible_lanes(tile, row, group, &lo, &hi);
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) {
+    const int lane = 16 * c;
+    F32 w = exp2_scaled<5, 1>(load(scores + lane) - broadcast(subtract));
+    if (hi - lo != kKeyGroup) [[unlikely]] {
+      w = keep_lanes(w, lo - lane, hi - lane, broadcast(0.0f));
+    }
+    if constexpr (kBfloat16) {
+      if constexpr (kLse) weight_sum = weight_sum + w;
+      w = round_to_bfloat16(w);
+    }
+    sum = sum + w;
+    store(scores + lane, w);
+  }
+}
+
+template <bool kBfloat16>
+ATTN8_INLINE F32 load_value(const std::byte* p) {
+  if constexpr (kBfloat16) {
+    return load_bfloat16(reinterpret_cast<const uint16_t*>(p));
+  } else {
+    return load(reinterpret_cast<const float*>(p));
+  }
+}
+
+template <int kRows, int kCount, bool kBfloat16>
+ATTN8_INLINE void add_values_float(const AttendTile& tile, const RowGroup& rows,
+                                   const float* weights, const RowState& state, int channel) {
+  constexpr int kBytes = kBfloat16 ? 2 : 4;
+  const int64_t padded_dim = padded_v_dim(tile.head_dim);
+  F32 sum[kRows][kCount];
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int c = 0; c < kCount; ++c) sum[r][c] = broadcast(0.0f);
+  }
+  // Keys that no row of the group sees are not multiplied: an infinite V times a weight of 0 is
+  // NaN.
+  int64_t key = rows.group_hi * kKeyGroup;
+  int64_t end = 0;
+  for (int r = 0; r < kRows; ++r) {
+    const KeyRange range = tile.visible[rows.first_row + r];
+    key = range.lo < key ? range.lo : key;
+    end = range.hi > end ? range.hi : end;
+  }
+  key = key > rows.group_lo * kKeyGroup ? key : rows.group_lo * kKeyGroup;
+  end = end < rows.group_hi * kKeyGroup ? end : rows.group_hi * kKeyGroup;
+  const std::byte* v = tile.kv.v + (key * padded_dim + channel) * kBytes;  // [key][padded_dim]
+  const float* p = weights + (key - rows.block_group * kKeyGroup);         // [kRows][kv_block]
+  for (; key < end; ++key, ++p, v += padded_dim * kBytes) {
+    F32 b[kCount];
+#pragma GCC unroll 4
+    for (int c = 0; c < kCount; ++c) b[c] = load_value<kBfloat16>(v + 16 * c * kBytes);
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      const F32 a = broadcast(p[r * tile.kv_block]);
+#pragma GCC unroll 4
+      for (int c = 0; c < kCount; ++c) sum[r][c] = multiply_add(a, b[c], sum[r][c]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) {
+    float* out = tile.out + (rows.first_row + r) * padded_dim + channel;  // [kCount * 16]
+    const F32 rescale = broadcast(state.rescale[r]);
+#pragma GCC unroll 4
+    for (int c = 0; c < kCount; ++c) {
+      store(out + 16 * c, load(out + 16 * c) * rescale + sum[r][c]);
+    }
+  }
+}
+
+template <int kRows, bool kHalf, bool kLse>
+ATTN8_INLINE void attend_block_float(const AttendTile& tile, const RowGroup& rows, RowState& state,
+                                     const Int8Scratch& scratch) {
+  F32 largest[kRows];
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) {
+    largest[r] = broadcast(-std::numeric_limits<float>::infinity());
+  }
+  for (int64_t group = rows.group_lo; group < rows.group_hi; ++group) {
+    if constexpr (kHalf) {
+      score_group<kRows, false>(tile, rows, group, scratch.scores, largest);
+    } else {
+      score_group_float<kRows>(tile, rows, group, scratch.scores, largest);
+    }
+  }
+  float block_max[kRows];
+  for (int r = 0; r < kRows; ++r) block_max[r] = reduce_max(largest[r]);
+  advance<false>(state, block_max, kRows);
+  for (int r = 0; r < kRows; ++r) {
+    F32 sum = broadcast(0.0f);
+    F32 weight_sum = broadcast(0.0f);
+    for (int64_t group = rows.group_lo; group < rows.group_hi; ++group) {
+      const int64_t offset = r * tile.kv_block + (group - rows.block_group) * kKeyGroup;
+      weigh_group<kHalf, kLse>(tile, rows.first_row + r, group, scratch.scores + offset,
+                               state.subtract[r], sum, weight_sum);
+    }
+    const F32 rescale = broadcast(state.rescale[r]);
+    float* total = scratch.sums + 16 * (rows.first_row + r);
+    store(total, load(total) * rescale + sum);
+    if constexpr (kHalf && kLse) {
+      float* weights = scratch.weights + 16 * (rows.first_row + r);
+      store(weights, load(weights) * rescale + weight_sum);
+    }
+  }
+  const int padded_dim = static_cast<int>(padded_v_dim(tile.head_dim));
+  int channel = 0;
+  for (; channel + 16 * kVectors <= padded_dim; channel += 16 * kVectors) {
+    add_values_float<kRows, kVectors, kHalf>(tile, rows, scratch.scores, state, channel);
+  }
+  for (; channel < padded_dim; channel += 16) {
+    add_values_float<kRows, 1, kHalf>(tile, rows, scratch.scores, state, channel);
+  }
+}
+
+template <bool kHalf, bool kLse>
+inline void attend_float(const AttendTile& tile) {
+  const int64_t padded_dim = padded_v_dim(tile.head_dim);
+  Int8Scratch scratch;
+  scratch.sums = reinterpret_cast<float*>(tile.scratch);
+  scratch.weights = scratch.sums + 16 * kQueryTile;
+  scratch.scores = scratch.weights + 16 * kQueryTile;
+  scratch.codes = nullptr;
+  std::memset(scratch.sums, 0, sizeof(float) * 2 * 16 * kQueryTile);
+  std::memset(tile.out, 0, sizeof(float) * static_cast<size_t>(tile.rows * padded_dim));
+  for (int r = 0; r < tile.rows; ++r) tile.row_max[r] = -std::numeric_limits<float>::infinity();
+  for_each_block(tile, [&](const RowGroup& rows, int count, int64_t) ATTN8_INLINE_LAMBDA {
+    RowState state;
+    for (int r = 0; r < count; ++r) state.max[r] = tile.row_max[rows.first_row + r];
+    if (count == kRowGroup) {
+      attend_block_float<kRowGroup, kHalf, kLse>(tile, rows, state, scratch);
+    } else {
+      attend_block_float<1, kHalf, kLse>(tile, rows, state, scratch);
+    }
+    for (int r = 0; r < count; ++r) tile.row_max[rows.first_row + r] = state.max[r];
+  });
+  for (int r = 0; r < tile.rows; ++r) {
+    tile.normalizer[r] = reduce_add(scratch.sums + 16 * r);
+    tile.weight_sum[r] = kHalf ? reduce_add(scratch.weights + 16 * r) : tile.normalizer[r];
+  }
+}

@@ -1,0 +1,305 @@
+// SPDX-FileCopyrightText: The attn8 authors
+// SPDX-License-Identifier: Apache-2.0
+
+// Attention of one query tile with INT8 Q, K, P and V. Included inside the namespace of an ISA
+// after its vocabulary and online_softmax-inl.hpp.
+
+/// The part of a tile's scratch that a group of four rows works in.
+struct Int8Scratch {
+  float* scores;     ///< [kRowGroup][kv_block] log2 units
+  std::byte* codes;  ///< [kRowGroup][kv_block] u8, groups of 64 in P's order
+  float* sums;       ///< [kQueryTile][16] normaliser, by lane
+  float* weights;    ///< [kQueryTile][16] unrounded weights, by lane
+};
+
+/// The rows of a tile that one pass computes, and the key groups of the block that any of them
+/// sees.
+struct RowGroup {
+  int first_row;
+  int64_t group_lo, group_hi;  ///< key groups, counted from key 0
+  int64_t block_group;         ///< first key group of the kv block
+};
+
+/// Lanes of key group `group` that row `row` sees, as [lo, hi) relative to its first key.
+ATTN8_INLINE void visible_lanes(const AttendTile& tile, int row, int64_t group, int* lo, int* hi) {
+  const int64_t first = group * kKeyGroup;
+  const int64_t a = tile.visible[row].lo - first;
+  const int64_t b = tile.visible[row].hi - first;
+  *lo = static_cast<int>(a < 0 ? 0 : (a > kKeyGroup ? kKeyGroup : a));
+  *hi = static_cast<int>(b < 0 ? 0 : (b > kKeyGroup ? kKeyGroup : b));
+}
+
+/// Whether every row of the pass sees all 64 keys of the group.
+template <int kRows>
+ATTN8_INLINE bool all_visible(const AttendTile& tile, int first_row, int64_t group) {
+  for (int r = 0; r < kRows; ++r) {
+    const KeyRange range = tile.visible[first_row + r];
+    if (range.lo > group * kKeyGroup || range.hi < (group + 1) * kKeyGroup) return false;
+  }
+  return true;
+}
+
+/// QK of one key group: exact integers, scaled to log2 units, stored, their maxima taken.
+template <int kRows, bool kFold>
+ATTN8_INLINE void score_group(const AttendTile& tile, const RowGroup& rows, int64_t group,
+                              float* scores, F32 (&largest)[kRows]) {
+  const int padded_dim = static_cast<int>(padded_qk_dim(tile.head_dim));
+  const std::byte* k = tile.kv.k + group * kKeyGroup * padded_dim;  // [padded_dim / 4][64][4] s8
+  const KeyRecord& record = tile.kv.records[group];
+  const std::byte* q = tile.q + rows.first_row * padded_dim;  // [kRows][padded_dim]
+  const bool full = all_visible<kRows>(tile, rows.first_row, group);
+  float* out = scores + (group - rows.block_group) * kKeyGroup;  // [kRows][kv_block]
+  for (int half = 0; half < 4; half += kVectors) {
+    I32 sum[kRows][kVectors];
+#pragma GCC unroll 4
+    for (int c = 0; c < kVectors; ++c) {
+      const I32 start = kQueryCodesOffset ? load(record.correction + 16 * (half + c)) : zero_i32();
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) sum[r][c] = start;
+    }
+    const std::byte* column = k + half * 64;
+    for (int dim = 0; dim < padded_dim; dim += 4, column += 256) {
+      I32 b[kVectors];
+#pragma GCC unroll 4
+      for (int c = 0; c < kVectors; ++c) b[c] = load_bytes(column + 64 * c);
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) {
+        const I32 a = broadcast4(q + r * padded_dim + dim);
+#pragma GCC unroll 4
+        for (int c = 0; c < kVectors; ++c) dot4_query(sum[r][c], a, b[c]);
+      }
+    }
+    const F32 huge = broadcast(std::numeric_limits<float>::max());
+    const F32 minus_huge = broadcast(-std::numeric_limits<float>::max());
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      const F32 factor = broadcast(tile.score_factor[rows.first_row + r]);
+#pragma GCC unroll 4
+      for (int c = 0; c < kVectors; ++c) {
+        const int lane = 16 * (half + c);
+        // Saturates instead of overflowing: both ends stay finite, so no difference is NaN.
+        F32 t =
+            max(minus_huge, min(huge, to_float(sum[r][c]) * load(record.k_scale + lane) * factor));
+        if constexpr (kFold) t = t + load(record.log2_ratio + lane);
+        if (!full) [[unlikely]] {
+          int lo = 0;
+          int hi = 0;
+          visible_lanes(tile, rows.first_row + r, group, &lo, &hi);
+          t = keep_lanes(t, lo - lane, hi - lane,
+                         broadcast(-std::numeric_limits<float>::infinity()));
+        }
+        store(out + r * tile.kv_block + lane, t);
+        largest[r] = max(largest[r], t);
+      }
+    }
+  }
+}
+
+/// Rounds the weights of one row and key group to codes and adds them to the row's sums.
+/// kTop: the code of weight 1 (255 or 127).
+template <int kTop, bool kFold, bool kLse>
+ATTN8_INLINE void round_group(const AttendTile& tile, int row, int64_t group, const float* scores,
+                              float subtract, std::byte* codes, F32& sum, F32& weight_sum) {
+  const KeyRecord& record = tile.kv.records[group];
+  const KeyRange range = tile.visible[row];
+  const bool full = range.lo <= group * kKeyGroup && range.hi >= (group + 1) * kKeyGroup;
+  const bool mixed = kFold && tile.kv.group_mixed[group] != 0;
+  int lo = 0;
+  int hi = kKeyGroup;
+  if (!full) visible_lanes(tile, row, group, &lo, &hi);
+  I32 rounded[4];
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) {
+    const int lane = 16 * c;
+    F32 w = exp2_scaled<4, kTop>(load(scores + lane) - broadcast(subtract));
+    if (!full) [[unlikely]]
+      w = keep_lanes(w, lo - lane, hi - lane, broadcast(0.0f));
+    rounded[c] = round_to_int(w);
+    F32 counted = to_float(rounded[c]);
+    if constexpr (kFold) {
+      const F32 inv_ratio = load(record.inv_ratio + lane);
+      if (mixed) [[unlikely]] {
+        counted = select_not_below(broadcast(1.0f / kMinRoundedRatio), inv_ratio, counted, w);
+      }
+      sum = sum + counted * inv_ratio;
+      if constexpr (kLse) weight_sum = weight_sum + w * inv_ratio;
+    } else {
+      sum = sum + counted;
+      if constexpr (kLse) weight_sum = weight_sum + w;
+    }
+  }
+  store_codes(codes, rounded);
+}
+
+/// P V of the block for `kCount` vectors of 16 channels, added to the rows' accumulators.
+template <int kRows, int kCount>
+ATTN8_INLINE void add_values(const AttendTile& tile, const RowGroup& rows, const std::byte* codes,
+                             const RowState& state, int channel, const float* block_scale) {
+  const int64_t padded_dim = padded_v_dim(tile.head_dim);
+  const int64_t slab = channel / 64 * 64;
+  const int64_t quad_stride = slab_width(padded_dim, slab) * 4;
+  I32 sum[kRows][kCount];
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int c = 0; c < kCount; ++c) sum[r][c] = zero_i32();
+  }
+  for (int64_t group = rows.group_lo; group < rows.group_hi; ++group) {
+    const std::byte* v = tile.kv.v + group * kKeyGroup * padded_dim + slab * kKeyGroup +
+                         (channel - slab) * 4;                            // [16 quads][channel][4]
+    const std::byte* p = codes + (group - rows.block_group) * kKeyGroup;  // [kRows][16 quads][4]
+    for (int quad = 0; quad < 16; ++quad, v += quad_stride) {
+      I32 b[kCount];
+#pragma GCC unroll 4
+      for (int c = 0; c < kCount; ++c) b[c] = load_bytes(v + 64 * c);
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) {
+        const I32 a = broadcast4(p + r * tile.kv_block + quad * 4);
+#pragma GCC unroll 4
+        for (int c = 0; c < kCount; ++c) dot4_u8_s8(sum[r][c], a, b[c]);
+      }
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) {
+    float* out = tile.out + (rows.first_row + r) * padded_dim + channel;  // [kCount * 16]
+    const F32 rescale = broadcast(state.rescale[r]);
+    const F32 weight = broadcast(state.weight[r]);
+#pragma GCC unroll 4
+    for (int c = 0; c < kCount; ++c) {
+      F32 x = to_float(sum[r][c]) * weight;
+      if (block_scale != nullptr) x = x * load(block_scale + channel + 16 * c);
+      store(out + 16 * c, load(out + 16 * c) * rescale + x);
+    }
+  }
+}
+
+template <int kRows>
+ATTN8_INLINE void add_all_values(const AttendTile& tile, const RowGroup& rows,
+                                 const std::byte* codes, const RowState& state,
+                                 const float* block_scale) {
+  const int padded_dim = static_cast<int>(padded_v_dim(tile.head_dim));
+  int channel = 0;
+  // A slab is 64 channels; passes of kVectors vectors do not cross its end.
+  for (; channel + 16 * kVectors <= padded_dim; channel += 16 * kVectors) {
+    add_values<kRows, kVectors>(tile, rows, codes, state, channel, block_scale);
+  }
+  for (; channel < padded_dim; channel += 16) {
+    add_values<kRows, 1>(tile, rows, codes, state, channel, block_scale);
+  }
+}
+
+/// One group of rows against one kv block.
+template <int kRows, int kTop, bool kLocal, bool kFold, bool kLse>
+ATTN8_INLINE void attend_block(const AttendTile& tile, const RowGroup& rows, RowState& state,
+                               const Int8Scratch& scratch, const float* block_scale) {
+  F32 largest[kRows];
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) {
+    largest[r] = broadcast(-std::numeric_limits<float>::infinity());
+  }
+  for (int64_t group = rows.group_lo; group < rows.group_hi; ++group) {
+    score_group<kRows, kFold>(tile, rows, group, scratch.scores, largest);
+  }
+  float block_max[kRows];
+  for (int r = 0; r < kRows; ++r) block_max[r] = reduce_max(largest[r]);
+  advance<kLocal>(state, block_max, kRows);
+  for (int r = 0; r < kRows; ++r) {
+    F32 sum = broadcast(0.0f);
+    F32 weight_sum = broadcast(0.0f);
+    for (int64_t group = rows.group_lo; group < rows.group_hi; ++group) {
+      const int64_t offset = r * tile.kv_block + (group - rows.block_group) * kKeyGroup;
+      round_group<kTop, kFold, kLse>(tile, rows.first_row + r, group, scratch.scores + offset,
+                                     state.subtract[r], scratch.codes + offset, sum, weight_sum);
+    }
+    const F32 rescale = broadcast(state.rescale[r]);
+    const F32 weight = broadcast(state.weight[r]);
+    float* total = scratch.sums + 16 * (rows.first_row + r);
+    store(total, load(total) * rescale + sum * weight);
+    if constexpr (kLse) {
+      float* weights = scratch.weights + 16 * (rows.first_row + r);
+      store(weights, load(weights) * rescale + weight_sum * weight);
+    }
+  }
+  add_all_values<kRows>(tile, rows, scratch.codes, state, block_scale);
+}
+
+/// Key groups of kv block `block` that the rows [first_row, first_row + count) see.
+inline RowGroup row_group(const AttendTile& tile, int first_row, int count, int64_t block) {
+  const int64_t block_group = block * tile.kv_block / kKeyGroup;
+  int64_t lo = (block + 1) * tile.kv_block;
+  int64_t hi = 0;
+  for (int r = first_row; r < first_row + count; ++r) {
+    const KeyRange range = tile.visible[r];
+    if (range.empty()) continue;
+    lo = range.lo < lo ? range.lo : lo;
+    hi = range.hi > hi ? range.hi : hi;
+  }
+  const int64_t block_lo = block * tile.kv_block;
+  const int64_t block_hi = block_lo + tile.kv_block;
+  lo = lo > block_lo ? lo : block_lo;
+  hi = hi < block_hi ? hi : block_hi;
+  if (lo >= hi) return {first_row, block_group, block_group, block_group};
+  return {first_row, lo / kKeyGroup, (hi + kKeyGroup - 1) / kKeyGroup, block_group};
+}
+
+/// Calls visit(rows, count) for every group of rows and every kv block it sees, block by block, so
+/// that a block stays in cache while all rows of the tile use it.
+template <class Visit>
+ATTN8_INLINE void for_each_block(const AttendTile& tile, Visit visit) {
+  int64_t lo = std::numeric_limits<int64_t>::max();
+  int64_t hi = 0;
+  for (int r = 0; r < tile.rows; ++r) {
+    if (tile.visible[r].empty()) continue;
+    lo = tile.visible[r].lo < lo ? tile.visible[r].lo : lo;
+    hi = tile.visible[r].hi > hi ? tile.visible[r].hi : hi;
+  }
+  if (lo >= hi) return;
+  const int64_t last = (hi + tile.kv_block - 1) / tile.kv_block;
+  for (int64_t block = lo / tile.kv_block; block < last; ++block) {
+    int row = 0;
+    while (row < tile.rows) {
+      const int count = tile.rows - row >= kRowGroup ? kRowGroup : 1;
+      const RowGroup rows = row_group(tile, row, count, block);
+      if (rows.group_lo < rows.group_hi) visit(rows, count, block);
+      row += count;
+    }
+  }
+}
+
+template <int kTop, bool kLocal, bool kFold, bool kLse>
+inline void attend_int8(const AttendTile& tile) {
+  const int64_t padded_dim = padded_v_dim(tile.head_dim);
+  const auto block_floats = static_cast<size_t>(kRowGroup * tile.kv_block);
+  Int8Scratch scratch;
+  scratch.sums = reinterpret_cast<float*>(tile.scratch);
+  scratch.weights = scratch.sums + 16 * kQueryTile;
+  scratch.scores = scratch.weights + 16 * kQueryTile;
+  scratch.codes = reinterpret_cast<std::byte*>(scratch.scores + block_floats);
+  std::memset(scratch.sums, 0, sizeof(float) * 2 * 16 * kQueryTile);
+  std::memset(tile.out, 0, sizeof(float) * static_cast<size_t>(tile.rows * padded_dim));
+  for (int r = 0; r < tile.rows; ++r) tile.row_max[r] = -std::numeric_limits<float>::infinity();
+  const float* scale = tile.kv.v_block_scale;
+  alignas(64) float same_scale[256];  // one scale for all channels of a block, spread out
+  for_each_block(tile, [&](const RowGroup& rows, int count, int64_t block) ATTN8_INLINE_LAMBDA {
+    const float* block_scale = nullptr;
+    if (scale != nullptr && tile.kv.v_block_scale_per_channel) {
+      block_scale = scale + block * padded_dim;
+    } else if (scale != nullptr) {
+      for (int64_t d = 0; d < padded_dim; ++d) same_scale[d] = scale[block];
+      block_scale = same_scale;
+    }
+    RowState state;
+    for (int r = 0; r < count; ++r) state.max[r] = tile.row_max[rows.first_row + r];
+    if (count == kRowGroup) {
+      attend_block<kRowGroup, kTop, kLocal, kFold, kLse>(tile, rows, state, scratch, block_scale);
+    } else {
+      attend_block<1, kTop, kLocal, kFold, kLse>(tile, rows, state, scratch, block_scale);
+    }
+    for (int r = 0; r < count; ++r) tile.row_max[rows.first_row + r] = state.max[r];
+  });
+  for (int r = 0; r < tile.rows; ++r) {
+    tile.normalizer[r] = reduce_add(scratch.sums + 16 * r);
+    tile.weight_sum[r] = reduce_add(scratch.weights + 16 * r);
+  }
+}

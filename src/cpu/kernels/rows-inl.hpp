@@ -1,0 +1,131 @@
+// SPDX-FileCopyrightText: The attn8 authors
+// SPDX-License-Identifier: Apache-2.0
+
+// Rows of a tensor: widening, rounding, quantizing and packing. Included inside the namespace of an
+// ISA after its vocabulary; see core/kernel_table.hpp for what each function promises.
+
+inline void load_row(const void* src, DType dtype, int64_t stride, int n, float* dst) {
+  if (dtype == DType::kFloat32) {
+    const auto* p = static_cast<const float*>(src);
+    if (stride == 1) {
+      std::memcpy(dst, p, static_cast<size_t>(n) * sizeof(float));
+    } else {
+      for (int i = 0; i < n; ++i) dst[i] = p[i * stride];
+    }
+    return;
+  }
+  const auto* p = static_cast<const uint16_t*>(src);
+  const bool bfloat16 = dtype == DType::kBFloat16;
+  int i = 0;
+  if (stride == 1) {
+    for (; i + 16 <= n; i += 16) {
+      store(dst + i, bfloat16 ? load_bfloat16(p + i) : load_float16(p + i));
+    }
+  }
+  for (; i < n; ++i) {
+    dst[i] = bfloat16 ? bfloat16_to_float(p[i * stride]) : float16_to_float(p[i * stride]);
+  }
+}
+
+inline void store_row(const float* x, int n, DType dtype, int64_t stride, void* dst) {
+  if (dtype == DType::kFloat32) {
+    auto* p = static_cast<float*>(dst);
+    if (stride == 1) {
+      std::memcpy(p, x, static_cast<size_t>(n) * sizeof(float));
+    } else {
+      for (int i = 0; i < n; ++i) p[i * stride] = x[i];
+    }
+    return;
+  }
+  auto* p = static_cast<uint16_t*>(dst);
+  if (dtype == DType::kBFloat16) {
+    for (int i = 0; i < n; ++i) p[i * stride] = float_to_bfloat16(x[i]);
+    return;
+  }
+  int i = 0;
+  if (stride == 1) {
+    for (; i + 16 <= n; i += 16) store_float16(p + i, load(x + i));
+  }
+  for (; i < n; ++i) p[i * stride] = float_to_float16(x[i]);
+}
+
+inline uint32_t row_max_abs_bits(const float* x, int n) {
+  I32 largest = zero_i32();
+  int i = 0;
+  for (; i + 16 <= n; i += 16) largest = max_abs_bits(largest, load(x + i));
+  uint32_t bits = reduce_max_u32(largest);
+  for (; i < n; ++i) {
+    const uint32_t one = std::bit_cast<uint32_t>(x[i]) & 0x7fffffffu;
+    bits = one > bits ? one : bits;
+  }
+  return bits;
+}
+
+inline void row_max_abs_bits_each(const float* x, int n, uint32_t* bits) {
+  int i = 0;
+  for (; i + 16 <= n; i += 16) {
+    store_u32(bits + i, max_abs_bits(load_u32(bits + i), load(x + i)));
+  }
+  for (; i < n; ++i) {
+    const uint32_t one = std::bit_cast<uint32_t>(x[i]) & 0x7fffffffu;
+    bits[i] = one > bits[i] ? one : bits[i];
+  }
+}
+
+inline void add_to_sums(const float* x, int n, double* sums) {
+  int i = 0;
+  for (; i + 16 <= n; i += 16) add_to_doubles(sums + i, load(x + i));
+  for (; i < n; ++i) sums[i] += static_cast<double>(x[i]);
+}
+
+inline void subtract(float* x, const float* mean, int n) {
+  int i = 0;
+  for (; i + 16 <= n; i += 16) store(x + i, load(x + i) - load(mean + i));
+  for (; i < n; ++i) x[i] -= mean[i];
+}
+
+inline void encode(const float* x, int n, const float* scale, int scale_step, int8_t* codes) {
+  int i = 0;
+  for (; i + 16 <= n; i += 16) {
+    const F32 divisor = scale_step == 0 ? broadcast(scale[0]) : load(scale + i);
+    store_signed_bytes(codes + i, round_to_int(divide(load(x + i), divisor)));
+  }
+  for (; i < n; ++i) {
+    // The sum with 1.5 * 2^23 rounds half to even and holds the integer in its low bits.
+    const float rounded = x[i] / scale[i * scale_step] + 0x1.8p23f;
+    codes[i] = static_cast<int8_t>(std::bit_cast<int32_t>(rounded) & 0xff);
+  }
+}
+
+inline void pack_k(const int8_t* codes, int row_stride, int padded_dim, std::byte* group,
+                   int32_t* correction) {
+  for (int key = 0; key < kKeyGroup; ++key) {
+    const int8_t* row = codes + key * row_stride;
+    int32_t sum = 0;
+    for (int dim = 0; dim < padded_dim; ++dim) sum += row[dim];
+    correction[key] = -128 * sum;
+    for (int dim = 0; dim < padded_dim; dim += 4) {
+      std::memcpy(group + packed_k_offset(key, dim), row + dim, 4);
+    }
+  }
+}
+
+inline void pack_v(const int8_t* codes, int row_stride, int padded_dim, std::byte* group) {
+  for (int key = 0; key < kKeyGroup; key += 4) {
+    const int8_t* rows = codes + key * row_stride;
+    for (int channel = 0; channel < padded_dim; channel += 4) {
+      // A 4 x 4 transpose of bytes: word r holds 4 channels of key r, word c of the result 4 keys
+      // of channel c.
+      uint32_t w[4];
+      for (int r = 0; r < 4; ++r) std::memcpy(&w[r], rows + r * row_stride + channel, 4);
+      const uint32_t even01 = (w[0] & 0x00ff00ffu) | (w[1] & 0x00ff00ffu) << 8;
+      const uint32_t odd01 = (w[0] >> 8 & 0x00ff00ffu) | (w[1] & 0xff00ff00u);
+      const uint32_t even23 = (w[2] & 0x00ff00ffu) | (w[3] & 0x00ff00ffu) << 8;
+      const uint32_t odd23 = (w[2] >> 8 & 0x00ff00ffu) | (w[3] & 0xff00ff00u);
+      const uint32_t out[4] = {(even01 & 0xffffu) | even23 << 16, (odd01 & 0xffffu) | odd23 << 16,
+                               even01 >> 16 | (even23 & 0xffff0000u),
+                               odd01 >> 16 | (odd23 & 0xffff0000u)};
+      std::memcpy(group + packed_v_offset(key, channel, padded_dim), out, 16);
+    }
+  }
+}

@@ -1,0 +1,47 @@
+// SPDX-FileCopyrightText: The attn8 authors
+// SPDX-License-Identifier: Apache-2.0
+
+// The table of one ISA. Included last inside its namespace.
+
+inline size_t scratch_bytes(int kv_block) {
+  const size_t sums = sizeof(float) * 2 * 16 * kQueryTile;
+  const auto block = static_cast<size_t>(kRowGroup * kv_block);
+  return sums + block * sizeof(float) + block;
+}
+
+template <bool kLse>
+inline void attend_mode(const AttendTile& tile) {
+  switch (tile.mode) {
+    case Mode::kAccurate:
+      return tile.kv.fold_v ? attend_int8<255, true, true, kLse>(tile)
+                            : attend_int8<255, true, false, kLse>(tile);
+    case Mode::kPaper:
+      return attend_int8<127, false, false, kLse>(tile);
+    case Mode::kHalf:
+      return attend_float<true, kLse>(tile);
+    case Mode::kExact:
+      return attend_float<false, kLse>(tile);
+    case Mode::kFp8:
+      return;  // has no kernel: plan.cpp sends it to the emulation
+  }
+}
+
+inline void attend(const AttendTile& tile) {
+  return tile.with_lse ? attend_mode<true>(tile) : attend_mode<false>(tile);
+}
+
+inline constexpr KernelTable kTable = {
+    .isa = kIsa,
+    .query_codes_offset = kQueryCodesOffset,
+    .load_row = load_row,
+    .store_row = store_row,
+    .max_abs_bits = row_max_abs_bits,
+    .max_abs_bits_each = row_max_abs_bits_each,
+    .add_to_sums = add_to_sums,
+    .subtract = subtract,
+    .encode = encode,
+    .pack_k = pack_k,
+    .pack_v = pack_v,
+    .scratch_bytes = scratch_bytes,
+    .attend = attend,
+};

@@ -1,0 +1,310 @@
+// SPDX-FileCopyrightText: The attn8 authors
+// SPDX-License-Identifier: Apache-2.0
+#include "cpu/run.hpp"
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cmath>
+#include <cstring>
+#include <initializer_list>
+#include <limits>
+#include <numbers>
+
+#include "core/message.hpp"
+#include "core/quant_math.hpp"
+#include "cpu/parallel.hpp"
+
+namespace attn8::cpu {
+namespace {
+
+constexpr int kMaxDim = 256;
+constexpr size_t kAlignment = 64;
+
+constexpr size_t aligned(size_t bytes) noexcept {
+  return (bytes + kAlignment - 1) / kAlignment * kAlignment;
+}
+
+/// Buffers of one worker, one after the other.
+struct TileBuffers {
+  size_t q = 0, out = 0, normalizer = 0, weight_sum = 0, row_max = 0, scratch = 0, total = 0;
+};
+
+TileBuffers tile_buffers(const AttentionPlan::State& plan) noexcept {
+  TileBuffers buffers;
+  size_t next = 0;
+  const auto take = [&next](size_t bytes) {
+    const size_t offset = next;
+    next += aligned(bytes);
+    return offset;
+  };
+  const auto dim = static_cast<size_t>(plan.head_dim);
+  buffers.q = take(kQueryTile * std::max(static_cast<size_t>(padded_qk_dim(plan.head_dim)),
+                                         dim * sizeof(float)));
+  buffers.out = take(kQueryTile * static_cast<size_t>(padded_v_dim(plan.head_dim)) * sizeof(float));
+  buffers.normalizer = take(kQueryTile * sizeof(float));
+  buffers.weight_sum = take(kQueryTile * sizeof(float));
+  buffers.row_max = take(kQueryTile * sizeof(float));
+  buffers.scratch = take(plan.table->scratch_bytes(plan.options.kv_block));
+  buffers.total = next;
+  return buffers;
+}
+
+/// Query rows of one (batch, kv head), numbered sequence position first, then query head of the
+/// group, so that the rows of a tile see nearly the same keys and share what they read.
+class TileRunner {
+ public:
+  TileRunner(const Workspace& workspace, const AttentionInputs& inputs,
+             const AttentionOutputs& outputs) noexcept
+      : work_(workspace),
+        plan_(workspace.plan),
+        inputs_(inputs),
+        outputs_(outputs),
+        q_(data_view(inputs.q)),
+        buffers_(tile_buffers(workspace.plan)),
+        group_(plan_.nheads_q / plan_.nheads_k),
+        rows_(plan_.seqlen_q * group_) {}
+
+  Status run() noexcept {
+    const int64_t tiles = (rows_ + kQueryTile - 1) / kQueryTile;
+    std::atomic<bool> bad_code = false;
+    for_each_task(plan_.context, plan_.heads() * tiles, [&](int64_t task, int64_t worker) {
+      // The last tiles of a causal mask see the most keys; they start first.
+      const int64_t tile = tiles - 1 - task % tiles;
+      if (!run_tile(task / tiles, tile * kQueryTile, worker)) bad_code = true;
+    });
+    if (bad_code) return invalid("q.codes holds -128, wants codes in [-127, 127]");
+    return {};
+  }
+
+ private:
+  struct Row {
+    int64_t seq, head;  ///< position and query head
+    bool poisoned = false;
+    float mean_score = 0;  ///< softmax_scale * q.k_mean, what smoothing took from the LSE
+  };
+
+  bool run_tile(int64_t head, int64_t first_row, int64_t worker) const noexcept {
+    std::byte* memory = work_.base + plan_.layout.workers +
+                        static_cast<size_t>(worker) * plan_.layout.bytes_per_worker;
+    AttendTile tile;
+    tile.mode = plan_.options.mode;
+    tile.head_dim = static_cast<int>(plan_.head_dim);
+    tile.kv_block = plan_.options.kv_block;
+    tile.rows = static_cast<int>(std::min<int64_t>(kQueryTile, rows_ - first_row));
+    tile.with_lse = plan_.with_lse;
+    tile.q = memory + buffers_.q;
+    tile.out = reinterpret_cast<float*>(memory + buffers_.out);
+    tile.normalizer = reinterpret_cast<float*>(memory + buffers_.normalizer);
+    tile.weight_sum = reinterpret_cast<float*>(memory + buffers_.weight_sum);
+    tile.row_max = reinterpret_cast<float*>(memory + buffers_.row_max);
+    tile.scratch = memory + buffers_.scratch;
+    tile.kv.k = work_.k(head);
+    tile.kv.v = work_.v(head);
+    tile.kv.fold_v = plan_.fold_v();
+    if (plan_.int8_scores()) {
+      tile.kv.records = work_.records(head);
+      tile.kv.group_mixed = work_.group_mixed(head);
+    }
+    if (plan_.v_granularity == Granularity::kBlock ||
+        plan_.v_granularity == Granularity::kBlockChannel) {
+      tile.kv.v_block_scale = work_.v_block_scale(head);
+      tile.kv.v_block_scale_per_channel = plan_.v_granularity == Granularity::kBlockChannel;
+    }
+    Row rows[kQueryTile];
+    bool good = true;
+    for (int r = 0; r < tile.rows; ++r) {
+      Row& row = rows[r];
+      row.seq = (first_row + r) / group_;
+      row.head = head % plan_.nheads_k * group_ + (first_row + r) % group_;
+      tile.visible[r] = visible_range(plan_.options.mask, plan_.seqlen_q, plan_.seqlen_k, row.seq);
+      good = load_query(head, r, row, memory + buffers_.q, &tile.score_factor[r]) && good;
+      row.poisoned = row.poisoned || sees_poison(head, tile.visible[r]);
+    }
+    plan_.table->attend(tile);
+    for (int r = 0; r < tile.rows; ++r) finish_row(head, tile, r, rows[r]);
+    return good;
+  }
+
+  /// Row r of the tile's Q operand; false when given codes hold -128.
+  bool load_query(int64_t head, int r, Row& row, std::byte* q, float* factor) const noexcept {
+    const int64_t batch = head / plan_.nheads_k;
+    const int dim = static_cast<int>(plan_.head_dim);
+    const float log2_scale = plan_.softmax_scale * std::numbers::log2e_v<float>;
+    float values[kMaxDim];
+    bool good = true;
+    if (!plan_.int8_scores()) {
+      auto* out = reinterpret_cast<float*>(q) + r * dim;
+      plan_.table->load_row(element(q_, batch, row.seq, row.head), q_.dtype, q_.strides[3], dim,
+                            out);
+      *factor = log2_scale;
+      return true;
+    }
+    const auto padded = static_cast<int>(padded_qk_dim(dim));
+    int8_t codes[kMaxDim] = {};
+    float scale = 0;
+    if (const auto* quantized = std::get_if<QuantizedView>(&inputs_.q)) {
+      scale = float_at(quantized->scale, batch, row.seq, row.head);
+      good = !load_codes(q_, batch, row.seq, row.head, codes);
+      for (int d = 0; d < dim; ++d) values[d] = static_cast<float>(codes[d]) * scale;
+    } else {
+      plan_.table->load_row(element(q_, batch, row.seq, row.head), q_.dtype, q_.strides[3], dim,
+                            values);
+      const uint32_t bits = plan_.table->max_abs_bits(values, dim);
+      scale = scale_from_bits(bits);
+      if (!codes_are_zero(bits)) plan_.table->encode(values, dim, &scale, 0, codes);
+    }
+    if (!(scale > 0 && scale <= std::numeric_limits<float>::max())) {
+      row.poisoned = true;
+      scale = 0;
+    }
+    *factor = scale * log2_scale;
+    auto* out = reinterpret_cast<uint8_t*>(q) + r * padded;
+    const int offset = plan_.table->query_codes_offset ? 128 : 0;
+    for (int d = 0; d < padded; ++d) out[d] = static_cast<uint8_t>(codes[d] + offset);
+    if (plan_.with_lse) row.mean_score = mean_score(head, values);
+    return good;
+  }
+
+  [[nodiscard]] float mean_score(int64_t head, const float* q) const noexcept {
+    double sum = 0;
+    const auto* quantized = std::get_if<QuantizedView>(&inputs_.k);
+    if (quantized != nullptr && quantized->mean.has_value()) {
+      for (int64_t d = 0; d < plan_.head_dim; ++d) {
+        sum += static_cast<double>(q[d]) *
+               float_at(*quantized->mean, head / plan_.nheads_k, 0, head % plan_.nheads_k, d);
+      }
+    } else if (plan_.smooths_k() && !plan_.keys.empty()) {
+      for (int64_t d = 0; d < plan_.head_dim; ++d) {
+        sum += static_cast<double>(q[d]) * work_.k_mean(head)[d];
+      }
+    }
+    return static_cast<float>(sum * static_cast<double>(plan_.softmax_scale));
+  }
+
+  [[nodiscard]] bool sees_poison(int64_t head, KeyRange range) const noexcept {
+    if (range.empty() || work_.head_poisoned(head) == 0) return false;
+    return std::memchr(work_.poison(head) + range.lo, 1,
+                       static_cast<size_t>(range.hi - range.lo)) != nullptr;
+  }
+
+  void finish_row(int64_t head, const AttendTile& tile, int r, const Row& row) const noexcept {
+    const int64_t batch = head / plan_.nheads_k;
+    const int dim = tile.head_dim;
+    float* out = tile.out + r * padded_v_dim(dim);
+    constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
+    float lse = -std::numeric_limits<float>::infinity();
+    if (tile.visible[r].empty()) {
+      std::fill_n(out, dim, 0.0f);
+    } else if (row.poisoned) {
+      std::fill_n(out, dim, kNan);
+      lse = kNan;
+    } else {
+      const float* scale = plan_.int8_values() ? work_.v_out_scale(head) : nullptr;
+      for (int d = 0; d < dim; ++d) {
+        out[d] /= tile.normalizer[r];
+        if (scale != nullptr) out[d] *= scale[d];
+      }
+      const float top = tile.mode == Mode::kAccurate ? 255.0f
+                        : tile.mode == Mode::kPaper  ? 127.0f
+                                                     : 1.0f;
+      lse = std::log(tile.weight_sum[r] / top) + tile.row_max[r] * std::numbers::ln2_v<float> +
+            row.mean_score;
+    }
+    const ConstTensorView view = outputs_.out;
+    plan_.table->store_row(out, dim, view.dtype, view.strides[3],
+                           element(outputs_.out, batch, row.seq, row.head));
+    if (outputs_.lse.has_value()) {
+      *reinterpret_cast<float*>(element(*outputs_.lse, batch, row.seq, row.head)) = lse;
+    }
+  }
+
+  const Workspace& work_;
+  const AttentionPlan::State& plan_;
+  const AttentionInputs& inputs_;
+  const AttentionOutputs& outputs_;
+  const ConstTensorView& q_;
+  const TileBuffers buffers_;
+  const int64_t group_;
+  const int64_t rows_;
+};
+
+}  // namespace
+
+Status lay_out(AttentionPlan::State& plan) noexcept {
+  WorkspaceLayout& layout = plan.layout;
+  bool overflow = false;
+  size_t next = 0;
+  const auto product = [&overflow](std::initializer_list<int64_t> factors) {
+    size_t bytes = 1;
+    for (const int64_t factor : factors) {
+      overflow = __builtin_mul_overflow(bytes, static_cast<size_t>(factor), &bytes) || overflow;
+    }
+    return bytes;
+  };
+  const auto take = [&](size_t bytes) {
+    const size_t offset = next;
+    overflow = bytes > std::numeric_limits<size_t>::max() - kAlignment || overflow;
+    overflow = __builtin_add_overflow(next, aligned(bytes), &next) || overflow;
+    return offset;
+  };
+  const bool empty = plan.keys.empty() || plan.heads() == 0;
+  const int64_t heads = empty ? 0 : plan.heads();
+  const int64_t groups = plan.groups();
+  const int64_t padded_v = padded_v_dim(plan.head_dim);
+  const int64_t k_bytes =
+      plan.int8_scores() ? padded_qk_dim(plan.head_dim) : plan.head_dim * int64_t{sizeof(float)};
+  const int64_t v_bytes = padded_v * (plan.int8_values() ? 1 : plan.int8_scores() ? 2 : 4);
+  layout.k_bytes_per_head = aligned(product({groups, kKeyGroup, k_bytes}));
+  layout.v_bytes_per_head = aligned(product({groups, kKeyGroup, v_bytes}));
+  layout.k = take(product({heads, static_cast<int64_t>(layout.k_bytes_per_head)}));
+  layout.v = take(product({heads, static_cast<int64_t>(layout.v_bytes_per_head)}));
+  if (plan.int8_scores()) {
+    layout.records = take(product({heads, groups, int64_t{sizeof(KeyRecord)}}));
+    layout.group_mixed = take(product({heads, groups}));
+  }
+  layout.poison = take(product({heads, plan.seqlen_k}));
+  layout.head_poisoned = take(product({heads}));
+  if (plan.smooths_k()) {
+    const int64_t chunks = (plan.keys.hi - plan.keys.lo + kMeanChunk - 1) / kMeanChunk;
+    layout.k_mean = take(product({heads, plan.head_dim, int64_t{sizeof(float)}}));
+    layout.k_mean_sums = take(product({heads, chunks, plan.head_dim, int64_t{sizeof(double)}}));
+  }
+  if (plan.int8_values()) {
+    layout.v_out_scale = take(product({heads, padded_v, int64_t{sizeof(float)}}));
+    if (!plan.fold_v()) {
+      layout.v_max_bits =
+          take(product({heads, plan.kv_blocks(), plan.head_dim, int64_t{sizeof(uint32_t)}}));
+      layout.v_block_scale =
+          take(product({heads, plan.kv_blocks(), padded_v, int64_t{sizeof(float)}}));
+    }
+  }
+  layout.bytes_per_worker = tile_buffers(plan).total;
+  layout.workers =
+      take(product({plan.context.threads, static_cast<int64_t>(layout.bytes_per_worker)}));
+  layout.total = next;
+  if (overflow || next > size_t{1} << 62) {
+    return invalid("k.shape asks for a workspace of over 2^62 bytes");
+  }
+  return {};
+}
+
+Status run(const AttentionPlan::State& plan, const AttentionInputs& inputs,
+           const AttentionOutputs& outputs, std::byte* workspace, RunTimes* times) noexcept {
+  using Clock = std::chrono::steady_clock;
+  const auto milliseconds = [](Clock::time_point from, Clock::time_point to) {
+    return std::chrono::duration<double, std::milli>(to - from).count();
+  };
+  const Workspace work{plan, workspace};
+  const Clock::time_point start = Clock::now();
+  if (Status status = prepare(work, inputs); !status.ok()) return status;
+  const Clock::time_point prepared = Clock::now();
+  Status status = TileRunner(work, inputs, outputs).run();
+  if (times != nullptr) {
+    times->quantize_ms = milliseconds(start, prepared);
+    times->attention_ms = milliseconds(prepared, Clock::now());
+  }
+  return status;
+}
+
+}  // namespace attn8::cpu
