@@ -54,13 +54,13 @@ std::vector<float> channel_mean(const Tokens& tokens) {
     for (int64_t chunk = tokens.first; chunk < last; chunk += kChunk) {
       double chunk_sum = 0;
       for (int64_t j = chunk; j < std::min(chunk + kChunk, last); ++j) {
-        const double x = tokens.token(j)[d];
-        if (std::isfinite(x)) chunk_sum += x;
+        chunk_sum += tokens.token(j)[d];
       }
       sum += chunk_sum;
     }
-    mean.push_back(tokens.count == 0 ? 0.0F
-                                     : static_cast<float>(sum / static_cast<double>(tokens.count)));
+    // What poisons one token does not reach the others through the mean.
+    const auto rounded = static_cast<float>(sum / static_cast<double>(tokens.count));
+    mean.push_back(std::isfinite(rounded) ? rounded : 0.0F);
   }
   return mean;
 }

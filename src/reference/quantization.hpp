@@ -25,8 +25,8 @@ float scale_of(float max_abs);
 /// round-half-even(x / scale) in [-127, 127]; 0 for a scale of NaN and for a group without a scale.
 float code_of(float x, float scale, float max_abs);
 
-/// Mean over the tokens of each channel, rounded to float32. An element that is NaN or Inf adds 0:
-/// what it poisons is its own token, not the others.
+/// Mean over the tokens of each channel, rounded to float32; 0 where that is not finite, or where
+/// there are no tokens.
 std::vector<float> channel_mean(const Tokens& tokens);
 
 /// Codes of one (batch, head) and the scales of its groups (1 where no token of `codes` falls).

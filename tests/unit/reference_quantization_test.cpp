@@ -91,7 +91,7 @@ TEST(ReferenceQuantization, BlocksStartAtMultiples) {
   EXPECT_EQ(quantized.scale, (std::vector<double>{1, 2}));
 }
 
-TEST(ReferenceQuantization, MeanIsTakenInDoubleAndSkipsPoison) {
+TEST(ReferenceQuantization, MeanIsTakenInDoubleAndIsFinite) {
   Tokens tokens(2, 3, 2);
   // In float32, 2^24 + 1 would lose its 1.
   tokens.token(2)[0] = 0x1p24F;
@@ -100,7 +100,8 @@ TEST(ReferenceQuantization, MeanIsTakenInDoubleAndSkipsPoison) {
   tokens.token(2)[1] = 3;
   tokens.token(3)[1] = kInfinity;
   tokens.token(4)[1] = 3;
-  EXPECT_EQ(channel_mean(tokens), (std::vector<float>{1.0F / 3.0F, 2.0F}));
+  EXPECT_EQ(channel_mean(tokens), (std::vector<float>{1.0F / 3.0F, 0.0F}));
+  EXPECT_EQ(channel_mean(Tokens(0, 0, 1)), std::vector<float>{0.0F});
 }
 
 // Chunks of 4096 tokens have sums of their own: 2^53 swallows every 1 that follows it in the same
