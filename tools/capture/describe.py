@@ -12,24 +12,23 @@ Example
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 import tensor_file
-from tensor_file import FloatArray, InputError
+from command_line import Parser, exit_status, positive
+from tensor_file import FloatArray
 
 
 @dataclass(frozen=True)
 class Facts:
     """Measures of one kv head and the query heads that read it, over the batch.
 
-    Keys of a causal entry line up with the queries at the bottom right: the last query sees all keys.
+    A causal entry lines up at the bottom right: its last query sees all keys.
     """
 
     name: str
@@ -38,9 +37,9 @@ class Facts:
     k_mean_energy: float
     """Part of the energy of K that lies in its mean over tokens: |mean|^2 / mean of |k_j|^2."""
     k_mean_over_std: float
-    """Largest over channels of |mean| / std over tokens: how far K smoothing shrinks that channel."""
+    """Largest over channels of |mean| / std over tokens: how far smoothing shrinks that channel."""
     k_peak_over_rms: float
-    """Median over tokens of max |k_j| / rms of k_j: what one outlier channel costs a token scale."""
+    """Median over tokens of max |k_j| / rms of k_j: what outlier channels cost a token scale."""
     v_norm_min: float
     """Smallest |v_j| / median |v|."""
     v_norm_max: float
@@ -53,6 +52,10 @@ class Facts:
     """Mean over queries of the probability of key 0."""
     first_mass_max: float
     """The same for the query head where it is largest."""
+    low_v_mass: float
+    """Mean probability of all keys together whose |v| is below half the median."""
+    low_v_keys: float
+    """Part of the keys that are such."""
     top_key: int
     """Key with the largest mean probability (the sink, where there is one)."""
     top_mass: float
@@ -67,8 +70,16 @@ class Facts:
     """Mean over queries of exp(entropy): how many keys a query really reads."""
 
 
-def facts_of_head(name: str, kv_head: int, q: FloatArray, k: FloatArray, v: FloatArray,
-                  scale: float, causal: bool, rows: int) -> Facts:  # fmt: skip
+def facts_of_head(
+    name: str,
+    kv_head: int,
+    q: FloatArray,
+    k: FloatArray,
+    v: FloatArray,
+    scale: float,
+    causal: bool,
+    rows: int,
+) -> Facts:
     """Measure one kv head.
 
     Parameters
@@ -136,6 +147,8 @@ def facts_of_head(name: str, kv_head: int, q: FloatArray, k: FloatArray, v: Floa
         first_k_norm=float(k_ratio[:, 0].mean()),
         first_mass=float(mass[:, :, 0].mean()),
         first_mass_max=float(mass[:, :, 0].mean(axis=0).max()),
+        low_v_mass=float((mass.mean(axis=1) * (v_ratio < 0.5)).sum(axis=1).mean()),
+        low_v_keys=float((v_ratio < 0.5).mean()),
         top_key=top,
         top_mass=float(head_mass[top]),
         top_v_norm=float(v_ratio[:, top].mean()),
@@ -173,9 +186,10 @@ def per_layer(facts: Sequence[Facts]) -> list[Facts]:
 
     The sink (``top_*``) is that of the head that gives it most.
     """
-    lowest, highest = {"v_norm_min"}, {
-        "v_norm_max", "k_mean_over_std", "logit_max", "first_mass_max"
-    }  # fmt: skip
+    lowest, highest = (
+        {"v_norm_min"},
+        {"v_norm_max", "k_mean_over_std", "logit_max", "first_mass_max"},
+    )
     result = []
     for name in dict.fromkeys(one.name for one in facts):
         heads = [one for one in facts if one.name == name]
@@ -204,9 +218,10 @@ COLUMNS = [
     ("K peak/rms", "k_peak_over_rms", ".1f"),
     ("V norm min", "v_norm_min", ".3f"),
     ("V norm max", "v_norm_max", ".1f"),
-    ("V norm key 0", "first_v_norm", ".3f"),
+    ("V norm key 0", "first_v_norm", ".2f"),
     ("P key 0", "first_mass", ".2f"),
-    ("P key 0 max", "first_mass_max", ".2f"),
+    ("P low V", "low_v_mass", ".2f"),
+    ("low V keys", "low_v_keys", ".3f"),
     ("top key", "top_key", "d"),
     ("P top", "top_mass", ".2f"),
     ("V norm top", "top_v_norm", ".3f"),
@@ -230,34 +245,26 @@ def table(facts: Sequence[Facts], with_head: bool) -> str:
     return "\n".join(lines)
 
 
-class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise InputError(message)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; 0 done, 2 bad input."""
+def command(argv: Sequence[str]) -> int:
+    """Do what the command line says; return the exit status."""
     parser = Parser(prog="describe.py", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("file", type=Path, help="safetensors file made by capture.py or sample.py")
     parser.add_argument("--heads", action="store_true", help="one line per kv head, not per entry")
-    parser.add_argument("--rows", type=int, default=256, help="queries per head; default 256")
+    parser.add_argument("--rows", type=positive, default=256, help="queries per head; default 256")
     parser.add_argument("--json", action="store_true", help="one JSON object, every measure")
-    try:
-        arguments = parser.parse_args(argv)
-        if arguments.rows < 1:
-            raise InputError(f"rows: got {arguments.rows}, want at least 1")
-        facts = describe(arguments.file, arguments.rows)
-    except InputError as error:
-        print(error, file=sys.stderr)
-        return 2
+    arguments = parser.parse_args(argv)
+    facts = describe(arguments.file, arguments.rows)
     shown = facts if arguments.heads else per_layer(facts)
     if arguments.json:
         print(json.dumps({"file": arguments.file.name, "entries": [asdict(one) for one in shown]}))
     else:
         print(table(shown, arguments.heads))
     return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; 0 done, 2 bad input."""
+    return exit_status(command, argv)
 
 
 if __name__ == "__main__":

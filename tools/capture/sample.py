@@ -14,17 +14,18 @@ Example
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import capture
+import models
 import tensor_file
 import text as text_source
-from capture import Capture, MissingError, Parser
-from tensor_file import FloatArray, InputError
+from capture import Capture
+from command_line import InputError, Parser, exit_status
+from tensor_file import FloatArray
 
 # Upper bound of the file: it lives in the repository.
 MAX_BYTES = 1_000_000
@@ -80,8 +81,9 @@ def select(choice: Choice, captured: Capture) -> tuple[dict[str, FloatArray], di
     heads = slice(choice.kv_head * group, (choice.kv_head + 1) * group)
     kv, end = slice(choice.kv_head, choice.kv_head + 1), choice.seqlen_k
     if not layer.causal and end != layer.k.shape[1]:
-        raise InputError(f"{choice.prefix}: got {end} keys of an encoder, want all "
-                         f"{layer.k.shape[1]}")  # fmt: skip
+        raise InputError(
+            f"{choice.prefix}: got {end} keys of an encoder, want all {layer.k.shape[1]}"
+        )
     prefix, model = choice.prefix, captured.metadata["model"]
     tensors = {
         f"{prefix}.q": layer.q[:1, end - SEQLEN_Q : end, heads],
@@ -118,11 +120,16 @@ def make_sample(out: Path) -> int:
         # float64: the rounding to float16 then hardly depends on the order of sums, which differs
         # between instruction sets and numbers of threads.
         captured = capture.run(
-            capture.find_model(name, None), text, capture.TEXT_TITLES["kjv"],
-            tokens=max(choice.seqlen_k for choice in chosen), batch=1,
-            chosen={choice.layer for choice in chosen}, dtype="float16", compute="float64",
+            models.find_model(name, None),
+            text,
+            capture.TEXT_TITLES["kjv"],
+            tokens=max(choice.seqlen_k for choice in chosen),
+            batch=1,
+            chosen={choice.layer for choice in chosen},
+            dtype="float16",
+            compute="float64",
             threads=1,
-        )  # fmt: skip
+        )
         for key in ("model", "source", "licence", "rope", "token_ids_sha256", "versions"):
             metadata[f"{name}.{key}"] = captured.metadata[key]
         for choice in chosen:
@@ -135,21 +142,19 @@ def make_sample(out: Path) -> int:
     return tensor_file.write(out, tensors, metadata, "float16")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; 0 done, 2 bad input, 3 a package is missing."""
+def command(argv: Sequence[str]) -> int:
+    """Do what the command line says; return the exit status."""
     parser = Parser(prog="sample.py", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.safetensors")
-    try:
-        arguments = parser.parse_args(argv)
-        size = make_sample(arguments.out)
-    except InputError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except MissingError as error:
-        print(error, file=sys.stderr)
-        return 3
+    arguments = parser.parse_args(argv)
+    size = make_sample(arguments.out)
     print(f"{arguments.out}: {len(CHOICES)} entries, {size} bytes")
     return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; 0 done, 2 bad input, 3 a package is missing."""
+    return exit_status(command, argv)
 
 
 if __name__ == "__main__":

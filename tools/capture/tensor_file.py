@@ -3,8 +3,8 @@
 """Reads and writes safetensors files of captured Q, K, V.
 
 The writer is deterministic: the same tensors and metadata give the same bytes. (The writer of the
-safetensors package orders ``__metadata__`` by a hash table.) bfloat16, which NumPy does not have, is
-rounded from float32 when it is written and widened when it is read.
+safetensors package orders ``__metadata__`` by a hash table.) bfloat16, which NumPy does not have,
+is rounded from float32 when it is written and widened when it is read.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from command_line import InputError
 from numpy.typing import NDArray
 
 FloatArray = NDArray[np.floating[Any]]
@@ -26,10 +27,6 @@ STORAGE = {"float16": ("F16", 2), "bfloat16": ("BF16", 2), "float32": ("F32", 4)
 
 # Longest header that the safetensors format allows.
 MAX_HEADER_BYTES = 100_000_000
-
-
-class InputError(Exception):
-    """Bad input; the text is one line that names argument, what it got and what it wants."""
 
 
 def round_to_bfloat16(x: FloatArray) -> NDArray[np.uint16]:
@@ -130,8 +127,10 @@ def write(path: Path, tensors: dict[str, FloatArray], metadata: dict[str, str], 
         os.umask(mask)
         os.chmod(temporary, 0o666 & ~mask)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         os.unlink(temporary)
+        if isinstance(error, OSError):
+            raise InputError(f"out: got {path} ({error.strerror}), want room to write it") from None
         raise
     return 8 + len(text) + offset
 
@@ -172,8 +171,10 @@ def read(path: Path) -> tuple[dict[str, FloatArray], dict[str, str]]:
             }
         except (ValueError, KeyError, TypeError, AttributeError):
             raise InputError(f"file: got {path}, want a safetensors header") from None
-    types = {code: (np.dtype(np.uint16 if code == "BF16" else name), width)
-             for name, (code, width) in STORAGE.items()}  # fmt: skip
+    types = {
+        code: (np.dtype(np.uint16 if code == "BF16" else name), width)
+        for name, (code, width) in STORAGE.items()
+    }
     tensors: dict[str, FloatArray] = {}
     for name, (code, shape, begin, end) in entries.items():
         if code not in types:
@@ -211,8 +212,10 @@ def triples(tensors: dict[str, FloatArray], metadata: dict[str, str]) -> list[st
                 raise InputError(f"{prefix}.{part}: got {got}, want [batch, seq, head, dim]")
         q, k, v = (tensors[f"{prefix}.{part}"] for part in "qkv")
         if k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
-            raise InputError(f"{prefix}.v: got shape {list(v.shape)}, want that of k {list(k.shape)} "
-                             f"and the batch and dim of q {list(q.shape)}")  # fmt: skip
+            raise InputError(
+                f"{prefix}.v: got shape {list(v.shape)}, want {list(k.shape)} of k "
+                f"and the batch and dim of q {list(q.shape)}"
+            )
         if k.shape[2] == 0 or q.shape[2] % k.shape[2] != 0:
             raise InputError(
                 f"{prefix}.k: got {k.shape[2]} heads, want a divisor of the {q.shape[2]} of q"

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from tensor_file import InputError
+from command_line import InputError
 
 # "1Chr12:3 And ..." -> book and chapter, verse, text.
 VERSE = re.compile(r"(\d?[A-Za-z]+\d+):(\d+) (.*)")
