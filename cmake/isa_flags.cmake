@@ -11,6 +11,10 @@ if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU" AND CMAKE_CXX_COMPILER_VERSION VERSION_L
   list(APPEND ATTN8_ISA_FLAGS_avx512_vnni -Wno-uninitialized -Wno-maybe-uninitialized)
 endif()
 
+# The portable file passes 64-byte vectors between its own functions only, so their calling
+# convention, which GCC warns has changed between releases, does not matter.
+set(ATTN8_ISA_FLAGS_scalar -Wno-psabi)
+
 # Gives each file of `sources` (a variable's name) its flags, and drops from that list the files of
 # another processor family.
 function(attn8_set_isa_flags sources)
@@ -24,5 +28,8 @@ function(attn8_set_isa_flags sources)
       list(REMOVE_ITEM kept ${files})
     endif()
   endforeach()
+  set(scalar_files ${${sources}})
+  list(FILTER scalar_files INCLUDE REGEX "/cpu/isa/scalar\\.cpp$")
+  set_property(SOURCE ${scalar_files} APPEND PROPERTY COMPILE_OPTIONS ${ATTN8_ISA_FLAGS_scalar})
   set(${sources} ${kept} PARENT_SCOPE)
 endfunction()

@@ -11,6 +11,8 @@
 namespace attn8::avx2 {
 
 #define ATTN8_INLINE inline __attribute__((always_inline))
+/// For the large pieces of the algorithm, whose accumulators must stay in registers.
+#define ATTN8_KERNEL_INLINE ATTN8_INLINE
 #define ATTN8_INLINE_LAMBDA __attribute__((always_inline))
 
 inline constexpr Isa kIsa = Isa::kAvx2;

@@ -15,87 +15,76 @@
 namespace attn8::scalar {
 
 #define ATTN8_INLINE inline __attribute__((always_inline))
-#define ATTN8_INLINE_LAMBDA __attribute__((always_inline))
+/// For the large pieces of the algorithm: separate functions, which compile fast; here nothing is
+/// gained by keeping accumulators in registers across them.
+#define ATTN8_KERNEL_INLINE inline __attribute__((noinline))
+#define ATTN8_INLINE_LAMBDA
 
 inline constexpr Isa kIsa = Isa::kScalar;
 inline constexpr bool kQueryCodesOffset = false;
 inline constexpr int kVectors = 1;
 
+/// 16 lanes as a vector type of the compiler's, which lowers it to whatever the target has; every
+/// operation is the IEEE one lane by lane.
+typedef float Float16Lanes __attribute__((vector_size(64)));
+typedef int32_t Int16Lanes __attribute__((vector_size(64)));
+typedef uint32_t Uint16Lanes __attribute__((vector_size(64)));
+
 struct F32 {
-  float v[16];
+  Float16Lanes v;
 };
 struct I32 {
-  int32_t v[16];
+  Int16Lanes v;
 };
 
-template <class R, class F>
-ATTN8_INLINE R lanes(F f) {
+/// The bits of one vector type as another.
+template <class To, class From>
+ATTN8_INLINE To bits_as(const From& from) {
+  return reinterpret_cast<To>(from);
+}
+/// 16 elements from any address.
+template <class R, class T>
+ATTN8_INLINE R load_lanes(const T* p) {
   R result;
-  for (int i = 0; i < 16; ++i) result.v[i] = f(i);
+  std::memcpy(&result.v, p, 64);
   return result;
 }
+constexpr Int16Lanes kLane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
-ATTN8_INLINE F32 load(const float* p) {
-  return lanes<F32>([=](int i) { return p[i]; });
-}
-ATTN8_INLINE I32 load(const int32_t* p) {
-  return lanes<I32>([=](int i) { return p[i]; });
-}
-ATTN8_INLINE void store(float* p, const F32& a) {
-  for (int i = 0; i < 16; ++i) p[i] = a.v[i];
-}
-ATTN8_INLINE F32 broadcast(float x) {
-  return lanes<F32>([=](int) { return x; });
-}
-ATTN8_INLINE I32 zero_i32() { return {}; }
+ATTN8_INLINE F32 load(const float* p) { return load_lanes<F32>(p); }
+ATTN8_INLINE I32 load(const int32_t* p) { return load_lanes<I32>(p); }
+ATTN8_INLINE void store(float* p, const F32& a) { std::memcpy(p, &a.v, 64); }
+ATTN8_INLINE F32 broadcast(float x) { return {Float16Lanes{} + x}; }
+ATTN8_INLINE I32 zero_i32() { return {Int16Lanes{}}; }
 
-ATTN8_INLINE F32 operator+(const F32& a, const F32& b) {
-  return lanes<F32>([&](int i) { return a.v[i] + b.v[i]; });
-}
-ATTN8_INLINE F32 operator-(const F32& a, const F32& b) {
-  return lanes<F32>([&](int i) { return a.v[i] - b.v[i]; });
-}
-ATTN8_INLINE F32 operator*(const F32& a, const F32& b) {
-  return lanes<F32>([&](int i) { return a.v[i] * b.v[i]; });
-}
-ATTN8_INLINE F32 divide(const F32& a, const F32& b) {
-  return lanes<F32>([&](int i) { return a.v[i] / b.v[i]; });
-}
+ATTN8_INLINE F32 operator+(const F32& a, const F32& b) { return {a.v + b.v}; }
+ATTN8_INLINE F32 operator-(const F32& a, const F32& b) { return {a.v - b.v}; }
+ATTN8_INLINE F32 operator*(const F32& a, const F32& b) { return {a.v * b.v}; }
+ATTN8_INLINE F32 divide(const F32& a, const F32& b) { return {a.v / b.v}; }
 /// a * b + c, rounded once where the ISA can; only for modes that need no bit-equality.
 ATTN8_INLINE F32 multiply_add(const F32& a, const F32& b, const F32& c) {
-  return lanes<F32>([&](int i) { return a.v[i] * b.v[i] + c.v[i]; });
+  return {a.v * b.v + c.v};
 }
 /// The larger; b where either is NaN.
-ATTN8_INLINE F32 max(const F32& a, const F32& b) {
-  return lanes<F32>([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
-}
+ATTN8_INLINE F32 max(const F32& a, const F32& b) { return {a.v > b.v ? a.v : b.v}; }
 /// The smaller; b where either is NaN.
-ATTN8_INLINE F32 min(const F32& a, const F32& b) {
-  return lanes<F32>([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; });
-}
-ATTN8_INLINE F32 to_float(const I32& a) {
-  return lanes<F32>([&](int i) { return static_cast<float>(a.v[i]); });
-}
+ATTN8_INLINE F32 min(const F32& a, const F32& b) { return {a.v < b.v ? a.v : b.v}; }
+ATTN8_INLINE F32 to_float(const I32& a) { return {__builtin_convertvector(a.v, Float16Lanes)}; }
 /// Round half to even; |a| < 2^22. The sum with 1.5 * 2^23 has the integer in its low bits.
 ATTN8_INLINE I32 round_to_int(const F32& a) {
-  return lanes<I32>([&](int i) {
-    return std::bit_cast<int32_t>(a.v[i] + 0x1.8p23f) - std::bit_cast<int32_t>(0x1.8p23f);
-  });
+  return {bits_as<Int16Lanes>(a.v + 0x1.8p23f) - std::bit_cast<int32_t>(0x1.8p23f)};
 }
 /// x * 2^n for the n whose sum with 1.5 * 2^23 is `magic`; the result must be normal.
 ATTN8_INLINE F32 scale_by_power(const F32& x, const F32& magic) {
-  return lanes<F32>([&](int i) {
-    return std::bit_cast<float>(std::bit_cast<uint32_t>(x.v[i]) +
-                                (std::bit_cast<uint32_t>(magic.v[i]) << 23));
-  });
+  return {bits_as<Float16Lanes>(bits_as<Uint16Lanes>(x.v) + (bits_as<Uint16Lanes>(magic.v) << 23))};
 }
 /// a in lanes [lo, hi), other elsewhere; lo and hi may lie outside [0, 16].
 ATTN8_INLINE F32 keep_lanes(const F32& a, int lo, int hi, const F32& other) {
-  return lanes<F32>([&](int i) { return i >= lo && i < hi ? a.v[i] : other.v[i]; });
+  return {((kLane >= lo) & (kLane < hi)) ? a.v : other.v};
 }
 /// a where x >= bound, b elsewhere.
 ATTN8_INLINE F32 select_not_below(const F32& x, const F32& bound, const F32& a, const F32& b) {
-  return lanes<F32>([&](int i) { return x.v[i] >= bound.v[i] ? a.v[i] : b.v[i]; });
+  return {x.v >= bound.v ? a.v : b.v};
 }
 ATTN8_INLINE float reduce_max(const F32& a) {
   float largest = a.v[0];
@@ -105,37 +94,42 @@ ATTN8_INLINE float reduce_max(const F32& a) {
 
 /// p rounded to bfloat16 (nearest even) and back; p finite.
 ATTN8_INLINE F32 round_to_bfloat16(const F32& p) {
-  return lanes<F32>([&](int i) { return bfloat16_to_float(float_to_bfloat16(p.v[i])); });
+  const auto bits = bits_as<Uint16Lanes>(p.v);
+  return {bits_as<Float16Lanes>((bits + (bits >> 16 & 1u) + 0x7fffu) & ~0xffffu)};
 }
 ATTN8_INLINE F32 load_bfloat16(const uint16_t* p) {
-  return lanes<F32>([=](int i) { return bfloat16_to_float(p[i]); });
+  F32 result;
+  for (int i = 0; i < 16; ++i) result.v[i] = bfloat16_to_float(p[i]);
+  return result;
 }
 
 /// Four bytes to every lane.
 ATTN8_INLINE I32 broadcast4(const std::byte* p) {
   int32_t word;
   std::memcpy(&word, p, 4);
-  return lanes<I32>([=](int) { return word; });
+  return {Int16Lanes{} + word};
 }
-ATTN8_INLINE I32 load_bytes(const std::byte* p) {
-  I32 result;
-  std::memcpy(result.v, p, 64);
-  return result;
-}
-template <class A>
-ATTN8_INLINE void dot4(I32& sum, const I32& a, const I32& b) {
-  for (int i = 0; i < 16; ++i) {
-    A x[4];
-    int8_t y[4];
-    std::memcpy(x, &a.v[i], 4);
-    std::memcpy(y, &b.v[i], 4);
-    sum.v[i] += x[0] * y[0] + x[1] * y[1] + x[2] * y[2] + x[3] * y[3];
+ATTN8_INLINE I32 load_bytes(const std::byte* p) { return load_lanes<I32>(p); }
+// The four products of a lane one after the other: shifting left and back extends the sign of a
+// byte, and codes of 8 bits multiply within 16.
+/// sum[lane] += sum of 4 products of u8 in `a` with s8 in `b`.
+ATTN8_INLINE void dot4_u8_s8(I32& sum, const I32& a, const I32& b) {
+#pragma GCC unroll 4
+  for (int byte = 0; byte < 4; ++byte) {
+    const Int16Lanes x = a.v >> (8 * byte) & 0xff;
+    const Int16Lanes y = bits_as<Int16Lanes>(bits_as<Uint16Lanes>(b.v) << (24 - 8 * byte)) >> 24;
+    sum.v += x * y;
   }
 }
-/// sum[lane] += sum of 4 products of u8 in `a` with s8 in `b`.
-ATTN8_INLINE void dot4_u8_s8(I32& sum, const I32& a, const I32& b) { dot4<uint8_t>(sum, a, b); }
 /// The same for Q codes (s8) against K codes.
-ATTN8_INLINE void dot4_query(I32& sum, const I32& a, const I32& b) { dot4<int8_t>(sum, a, b); }
+ATTN8_INLINE void dot4_query(I32& sum, const I32& a, const I32& b) {
+#pragma GCC unroll 4
+  for (int byte = 0; byte < 4; ++byte) {
+    const Int16Lanes x = bits_as<Int16Lanes>(bits_as<Uint16Lanes>(a.v) << (24 - 8 * byte)) >> 24;
+    const Int16Lanes y = bits_as<Int16Lanes>(bits_as<Uint16Lanes>(b.v) << (24 - 8 * byte)) >> 24;
+    sum.v += x * y;
+  }
+}
 
 /// Four vectors of 16 codes in [0, 255] to 64 bytes in the order of p_position().
 ATTN8_INLINE void store_codes(std::byte* p, const I32 (&codes)[4]) {
@@ -146,29 +140,25 @@ ATTN8_INLINE void store_codes(std::byte* p, const I32 (&codes)[4]) {
 
 // Rows.
 ATTN8_INLINE F32 load_float16(const uint16_t* p) {
-  return lanes<F32>([=](int i) { return float16_to_float(p[i]); });
+  F32 result;
+  for (int i = 0; i < 16; ++i) result.v[i] = float16_to_float(p[i]);
+  return result;
 }
 ATTN8_INLINE void store_float16(uint16_t* p, const F32& a) {
   for (int i = 0; i < 16; ++i) p[i] = float_to_float16(a.v[i]);
 }
 /// Bits of max(running, |a|), lane by lane, as unsigned integers.
 ATTN8_INLINE I32 max_abs_bits(const I32& running, const F32& a) {
-  return lanes<I32>([&](int i) {
-    const int32_t bits = std::bit_cast<int32_t>(a.v[i]) & 0x7fffffff;  // not negative: order kept
-    return bits > running.v[i] ? bits : running.v[i];
-  });
+  const Int16Lanes bits = bits_as<Int16Lanes>(a.v) & 0x7fffffff;  // not negative: order kept
+  return {bits > running.v ? bits : running.v};
 }
 ATTN8_INLINE uint32_t reduce_max_u32(const I32& a) {
   int32_t largest = a.v[0];
   for (int i = 1; i < 16; ++i) largest = a.v[i] > largest ? a.v[i] : largest;
   return static_cast<uint32_t>(largest);
 }
-ATTN8_INLINE I32 load_u32(const uint32_t* p) {
-  return lanes<I32>([=](int i) { return static_cast<int32_t>(p[i]); });
-}
-ATTN8_INLINE void store_u32(uint32_t* p, const I32& a) {
-  for (int i = 0; i < 16; ++i) p[i] = static_cast<uint32_t>(a.v[i]);
-}
+ATTN8_INLINE I32 load_u32(const uint32_t* p) { return load_lanes<I32>(p); }
+ATTN8_INLINE void store_u32(uint32_t* p, const I32& a) { std::memcpy(p, &a.v, 64); }
 /// 16 codes in [-127, 127] to bytes in lane order.
 ATTN8_INLINE void store_signed_bytes(int8_t* p, const I32& a) {
   for (int i = 0; i < 16; ++i) p[i] = static_cast<int8_t>(a.v[i]);

@@ -6,8 +6,8 @@
 
 /// Scores of one key group from float Q and K, in log2 units.
 template <int kRows>
-ATTN8_INLINE void score_group_float(const AttendTile& tile, const RowGroup& rows, int64_t group,
-                                    float* scores, F32 (&largest)[kRows]) {
+ATTN8_KERNEL_INLINE void score_group_float(const AttendTile& tile, const RowGroup& rows,
+                                           int64_t group, float* scores, F32 (&largest)[kRows]) {
   const auto* k = reinterpret_cast<const float*>(tile.kv.k) +
                   group * kKeyGroup * tile.head_dim;  // [head_dim][64]
   const auto* q = reinterpret_cast<const float*>(tile.q) + rows.first_row * tile.head_dim;
@@ -55,8 +55,8 @@ ATTN8_INLINE void score_group_float(const AttendTile& tile, const RowGroup& rows
 
 /// Weights of one row and key group in place of its scores, rounded to bfloat16 in `half`.
 template <bool kBfloat16, bool kLse>
-ATTN8_INLINE void weigh_group(const AttendTile& tile, int row, int64_t group, float* scores,
-                              float subtract, F32& sum, F32& weight_sum) {
+ATTN8_KERNEL_INLINE void weigh_group(const AttendTile& tile, int row, int64_t group, float* scores,
+                                     float subtract, F32& sum, F32& weight_sum) {
   int lo = 0;
   int hi = 0;
   visible_lanes(tile, row, group, &lo, &hi);
@@ -86,8 +86,9 @@ ATTN8_INLINE F32 load_value(const std::byte* p) {
 }
 
 template <int kRows, int kCount, bool kBfloat16>
-ATTN8_INLINE void add_values_float(const AttendTile& tile, const RowGroup& rows,
-                                   const float* weights, const RowState& state, int channel) {
+ATTN8_KERNEL_INLINE void add_values_float(const AttendTile& tile, const RowGroup& rows,
+                                          const float* weights, const RowState& state,
+                                          int channel) {
   constexpr int kBytes = kBfloat16 ? 2 : 4;
   const int64_t padded_dim = padded_v_dim(tile.head_dim);
   F32 sum[kRows][kCount];
@@ -132,8 +133,8 @@ ATTN8_INLINE void add_values_float(const AttendTile& tile, const RowGroup& rows,
 }
 
 template <int kRows, bool kHalf, bool kLse>
-ATTN8_INLINE void attend_block_float(const AttendTile& tile, const RowGroup& rows, RowState& state,
-                                     const Int8Scratch& scratch) {
+ATTN8_KERNEL_INLINE void attend_block_float(const AttendTile& tile, const RowGroup& rows,
+                                            RowState& state, const Int8Scratch& scratch) {
   F32 largest[kRows];
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) {

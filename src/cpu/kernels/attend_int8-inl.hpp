@@ -41,8 +41,8 @@ ATTN8_INLINE bool all_visible(const AttendTile& tile, int first_row, int64_t gro
 
 /// QK of one key group: exact integers, scaled to log2 units, stored, their maxima taken.
 template <int kRows, bool kFold>
-ATTN8_INLINE void score_group(const AttendTile& tile, const RowGroup& rows, int64_t group,
-                              float* scores, F32 (&largest)[kRows]) {
+ATTN8_KERNEL_INLINE void score_group(const AttendTile& tile, const RowGroup& rows, int64_t group,
+                                     float* scores, F32 (&largest)[kRows]) {
   const int padded_dim = static_cast<int>(padded_qk_dim(tile.head_dim));
   const std::byte* k = tile.kv.k + group * kKeyGroup * padded_dim;  // [padded_dim / 4][64][4] s8
   const KeyRecord& record = tile.kv.records[group];
@@ -98,8 +98,9 @@ ATTN8_INLINE void score_group(const AttendTile& tile, const RowGroup& rows, int6
 /// Rounds the weights of one row and key group to codes and adds them to the row's sums.
 /// kTop: the code of weight 1 (255 or 127).
 template <int kTop, bool kFold, bool kLse>
-ATTN8_INLINE void round_group(const AttendTile& tile, int row, int64_t group, const float* scores,
-                              float subtract, std::byte* codes, F32& sum, F32& weight_sum) {
+ATTN8_KERNEL_INLINE void round_group(const AttendTile& tile, int row, int64_t group,
+                                     const float* scores, float subtract, std::byte* codes,
+                                     F32& sum, F32& weight_sum) {
   const KeyRecord& record = tile.kv.records[group];
   const KeyRange range = tile.visible[row];
   const bool full = range.lo <= group * kKeyGroup && range.hi >= (group + 1) * kKeyGroup;
@@ -133,8 +134,9 @@ ATTN8_INLINE void round_group(const AttendTile& tile, int row, int64_t group, co
 
 /// P V of the block for `kCount` vectors of 16 channels, added to the rows' accumulators.
 template <int kRows, int kCount>
-ATTN8_INLINE void add_values(const AttendTile& tile, const RowGroup& rows, const std::byte* codes,
-                             const RowState& state, int channel, const float* block_scale) {
+ATTN8_KERNEL_INLINE void add_values(const AttendTile& tile, const RowGroup& rows,
+                                    const std::byte* codes, const RowState& state, int channel,
+                                    const float* block_scale) {
   const int64_t padded_dim = padded_v_dim(tile.head_dim);
   const int64_t slab = channel / 64 * 64;
   const int64_t quad_stride = slab_width(padded_dim, slab) * 4;
@@ -175,9 +177,9 @@ ATTN8_INLINE void add_values(const AttendTile& tile, const RowGroup& rows, const
 }
 
 template <int kRows>
-ATTN8_INLINE void add_all_values(const AttendTile& tile, const RowGroup& rows,
-                                 const std::byte* codes, const RowState& state,
-                                 const float* block_scale) {
+ATTN8_KERNEL_INLINE void add_all_values(const AttendTile& tile, const RowGroup& rows,
+                                        const std::byte* codes, const RowState& state,
+                                        const float* block_scale) {
   const int padded_dim = static_cast<int>(padded_v_dim(tile.head_dim));
   int channel = 0;
   // A slab is 64 channels; passes of kVectors vectors do not cross its end.
@@ -191,8 +193,8 @@ ATTN8_INLINE void add_all_values(const AttendTile& tile, const RowGroup& rows,
 
 /// One group of rows against one kv block.
 template <int kRows, int kTop, bool kLocal, bool kFold, bool kLse>
-ATTN8_INLINE void attend_block(const AttendTile& tile, const RowGroup& rows, RowState& state,
-                               const Int8Scratch& scratch, const float* block_scale) {
+ATTN8_KERNEL_INLINE void attend_block(const AttendTile& tile, const RowGroup& rows, RowState& state,
+                                      const Int8Scratch& scratch, const float* block_scale) {
   F32 largest[kRows];
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) {

@@ -41,7 +41,7 @@ struct RowState {
 /// kLocal: weights are relative to the block's own maximum and b brings them to the running one;
 /// otherwise they are relative to the running maximum and b is 1.
 template <bool kLocal>
-ATTN8_INLINE void advance(RowState& state, const float* block_max, int rows) {
+ATTN8_KERNEL_INLINE void advance(RowState& state, const float* block_max, int rows) {
   constexpr float kMinusInf = -std::numeric_limits<float>::infinity();
   float exponent[16] = {};
   for (int r = 0; r < rows; ++r) {
