@@ -44,6 +44,8 @@ class Facts:
     """Smallest |v_j| / median |v|."""
     v_norm_max: float
     """Largest |v_j| / median |v|."""
+    v_channel_spread: float
+    """Largest over channels of max |v| / the median of the channels."""
     first_v_norm: float
     """|v_0| / median |v|."""
     first_k_norm: float
@@ -110,6 +112,8 @@ def facts_of_head(
     v_ratio = v_norm / np.maximum(np.median(v_norm, axis=1, keepdims=True), tiny)
     k_ratio = k_norm / np.maximum(np.median(k_norm, axis=1, keepdims=True), tiny)
 
+    channel_max = np.abs(values).max(axis=1)
+
     seqlen_q, seqlen_k = q.shape[1], k.shape[1]
     first_row = max(0, seqlen_k // 2 - (seqlen_k - seqlen_q)) if causal else 0
     first_row = min(first_row, seqlen_q - 1)
@@ -143,6 +147,9 @@ def facts_of_head(
         k_peak_over_rms=float(np.median(np.abs(keys).max(axis=2) / np.maximum(rms, tiny))),
         v_norm_min=float(v_ratio.min()),
         v_norm_max=float(v_ratio.max()),
+        v_channel_spread=float(
+            (channel_max.max(axis=1) / np.maximum(np.median(channel_max, axis=1), tiny)).mean()
+        ),
         first_v_norm=float(v_ratio[:, 0].mean()),
         first_k_norm=float(k_ratio[:, 0].mean()),
         first_mass=float(mass[:, :, 0].mean()),
@@ -218,7 +225,7 @@ COLUMNS = [
     ("K peak/rms", "k_peak_over_rms", ".1f"),
     ("V norm min", "v_norm_min", ".3f"),
     ("V norm max", "v_norm_max", ".1f"),
-    ("V norm key 0", "first_v_norm", ".2f"),
+    ("V channels", "v_channel_spread", ".1f"),
     ("P key 0", "first_mass", ".2f"),
     ("P low V", "low_v_mass", ".2f"),
     ("low V keys", "low_v_keys", ".3f"),

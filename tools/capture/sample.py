@@ -55,7 +55,7 @@ class Choice:
 CHOICES = [
     Choice("smollm2", 0, 0, 1024, "diffuse attention, no sink"),
     Choice("smollm2", 2, 0, 384, "largest K channel mean over its deviation, no sink"),
-    Choice("smollm2", 10, 1, 384, "largest K peak over rms, weak sink away from key 0"),
+    Choice("smollm2", 10, 1, 384, "largest K peak over rms, most mass on many low-norm keys"),
     Choice("smollm2", 18, 2, 384, "strongest low-norm sink, largest scores"),
     Choice("smollm2", 20, 1, 384, "typical low-norm sink"),
     Choice("minilm", 0, 2, 512, "attention to one position, large scores"),
