@@ -18,7 +18,8 @@
 //
 // Exponentials. 2^-gap has a relative error of at most kExp2RelativeError, and of u (gap + 16) from
 // rounding its argument, at most 8 binades from the maximum where R is folded into it; 2^0 is
-// exact. This gives intervals [w_lo, w_hi] around w, and the same for the factors a and b.
+// exact. Below 2^-126, where float32 has no normal numbers, it may stop anywhere from 0 to 2^-126.
+// This gives intervals [w_lo, w_hi] around w, and the same for the factors a and b.
 //
 // Codes. Rounding is monotonic, so code' lies in [round(w_lo), round(w_hi)]; `flip` is the larger
 // distance of the ends from the code. It is 0 except for the few keys within a relative 2^-17 or so
@@ -26,14 +27,14 @@
 // P and V are floats, adding n keys in float32, in any order, adds (n + 2) u sum_j p_j |v_jd|.
 //
 // Recurrences. With A = |x' - x| for a factor x, each step
-//     O <- a O + b C   moves  E_O to  a_hi E_O + A_a |O| + b_hi E_C + A_b |C| + 4 u (a |O| + b |C|)
+//     O <- a O + b C   moves  E_O to  a_hi E_O + A_a |O| + b_hi E_C + A_b |C| + 4 u (|O'| + |C'|)
 // (conversion to float32, the products with b and the V scale, the multiply-add), and l likewise,
 // where E_L sums |w' - w| / r_j, or flip_j / r_j for the keys that enter by their code, and
 // (n + 5) u L for the float32 sum.
 //
 // Result. O'/l' - O/l = (O' - O - out (l' - l)) / l', so
 //     |out' - out| <= (E_O + |out| E_l) / (l - E_l) + 6 u |out|.
-// Terms in u^2 and subnormal numbers are left out; the rounded-up constants hold them.
+// Other terms in u^2, and subnormal sums, are left out; the rounded-up constants hold them.
 
 #include "reference/emulation_row.hpp"
 
@@ -48,6 +49,7 @@ namespace {
 
 constexpr double kUnit = 0x1p-24;
 constexpr double kExp2RelativeError = 0x1p-18;
+constexpr double kSmallestPower = 0x1p-126;
 constexpr double kFloatMax = std::numeric_limits<float>::max();
 constexpr double kInf = std::numeric_limits<double>::infinity();
 
@@ -82,7 +84,7 @@ Interval exp2_interval(double range, double gap_min, double gap_max) {
     return kExp2RelativeError + kUnit * (std::min(x, 0x1p10) + 16);
   };
   return {range * std::exp2(-gap_max) * std::max(0.0, 1 - error(gap_max)),
-          range * std::exp2(-gap) * (1 + error(gap))};
+          range * std::max(std::exp2(-gap) * (1 + error(gap)), kSmallestPower)};
 }
 
 struct Score {
@@ -136,13 +138,11 @@ struct Sum {
 };
 
 Sum online_step(const Rescale& a, const Sum& old, const Rescale& b, const Sum& added) {
-  Sum sum;
+  const double old_error = a.kernel.upper * old.error + a.error() * std::abs(old.value);
+  const double added_error = b.kernel.upper * added.error + b.error() * std::abs(added.value);
   const double old_part = a.factor * old.value, added_part = b.factor * added.value;
-  sum.value = old_part + added_part;
-  sum.error = a.kernel.upper * old.error + a.error() * std::abs(old.value) +
-              b.kernel.upper * added.error + b.error() * std::abs(added.value) +
-              4 * kUnit * (std::abs(old_part) + std::abs(added_part));
-  return sum;
+  const double rounded = std::abs(old_part) + old_error + std::abs(added_part) + added_error;
+  return {old_part + added_part, old_error + added_error + 4 * kUnit * rounded};
 }
 
 void add_scaled_abs(std::vector<double>& sum, double weight, const float* v) {
