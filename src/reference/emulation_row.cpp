@@ -34,7 +34,7 @@
 //
 // Result. O'/l' - O/l = (O' - O - out (l' - l)) / l', so
 //     |out' - out| <= (E_O + |out| E_l) / (l - E_l) + 6 u |out|.
-// Other terms in u^2, and subnormal sums, are left out; the rounded-up constants hold them.
+// Other terms in u^2 are left out; the rounded-up constants hold them.
 
 #include "reference/emulation_row.hpp"
 
@@ -52,6 +52,9 @@ constexpr double kExp2RelativeError = 0x1p-18;
 constexpr double kSmallestPower = 0x1p-126;
 constexpr double kFloatMax = std::numeric_limits<float>::max();
 constexpr double kInf = std::numeric_limits<double>::infinity();
+
+// Error of rounding a value of at most this magnitude to float32, subnormal ones included.
+double rounding(double magnitude) { return std::max(kUnit * magnitude, 0x1p-150); }
 
 double round_p(PFormat format, double w) {
   switch (format) {
@@ -142,7 +145,7 @@ Sum online_step(const Rescale& a, const Sum& old, const Rescale& b, const Sum& a
   const double added_error = b.kernel.upper * added.error + b.error() * std::abs(added.value);
   const double old_part = a.factor * old.value, added_part = b.factor * added.value;
   const double rounded = std::abs(old_part) + old_error + std::abs(added_part) + added_error;
-  return {old_part + added_part, old_error + added_error + 4 * kUnit * rounded};
+  return {old_part + added_part, old_error + added_error + 4 * rounding(rounded)};
 }
 
 void add_scaled_abs(std::vector<double>& sum, double weight, const float* v) {
@@ -239,7 +242,7 @@ double emulate_row(const Arithmetic& arithmetic, const KeyValues& kv, const Quer
     if (!want_bound) continue;
     const double least_l = denominator.value - denominator.error;
     const double moved = total.error + std::abs(out[d]) * denominator.error;
-    bound[d] = least_l > 0 ? moved / least_l + 6 * kUnit * std::abs(out[d]) : kInf;
+    bound[d] = least_l > 0 ? moved / least_l + 6 * rounding(std::abs(out[d])) : kInf;
   }
   return std::log2(weights) + running.value;
 }
