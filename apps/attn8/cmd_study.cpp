@@ -171,9 +171,12 @@ void run(const StudyFlags& flags) {
   for (const std::string& recipe : recipes) {
     for (const int64_t length : flags.lengths) {
       const bool whole = flags.full || length == flags.grid_length;
-      tasks.push_back({recipe, length,
-                       with_baselines(whole ? merged(full_grid(), main_grid()) : main_grid()),
-                       recipe});
+      Task task;
+      task.name = recipe;
+      task.seqlen_k = length;
+      task.configs = with_baselines(whole ? merged(full_grid(), main_grid()) : main_grid());
+      task.recipe = recipe;
+      tasks.push_back(std::move(task));
     }
   }
   for (const std::string& path : flags.qkv) {

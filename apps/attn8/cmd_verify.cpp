@@ -123,7 +123,7 @@ void print_text(const std::vector<Tally>& tallies, const std::vector<std::string
   fmt::print("quantize: codes, scales and means of every ISA {}\n",
              quantize.empty() ? "equal the scalar ones" : "DIFFER");
   // The first few of each kind say enough; --json has all.
-  constexpr size_t kShown = 5;
+  constexpr size_t kShown = 3;
   for (const Tally& tally : tallies) {
     for (size_t i = 0; i < std::min(kShown, tally.failures.size()); ++i) {
       fmt::print("failed: {}\n", tally.failures[i]);

@@ -10,6 +10,7 @@
 
 #include "failure.hpp"
 #include "parallel.hpp"
+#include "recipes.hpp"
 
 namespace attn8::app {
 namespace {
@@ -80,6 +81,25 @@ double visible_pairs(int64_t seqlen_q, int64_t seqlen_k, const Mask& mask) {
 
 Shape Qkv::shape() const {
   return {q.shape()[0], q.shape()[2], k.shape()[2], q.shape()[1], k.shape()[1], q.shape()[3]};
+}
+
+Qkv make_qkv(const std::string& recipe, uint64_t seed, const Shape& shape) {
+  const Recipe* found = find_recipe(recipe);
+  if (found == nullptr) {
+    std::string names;
+    for (const Recipe& one : recipes()) names += fmt::format(" {}", one.name);
+    fail(StatusCode::kInvalidArgument,
+         fmt::format("--recipe: got '{}', want one of:{}", recipe, names));
+  }
+  const Extents q = {shape.batch, shape.seqlen_q, shape.nheads_q, shape.head_dim};
+  const Extents k = {shape.batch, shape.seqlen_k, shape.nheads_k, shape.head_dim};
+  Qkv qkv = {HostTensor(DType::kFloat32, q), HostTensor(DType::kFloat32, k),
+             HostTensor(DType::kFloat32, k)};
+  fill(*found, seed,
+       {shape.batch, shape.seqlen_q, shape.seqlen_k, shape.nheads_q, shape.nheads_k,
+        shape.head_dim},
+       qkv.q.floats(), qkv.k.floats(), qkv.v.floats(), true);
+  return qkv;
 }
 
 Qkv convert(const Qkv& qkv, DType dtype) {

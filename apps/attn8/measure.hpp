@@ -39,7 +39,8 @@ struct Qkv {
   [[nodiscard]] Shape shape() const;
 };
 
-/// Synthetic operands of a recipe of recipes.hpp, float32. Unknown names are kInvalidArgument.
+/// Synthetic operands of a recipe of recipes.hpp: float32, with values that float16 holds too.
+/// Unknown names are kInvalidArgument.
 Qkv make_qkv(const std::string& recipe, uint64_t seed, const Shape& shape);
 
 /// The three tensors in another float type.

@@ -171,7 +171,8 @@ std::vector<std::pair<double, std::string>> axis_ticks(const Axis& axis, double 
       for (const double nice : {5.0, 2.0, 1.0}) {
         if (rough <= nice * decade) step = nice * decade;
       }
-      for (double i = std::ceil(low / step - 1e-9); i * step <= high * (1 + 1e-9); ++i) {
+      // + 0.0 makes a zero of the negative zero that ceil may give.
+      for (double i = std::ceil(low / step - 1e-9) + 0.0; i * step <= high * (1 + 1e-9); ++i) {
         ticks.emplace_back(i * step, fmt::format("{:.6g}", i * step));
       }
       break;
