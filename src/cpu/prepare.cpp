@@ -280,6 +280,12 @@ class Preparation {
     float values[kMaxDim] = {};
     for (int64_t key = begin; key < end; ++key) {
       load(v_, head, key, values);
+      // The rows of a tile share what they read: a weight of 0 times a NaN would reach rows that do
+      // not see this key.
+      if (table_.max_abs_bits(values, dim()) >= kInfBits) {
+        work_.poison(head)[key] = 1;
+        std::fill_n(values, dim(), 0.0f);
+      }
       std::byte* row = work_.v(head) + key * padded * (half ? 2 : 4);  // [padded_v_dim]
       table_.store_row(values, static_cast<int>(padded), half ? DType::kBFloat16 : DType::kFloat32,
                        1, row);

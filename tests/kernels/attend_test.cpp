@@ -1,0 +1,186 @@
+// SPDX-FileCopyrightText: The attn8 authors
+// SPDX-License-Identifier: Apache-2.0
+#include "support/kernel_case.hpp"
+
+namespace attn8::testing {
+namespace {
+
+constexpr Mode kKernelModes[] = {Mode::kAccurate, Mode::kPaper, Mode::kHalf, Mode::kExact};
+constexpr Granularity kGranularities[] = {Granularity::kToken, Granularity::kTensor,
+                                          Granularity::kChannel, Granularity::kBlock,
+                                          Granularity::kBlockChannel};
+
+class Attend : public EachIsa {};
+
+TEST_P(Attend, OddLengths) {
+  for (const Mode mode : kKernelModes) {
+    for (const int64_t seqlen_k : {1, 2, 3, 31, 33, 63, 64, 65, 127, 128, 129, 501, 511, 513}) {
+      for (const int64_t seqlen_q : {int64_t{1}, int64_t{5}, int64_t{67}}) {
+        KernelCase c;
+        c.options.mode = mode;
+        c.seqlen_q = seqlen_q;
+        c.seqlen_k = seqlen_k;
+        c.head_dim = 64;
+        check_kernel(c, GetParam());
+      }
+    }
+  }
+}
+
+TEST_P(Attend, EveryHeadDim) {
+  for (const Mode mode : kKernelModes) {
+    for (int64_t head_dim = 1; head_dim <= 256;
+         head_dim += head_dim < 20 || head_dim > 250 ? 1 : 13) {
+      KernelCase c;
+      c.options.mode = mode;
+      c.seqlen_q = 6;
+      c.seqlen_k = 97;
+      c.head_dim = head_dim;
+      check_kernel(c, GetParam());
+    }
+  }
+}
+
+TEST_P(Attend, Masks) {
+  for (const Mode mode : kKernelModes) {
+    for (const CausalAlign align : {CausalAlign::kBottomRight, CausalAlign::kTopLeft}) {
+      for (const auto& [seqlen_q, seqlen_k] :
+           {std::pair<int64_t, int64_t>{130, 130}, {40, 200}, {200, 40}, {1, 300}, {9, 0}}) {
+        for (const auto& [causal, left, right] : {std::tuple<bool, int64_t, int64_t>{true, -1, -1},
+                                                  {false, 5, 5},
+                                                  {true, 70, -1},
+                                                  {false, 0, 0},
+                                                  {false, -1, 3},
+                                                  {false, 129, -1},
+                                                  {true, 100000, 100000}}) {
+          KernelCase c;
+          c.options.mode = mode;
+          c.options.mask = {
+              .causal = causal, .align = align, .window_left = left, .window_right = right};
+          c.options.kv_block = 64;
+          c.seqlen_q = seqlen_q;
+          c.seqlen_k = seqlen_k;
+          c.head_dim = 32;
+          check_kernel(c, GetParam());
+        }
+      }
+    }
+  }
+}
+
+TEST_P(Attend, VGranularitiesAndKvBlocks) {
+  for (const Granularity granularity : kGranularities) {
+    for (const int32_t kv_block : {64, 192, 512}) {
+      for (const Data data : {Data::kNormal, Data::kOutliers, Data::kSink}) {
+        KernelCase c;
+        c.options.v_granularity = granularity;
+        c.options.kv_block = kv_block;
+        c.options.mask.causal = true;
+        c.data = data;
+        c.seqlen_q = 70;
+        c.seqlen_k = 600;
+        c.head_dim = 80;
+        check_kernel(c, GetParam());
+      }
+    }
+  }
+}
+
+TEST_P(Attend, DataThatBreaksSoftmax) {
+  for (const Mode mode : kKernelModes) {
+    for (const Data data :
+         {Data::kZeros, Data::kOneHot, Data::kOutliers, Data::kHuge, Data::kEqual, Data::kSink}) {
+      if (mode == Mode::kExact && data == Data::kHuge) continue;  // float32 dot products overflow
+      KernelCase c;
+      c.options.mode = mode;
+      c.data = data;
+      c.seqlen_q = 33;
+      c.seqlen_k = 700;
+      c.head_dim = 64;
+      check_kernel(c, GetParam());
+    }
+  }
+}
+
+TEST_P(Attend, GroupedAndMultiQueryHeads) {
+  for (const Mode mode : kKernelModes) {
+    for (const auto& [nheads_q, nheads_k] : {std::pair<int64_t, int64_t>{8, 2}, {4, 1}, {3, 3}}) {
+      KernelCase c;
+      c.options.mode = mode;
+      c.options.mask.causal = true;
+      c.batch = 2;
+      c.nheads_q = nheads_q;
+      c.nheads_k = nheads_k;
+      c.seqlen_q = 19;
+      c.seqlen_k = 150;
+      c.head_dim = 48;
+      check_kernel(c, GetParam());
+    }
+  }
+}
+
+TEST_P(Attend, MemoryLayoutsAndTypes) {
+  for (const Mode mode : kKernelModes) {
+    for (const Memory memory : {Memory::kBhsd, Memory::kStrided, Memory::kReversed}) {
+      for (const DType dtype : {DType::kFloat32, DType::kFloat16, DType::kBFloat16}) {
+        if (mode == Mode::kExact && dtype != DType::kFloat32) continue;  // see ExactOfNarrowTypes
+        KernelCase c;
+        c.options.mode = mode;
+        c.memory = memory;
+        c.dtype = dtype;
+        c.out_dtype = dtype;
+        c.batch = 2;
+        c.nheads_q = 2;
+        c.nheads_k = 1;
+        c.seqlen_q = 13;
+        c.seqlen_k = 77;
+        c.head_dim = 40;
+        check_kernel(c, GetParam());
+      }
+    }
+  }
+}
+
+/// Narrow inputs widen exactly: the same bits as from the widened tensors.
+TEST_P(Attend, ExactOfNarrowTypes) {
+  for (const DType dtype : {DType::kFloat16, DType::kBFloat16}) {
+    KernelCase c;
+    c.options.mode = Mode::kExact;
+    c.dtype = dtype;
+    c.seqlen_q = 9;
+    c.seqlen_k = 100;
+    c.head_dim = 64;
+    const KernelInputs narrow = make_inputs(c);
+    KernelInputs wide = narrow;
+    for (auto [from, to] : {std::pair<const Tensor*, Tensor*>{&narrow.q, &wide.q},
+                            {&narrow.k, &wide.k},
+                            {&narrow.v, &wide.v}}) {
+      *to = Tensor(DType::kFloat32, from->shape());
+      to->fill([&](int64_t b, int64_t s, int64_t h, int64_t d) { return from->get(b, s, h, d); });
+    }
+    const KernelResult a = run_kernel(c, narrow.operands(), GetParam());
+    const KernelResult b = run_kernel(c, wide.operands(), GetParam());
+    EXPECT_EQ(a.out.bytes(), b.out.bytes());
+    EXPECT_EQ(a.lse.bytes(), b.lse.bytes());
+  }
+}
+
+TEST_P(Attend, WritesOnlyTheOutput) {
+  KernelCase c;
+  c.memory = Memory::kStrided;
+  c.seqlen_q = 11;
+  c.seqlen_k = 65;
+  c.head_dim = 24;
+  const KernelInputs inputs = make_inputs(c);
+  const KernelResult result = run_kernel(c, inputs.operands(), GetParam());
+  Tensor erased = result.out;
+  erased.fill([](int64_t, int64_t, int64_t, int64_t) { return 0.0; });
+  Tensor untouched(c.out_dtype, result.out.shape(), c.memory);
+  untouched.fill([](int64_t, int64_t, int64_t, int64_t) { return 0.0; });
+  EXPECT_EQ(erased.bytes(), untouched.bytes());
+}
+
+ATTN8_INSTANTIATE_EACH_ISA(Attend);
+
+}  // namespace
+}  // namespace attn8::testing
