@@ -92,6 +92,19 @@ TEST(Emulation, AccurateRoundsRelativeToTheBlockMaximum) {
   EXPECT_NEAR(o.out[0], 127.0 / (1 + std::exp(-6)), 1e-4);
 }
 
+// The window leaves keys 1, 2, 3: blocks {1} and {2, 3}, not {1, 2} and {3}.
+TEST(Emulation, KeyBlocksStartAtMultiples) {
+  EmulationOptions options = mode_options(Mode::kAccurate);
+  options.softmax_scale = 1.0F;
+  options.smooth_k = false;
+  options.kv_block = 2;
+  options.mask.window_left = 2;
+  const Output o =
+      run_emulation(column({1}), column({9, 0, 6, 0}), column({99, 127, 127, -127}), options);
+  const double first = 255 * std::exp(-6);  // unrounded, alone in its block
+  EXPECT_NEAR(o.out[0], 127 * (first + 255 - 1) / (first + 255 + 1), 1e-4);
+}
+
 // t = s + log2 r: a V token of a 64th of the norm, 3 nats above, rounds 255 e^-(ln 64 - 3) = 80.
 TEST(Emulation, TokenScalesOfVAreFoldedBeforeTheMaximum) {
   const Tensor q = column({1});
