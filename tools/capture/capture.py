@@ -338,6 +338,8 @@ def run(
     first = next(iter(capture.layers.values()))
     causal = {layer.causal for layer in capture.layers.values()}
     digest = hashlib.sha256(np.array(ids, dtype="<i8").tobytes()).hexdigest()
+    # Without the build ("+cpu"), which does not change what a CPU computes.
+    torch_version = str(torch.__version__).partition("+")[0]
     capture.metadata = {
         "model": model.title,
         "source": model.source,
@@ -355,7 +357,7 @@ def run(
         "rope": rope_text(config),
         "layout": "bshd",
         "compute_dtype": compute,
-        "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
+        "versions": f"torch {torch_version}, transformers {transformers.__version__}",
     }
     return capture
 
