@@ -127,16 +127,18 @@ TEST(Emulation, TokenScalesOfVAreFoldedBeforeTheMaximum) {
   EXPECT_NEAR(o.lse[0], 3 + std::log1p(std::exp(-3)), 1e-5);
 }
 
-// A zero V token with nearly all the mass: it must not use up the range of P, and must count in l.
+// A zero V token with most of the mass: it must not use up the range of P, and must count in l.
 TEST(Emulation, ZeroValueTokens) {
   EmulationOptions options = mode_options(Mode::kAccurate);
   options.softmax_scale = 1.0F;
   options.smooth_k = false;
-  const Output o = run_emulation(column({1}), column({8, 0, -1}), column({0, 127, 64}), options);
+  const Output o =
+      run_emulation(column({1}), column({1, 0, -1}), column({0, 1.27F, 0.64F}), options);
   const double code = std::nearbyint(255 * std::exp(-1) * 64 / 127);
-  const double l = 255 + code * 127 / 64 + 255 * std::exp(8);
-  EXPECT_NEAR(o.out[0], (255 * 127 + code * 127) / l, 1e-4);
-  EXPECT_NEAR(o.lse[0], 8 + std::log1p(std::exp(-8) + std::exp(-9)), 1e-5);
+  const double l = 255 + code * 127 / 64 + 255 * std::exp(1);
+  // The scale of the zeros, 1, is not the reference of the others, 0.01 and below.
+  EXPECT_NEAR(o.out[0], (255 * 1.27 + code * 1.27) / l, 1e-6);
+  EXPECT_NEAR(o.lse[0], std::log(std::exp(1) + 1 + std::exp(-1)), 1e-6);
   const Output zeros = run_emulation(column({1}), column({8, 0}), column({0, 0}), options);
   EXPECT_EQ(zeros.out[0], 0);
   EXPECT_NEAR(zeros.lse[0], 8 + std::log1p(std::exp(-8)), 1e-5);
@@ -161,6 +163,23 @@ TEST(Emulation, Fp8RoundsP) {
   o = run_emulation(column({1}), column({1, 0}), column({1, -1}), options);
   // e5m2 of 1/e is 0.375; (1 - 0.375) / (1 + 1/e) = 0.4569, stored as 0.4375.
   EXPECT_EQ(o.out[0], 0.4375);
+}
+
+// The largest magnitude becomes 448: with a scale of 1, 17 lies between 16 and 18.
+TEST(Emulation, Fp8ScalesByTheTensor) {
+  EmulationOptions options = mode_options(Mode::kFp8);
+  options.softmax_scale = 1.0F;
+  const Output o = run_emulation(column({1}), column({0, 200}), column({448, 17}), options);
+  EXPECT_NEAR(o.out[0], 16, 1e-9);
+}
+
+// 0 * NaN: a float V poisons also where its weight vanishes, as float attention does.
+TEST(Emulation, HalfKeepsTheNanOfAWeightlessValue) {
+  EmulationOptions options = mode_options(Mode::kHalf);
+  options.softmax_scale = 1.0F;
+  const Output o = run_emulation(column({1}), column({0, 1000}), column({kNan, 1}), options);
+  EXPECT_TRUE(std::isnan(o.out[0]));
+  EXPECT_TRUE(std::isfinite(o.lse[0]));
 }
 
 // Smoothing and the mean of a quantized K change the LSE by what they took away, the output not.

@@ -104,15 +104,15 @@ TEST(ReferenceQuantization, MeanIsTakenInDoubleAndIsFinite) {
   EXPECT_EQ(channel_mean(Tokens(0, 0, 1)), std::vector<float>{0.0F});
 }
 
-// Chunks of 4096 tokens have sums of their own: 2^53 swallows every 1 that follows it in the same
-// sum, but only those.
+// Chunks of 4096 tokens have sums of their own: beside 2^53 the ones of the first chunk are lost,
+// beside -2^53 those of the second are not.
 TEST(ReferenceQuantization, MeanSumsByChunksOfTokens) {
-  const int64_t count = 4096 + 3;
+  const int64_t count = 4096 + 4;
   Tokens tokens(5, count, 1);
+  for (int64_t j = 5; j < 5 + count; ++j) tokens.token(j)[0] = 1;
   tokens.token(5)[0] = 0x1p53F;
-  for (int64_t j = 6; j < 5 + count; ++j) tokens.token(j)[0] = 1;
-  tokens.token(5 + 4095)[0] = -0x1p53F;
-  EXPECT_EQ(channel_mean(tokens)[0], 3.0F / static_cast<float>(count));
+  tokens.token(5 + 4097)[0] = -0x1p53F;
+  EXPECT_EQ(channel_mean(tokens)[0], static_cast<float>(3.0 / static_cast<double>(count)));
 }
 
 }  // namespace
