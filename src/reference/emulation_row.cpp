@@ -198,10 +198,7 @@ double emulate_row(const Arithmetic& arithmetic, const KeyValues& kv, const Quer
       const double r = kv.r[static_cast<size_t>(j - kv.k.first)];
       const double w = range * std::exp2(t - reference.value);
       const double code = round_p(arithmetic.p_format, w);
-      // A code of 0 skips V only where V is an integer: 0 * NaN is NaN.
-      if (code != 0 || !arithmetic.integer()) {
-        add_scaled(scratch.sum.data(), code, kv.v.token(j), kv.v.stride);
-      }
+      if (code != 0) add_scaled(scratch.sum.data(), code, kv.v.token(j), kv.v.stride);
       block_weights += w / range / r;
       const bool sums_code = arithmetic.sums_code(r);
       block_denominator.value += (sums_code ? code : w) / r;

@@ -133,6 +133,11 @@ bool is_zero(const Tokens& tokens, int64_t j) {
   return std::all_of(token, token + tokens.head_dim, [](float code) { return code == 0; });
 }
 
+bool is_finite(const Tokens& tokens, int64_t j) {
+  const float* token = tokens.token(j);
+  return std::all_of(token, token + tokens.head_dim, [](float x) { return std::isfinite(x); });
+}
+
 // r_j of docs/numerics.md, section `accurate`, and v_ref.
 struct Folded {
   std::vector<double> r;
@@ -273,6 +278,10 @@ class Operands {
 
     if (options_.mode == Mode::kHalf || options_.mode == Mode::kFp8) {
       kv_.v = gather(std::get<ConstTensorView>(inputs_.v), b, hk, visible.first, visible.last);
+      for (int64_t j = visible.first; j < visible.last; ++j) {
+        // As a NaN scale does elsewhere, it poisons the rows that see it.
+        if (!is_finite(kv_.v, j)) kv_.r[static_cast<size_t>(j - visible.first)] = std::nan("");
+      }
       if (options_.mode == Mode::kHalf) {
         for (float& x : kv_.v.values) x = static_cast<float>(round_bfloat16(x));
       } else {

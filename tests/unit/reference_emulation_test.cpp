@@ -173,13 +173,23 @@ TEST(Emulation, Fp8ScalesByTheTensor) {
   EXPECT_NEAR(o.out[0], 16, 1e-9);
 }
 
-// 0 * NaN: a float V poisons also where its weight vanishes, as float attention does.
-TEST(Emulation, HalfKeepsTheNanOfAWeightlessValue) {
-  EmulationOptions options = mode_options(Mode::kHalf);
-  options.softmax_scale = 1.0F;
-  const Output o = run_emulation(column({1}), column({0, 1000}), column({kNan, 1}), options);
-  EXPECT_TRUE(std::isnan(o.out[0]));
-  EXPECT_TRUE(std::isfinite(o.lse[0]));
+// A float V poisons the rows that see it, even where its weight vanishes, and no others.
+TEST(Emulation, FloatValuesPoisonTheRowsThatSeeThem) {
+  for (const auto format : {Fp8Format::kE4m3Tensor, Fp8Format::kE5m2Raw}) {
+    for (const Mode mode : {Mode::kHalf, Mode::kFp8}) {
+      EmulationOptions options = mode_options(mode);
+      options.softmax_scale = 1.0F;
+      options.fp8_format = format;
+      options.mask.causal = true;
+      const Output o = run_emulation(column({1, 1}), column({1000, 0}), column({1, kNan}), options);
+      EXPECT_TRUE(std::isnan(o.out[1]));
+      EXPECT_TRUE(std::isnan(o.lse[1]));
+      EXPECT_TRUE(std::isfinite(o.lse[0]));
+      // One scale for the whole head: its NaN reaches the first row too.
+      const bool one_scale = mode == Mode::kFp8 && format == Fp8Format::kE4m3Tensor;
+      EXPECT_EQ(std::isnan(o.out[0]), one_scale);
+    }
+  }
 }
 
 // Smoothing and the mean of a quantized K change the LSE by what they took away, the output not.
