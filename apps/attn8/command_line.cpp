@@ -34,7 +34,9 @@ int run_command_line(int argc, const char* const* argv) {
     add_run(root);
     add_bench(root);
     add_verify(root);
+    add_paper(root);
     add_study(root);
+    add_report(root);
     root.parse(argc, argv);
     return 0;
   } catch (const CLI::Success& success) {  // --help and --version

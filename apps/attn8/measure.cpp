@@ -95,10 +95,10 @@ Qkv make_qkv(const std::string& recipe, uint64_t seed, const Shape& shape) {
   const Extents k = {shape.batch, shape.seqlen_k, shape.nheads_k, shape.head_dim};
   Qkv qkv = {HostTensor(DType::kFloat32, q), HostTensor(DType::kFloat32, k),
              HostTensor(DType::kFloat32, k)};
-  fill(*found, seed,
-       {shape.batch, shape.seqlen_q, shape.seqlen_k, shape.nheads_q, shape.nheads_k,
-        shape.head_dim},
-       qkv.q.floats(), qkv.k.floats(), qkv.v.floats(), true);
+  fill(
+      *found, seed,
+      {shape.batch, shape.seqlen_q, shape.seqlen_k, shape.nheads_q, shape.nheads_k, shape.head_dim},
+      qkv.q.floats(), qkv.k.floats(), qkv.v.floats(), true);
   return qkv;
 }
 
@@ -184,6 +184,20 @@ std::vector<double> mode_rows(const Qkv& qkv, const AttentionOptions& options,
   Runner runner(qkv, options, context, false, Layout::kBshd, DType::kFloat32);
   runner.run();
   return gather(runner.out().view(), sample);
+}
+
+std::vector<NamedMode> compared_modes() {
+  std::vector<NamedMode> modes = {{"accurate", {}, 0},
+                                  {"half", {}, 2},
+                                  {"paper", {}, 1},
+                                  {"fp8_e4m3", {}, 3},
+                                  {"fp8_e5m2", {}, 5}};
+  modes[1].options.mode = Mode::kHalf;
+  modes[2].options.mode = Mode::kPaper;
+  modes[3].options.mode = Mode::kFp8;
+  modes[4].options.mode = Mode::kFp8;
+  modes[4].options.fp8_format = Fp8Format::kE5m2Raw;
+  return modes;
 }
 
 double median(std::vector<double> values) {

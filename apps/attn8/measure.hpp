@@ -96,6 +96,16 @@ std::vector<double> emulated_rows(const Qkv& qkv, const reference::EmulationOpti
 std::vector<double> mode_rows(const Qkv& qkv, const AttentionOptions& options,
                               const Context& context, const Sample& sample);
 
+/// A mode as the comparisons name it: fp8 comes as fp8_e4m3 and fp8_e5m2.
+struct NamedMode {
+  std::string name;
+  AttentionOptions options;
+  int color;  ///< of its series in every plot
+};
+
+/// accurate, half, paper, fp8_e4m3, fp8_e5m2.
+std::vector<NamedMode> compared_modes();
+
 double median(std::vector<double> values);
 
 }  // namespace attn8::app

@@ -64,4 +64,6 @@ RealEntry RealTensors::read(size_t i) const {
 
 std::string default_sample_path() { return ATTN8_SOURCE_DIR "/data/real_sample.safetensors"; }
 
+std::string committed_study_path() { return ATTN8_SOURCE_DIR "/docs/results/study.json"; }
+
 }  // namespace attn8::app

@@ -40,5 +40,7 @@ class RealTensors {
 
 /// The committed sample, data/real_sample.safetensors of the source tree this was built from.
 std::string default_sample_path();
+/// The committed run of the study, docs/results/study.json of the same tree.
+std::string committed_study_path();
 
 }  // namespace attn8::app

@@ -112,15 +112,9 @@ std::vector<StudyConfig> main_grid() {
 
 std::vector<StudyConfig> baselines() {
   std::vector<StudyConfig> configs;
-  for (const auto& [name, mode, format] :
-       {std::tuple{"paper", Mode::kPaper, Fp8Format::kE4m3Tensor},
-        {"half", Mode::kHalf, Fp8Format::kE4m3Tensor},
-        {"fp8_e4m3", Mode::kFp8, Fp8Format::kE4m3Tensor},
-        {"fp8_e5m2", Mode::kFp8, Fp8Format::kE5m2Raw}}) {
-    AttentionOptions options;
-    options.mode = mode;
-    options.fp8_format = format;
-    configs.push_back({name, reference::emulation_options(options)});
+  for (const NamedMode& mode : compared_modes()) {
+    if (mode.options.mode == Mode::kAccurate) continue;
+    configs.push_back({mode.name, reference::emulation_options(mode.options)});
   }
   return configs;
 }
