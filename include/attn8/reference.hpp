@@ -24,9 +24,9 @@ enum class PScale : uint8_t {
 
 /// What the softmax denominator of kAccurate sums (docs/numerics.md).
 enum class Normalizer : uint8_t {
-  kMixed,  ///< `accurate`: the rounded weights, but unrounded ones for tokens with a tiny V scale
+  kFloat,  ///< the weights before rounding: `accurate`
   kCodes,  ///< the rounded weights, so that what rounding loses is lost on both sides
-  kFloat,  ///< the weights before rounding
+  kMixed,  ///< the rounded weights, but unrounded ones for tokens with r below 2^-6
 };
 
 /// One point of the study's design space. emulation_options(AttentionOptions) gives the modes.
@@ -38,7 +38,7 @@ struct EmulationOptions {
   Granularity v_granularity = Granularity::kToken;
   bool smooth_k = true;
   PScale p_scale = PScale::kBlockLocal255;
-  Normalizer normalizer = Normalizer::kMixed;
+  Normalizer normalizer = Normalizer::kFloat;
   Fp8Format fp8_format = Fp8Format::kE4m3Tensor;
 };
 

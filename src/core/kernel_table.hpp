@@ -22,7 +22,6 @@ struct PackedKv {
   std::byte* v = nullptr;        ///< int8 groups (packed_v_offset), or rows [key][padded_v_dim] of
                                  ///< bfloat16 (kHalf) or float (kExact)
   KeyRecord* records = nullptr;  ///< [group]; INT8 K only
-  uint8_t* group_mixed = nullptr;          ///< [group]; 1 where a key has r < kMinRoundedRatio
   const float* v_block_scale = nullptr;    ///< [kv block] (kBlock) or [kv block][padded_v_dim]
   bool v_block_scale_per_channel = false;  ///< which of the two
   bool fold_v = false;                     ///< V granularity kToken: log2_ratio and inv_ratio count
@@ -34,7 +33,6 @@ struct AttendTile {
   int head_dim = 0;
   int kv_block = 0;
   int rows = 0;  ///< 1..kQueryTile
-  bool with_lse = false;
   PackedKv kv;
   KeyRange visible[kQueryTile];    ///< per row
   float score_factor[kQueryTile];  ///< c_i of docs/numerics.md; softmax_scale * log2 e in kExact
@@ -43,7 +41,7 @@ struct AttendTile {
   // Results, unnormalised: the caller divides.
   float* out = nullptr;          ///< [rows][padded_v_dim]
   float* normalizer = nullptr;   ///< [rows] l
-  float* weight_sum = nullptr;   ///< [rows] e, the weights before rounding
+  float* weight_sum = nullptr;   ///< [rows] the weights before rounding: l but in kPaper
   float* row_max = nullptr;      ///< [rows] m, log2 units
   std::byte* scratch = nullptr;  ///< KernelTable::scratch_bytes(), 64-byte aligned
 };

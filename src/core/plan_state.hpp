@@ -21,7 +21,6 @@ struct WorkspaceLayout {
   size_t k = 0, k_bytes_per_head = 0;        ///< packed K
   size_t v = 0, v_bytes_per_head = 0;        ///< packed V
   size_t records = 0;                        ///< KeyRecord [H][groups]
-  size_t group_mixed = 0;                    ///< uint8 [H][groups]
   size_t poison = 0;                         ///< uint8 [H][seqlen_k]: a NaN or an Inf in K or V
   size_t head_poisoned = 0;                  ///< uint8 [H]
   size_t k_mean = 0;                         ///< float [H][head_dim]

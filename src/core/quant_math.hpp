@@ -28,8 +28,6 @@ constexpr bool codes_are_zero(uint32_t max_abs_bits) noexcept {
 /// Tokens per partial sum of the K mean.
 inline constexpr int64_t kMeanChunk = 4096;
 
-/// V tokens whose relative scale r is below this enter the normaliser unrounded.
-inline constexpr float kMinRoundedRatio = 0x1p-6f;
 /// r of a V token of zeros, relative to the largest of its key block.
 inline constexpr float kZeroTokenRatio = 0x1p-20f;
 /// Smallest r: keeps 255 * 512 / r finite in float32.

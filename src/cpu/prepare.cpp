@@ -151,6 +151,21 @@ class Preparation {
     }
   }
 
+  /// Makes the block scales relative to their largest, which scales the output instead: the sums of
+  /// a row stay in range whatever the magnitude of V. A NaN stays where it is.
+  void take_out_largest(float* block_scale, float* out_scale) const noexcept {
+    if (plan_.v_granularity != Granularity::kBlock &&
+        plan_.v_granularity != Granularity::kBlockChannel) {
+      return;
+    }
+    const int64_t count = plan_.kv_blocks() * work_.v_block_scale_step();
+    float reference = 0;
+    for (int64_t i = 0; i < count; ++i) reference = std::max(reference, block_scale[i]);
+    if (!usable(reference)) return;
+    for (int64_t i = 0; i < count; ++i) block_scale[i] /= reference;
+    std::fill_n(out_scale, padded_v_dim(dim()), reference);
+  }
+
   void pack_group(int64_t head, int64_t group) noexcept {
     const int64_t first = group * kKeyGroup;
     const int64_t begin = std::max(first, plan_.keys.lo);
@@ -299,6 +314,7 @@ class Preparation {
         std::memchr(poison + plan_.keys.lo, 1,
                     static_cast<size_t>(plan_.keys.hi - plan_.keys.lo)) != nullptr;
     if (plan_.fold_v()) fold_v_scales(head);
+    take_out_largest(work_.v_block_scale(head), work_.v_out_scale(head));
   }
 
   void fold_v_scales(int64_t head) noexcept {
@@ -326,15 +342,12 @@ class Preparation {
         KeyRecord& record = records[group];
         const int64_t lo = std::max(begin, group * kKeyGroup) - group * kKeyGroup;
         const int64_t hi = std::min(end, (group + 1) * kKeyGroup) - group * kKeyGroup;
-        bool mixed = false;
         for (int64_t slot = lo; slot < hi; ++slot) {
           const float scale = record.inv_ratio[slot];
           const float ratio = scale == 0 ? zero_ratio : std::max(kMinRatio, scale / reference);
           record.log2_ratio[slot] = static_cast<float>(std::log2(static_cast<double>(ratio)));
           record.inv_ratio[slot] = 1.0f / ratio;
-          mixed = mixed || ratio < kMinRoundedRatio;
         }
-        work_.group_mixed(head)[group] = mixed ? 1 : 0;
       }
     }
   }

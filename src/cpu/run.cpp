@@ -92,7 +92,6 @@ class TileRunner {
     tile.head_dim = static_cast<int>(plan_.head_dim);
     tile.kv_block = plan_.options.kv_block;
     tile.rows = static_cast<int>(std::min<int64_t>(kQueryTile, rows_ - first_row));
-    tile.with_lse = plan_.with_lse;
     tile.q = memory + buffers_.q;
     tile.out = reinterpret_cast<float*>(memory + buffers_.out);
     tile.normalizer = reinterpret_cast<float*>(memory + buffers_.normalizer);
@@ -102,10 +101,7 @@ class TileRunner {
     tile.kv.k = work_.k(head);
     tile.kv.v = work_.v(head);
     tile.kv.fold_v = plan_.fold_v();
-    if (plan_.int8_scores()) {
-      tile.kv.records = work_.records(head);
-      tile.kv.group_mixed = work_.group_mixed(head);
-    }
+    if (plan_.int8_scores()) tile.kv.records = work_.records(head);
     if (plan_.v_granularity == Granularity::kBlock ||
         plan_.v_granularity == Granularity::kBlockChannel) {
       tile.kv.v_block_scale = work_.v_block_scale(head);
@@ -261,7 +257,6 @@ Status lay_out(AttentionPlan::State& plan) noexcept {
   layout.v = take(product({heads, static_cast<int64_t>(layout.v_bytes_per_head)}));
   if (plan.int8_scores()) {
     layout.records = take(product({heads, groups, int64_t{sizeof(KeyRecord)}}));
-    layout.group_mixed = take(product({heads, groups}));
   }
   layout.poison = take(product({heads, plan.seqlen_k}));
   layout.head_poisoned = take(product({heads}));

@@ -26,9 +26,6 @@ struct Workspace {
   [[nodiscard]] KeyRecord* records(int64_t head) const noexcept {
     return at<KeyRecord>(plan.layout.records) + head * plan.groups();
   }
-  [[nodiscard]] uint8_t* group_mixed(int64_t head) const noexcept {
-    return at<uint8_t>(plan.layout.group_mixed) + head * plan.groups();
-  }
   [[nodiscard]] uint8_t* poison(int64_t head) const noexcept {
     return at<uint8_t>(plan.layout.poison) + head * plan.seqlen_k;
   }

@@ -65,7 +65,6 @@ Arithmetic arithmetic_of(const EmulationOptions& options) {
       break;
     case Mode::kHalf:
       arithmetic.p_format = PFormat::kBfloat16;
-      arithmetic.normalizer = Normalizer::kCodes;
       break;
     case Mode::kFp8:
       if (options.fp8_format == Fp8Format::kE4m3Tensor) {
@@ -394,7 +393,7 @@ EmulationOptions emulation_options(const AttentionOptions& options) noexcept {
   } else {
     result.v_granularity = options.v_granularity;
     result.p_scale = PScale::kBlockLocal255;
-    result.normalizer = Normalizer::kMixed;
+    result.normalizer = Normalizer::kFloat;
   }
   return result;
 }

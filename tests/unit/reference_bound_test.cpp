@@ -26,7 +26,7 @@ enum class Fault {
   kMissingBlock,    // one block of keys not visited
   kMissingKey,      // the last key not visited
   kOtherMaximum,    // running in place of block-local, or the other way
-  kOtherNormalizer  // weights in place of codes
+  kOtherNormalizer  // codes in place of weights, or the reverse
 };
 
 struct Kernel {
@@ -112,7 +112,7 @@ std::vector<float> run_kernel(const Kernel& kernel, const Tensor& q, const Tenso
         const float code = half                        ? to_bfloat16(w)
                            : fault == Fault::kTruncate ? std::floor(w)
                                                        : std::nearbyint(w);
-        const bool sums_code = r[n] >= 0x1p-6F && fault != Fault::kOtherNormalizer;
+        const bool sums_code = paper != (fault == Fault::kOtherNormalizer);
         block_l += (sums_code ? code : w) * (1 / r[n]);
         for (int64_t d = 0; d < dim; ++d) {
           block_sum[static_cast<size_t>(d)] += code * v8.codes.token(j)[d];

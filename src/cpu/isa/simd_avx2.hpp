@@ -89,11 +89,6 @@ ATTN8_INLINE F32 keep_lanes(F32 a, int lo, int hi, F32 other) {
   return {_mm256_blendv_ps(other.lo, a.lo, _mm256_castsi256_ps(in_low)),
           _mm256_blendv_ps(other.hi, a.hi, _mm256_castsi256_ps(in_high))};
 }
-/// a where x >= bound, b elsewhere.
-ATTN8_INLINE F32 select_not_below(F32 x, F32 bound, F32 a, F32 b) {
-  return {_mm256_blendv_ps(b.lo, a.lo, _mm256_cmp_ps(x.lo, bound.lo, _CMP_GE_OQ)),
-          _mm256_blendv_ps(b.hi, a.hi, _mm256_cmp_ps(x.hi, bound.hi, _CMP_GE_OQ))};
-}
 ATTN8_INLINE float reduce_max(F32 a) {
   const __m256 m8 = _mm256_max_ps(a.lo, a.hi);
   const __m128 m4 = _mm_max_ps(_mm256_castps256_ps128(m8), _mm256_extractf128_ps(m8, 1));

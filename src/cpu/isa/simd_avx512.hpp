@@ -60,10 +60,6 @@ ATTN8_INLINE F32 keep_lanes(F32 a, int lo, int hi, F32 other) {
                            _mm512_cmplt_epi32_mask(lane, _mm512_set1_epi32(hi));
   return {_mm512_mask_mov_ps(other.v, inside, a.v)};
 }
-/// a where x >= bound, b elsewhere.
-ATTN8_INLINE F32 select_not_below(F32 x, F32 bound, F32 a, F32 b) {
-  return {_mm512_mask_mov_ps(b.v, _mm512_cmp_ps_mask(x.v, bound.v, _CMP_GE_OQ), a.v)};
-}
 ATTN8_INLINE float reduce_max(F32 a) { return _mm512_reduce_max_ps(a.v); }
 
 /// p rounded to bfloat16 (nearest even) and back; p finite.

@@ -82,10 +82,6 @@ ATTN8_INLINE F32 scale_by_power(const F32& x, const F32& magic) {
 ATTN8_INLINE F32 keep_lanes(const F32& a, int lo, int hi, const F32& other) {
   return {((kLane >= lo) & (kLane < hi)) ? a.v : other.v};
 }
-/// a where x >= bound, b elsewhere.
-ATTN8_INLINE F32 select_not_below(const F32& x, const F32& bound, const F32& a, const F32& b) {
-  return {x.v >= bound.v ? a.v : b.v};
-}
 ATTN8_INLINE float reduce_max(const F32& a) {
   float largest = a.v[0];
   for (int i = 1; i < 16; ++i) largest = a.v[i] > largest ? a.v[i] : largest;

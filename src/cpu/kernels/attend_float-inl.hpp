@@ -54,9 +54,9 @@ ATTN8_KERNEL_INLINE void score_group_float(const AttendTile& tile, const RowGrou
 }
 
 /// Weights of one row and key group in place of its scores, rounded to bfloat16 in `half`.
-template <bool kBfloat16, bool kLse>
+template <bool kBfloat16>
 ATTN8_KERNEL_INLINE void weigh_group(const AttendTile& tile, int row, int64_t group, float* scores,
-                                     float subtract, F32& sum, F32& weight_sum) {
+                                     float subtract, F32& weight_sum) {
   int lo = 0;
   int hi = 0;
   visible_lanes(tile, row, group, &lo, &hi);
@@ -67,11 +67,8 @@ ATTN8_KERNEL_INLINE void weigh_group(const AttendTile& tile, int row, int64_t gr
     if (hi - lo != kKeyGroup) [[unlikely]] {
       w = keep_lanes(w, lo - lane, hi - lane, broadcast(0.0f));
     }
-    if constexpr (kBfloat16) {
-      if constexpr (kLse) weight_sum = weight_sum + w;
-      w = round_to_bfloat16(w);
-    }
-    sum = sum + w;
+    weight_sum = weight_sum + w;
+    if constexpr (kBfloat16) w = round_to_bfloat16(w);
     store(scores + lane, w);
   }
 }
@@ -132,7 +129,7 @@ ATTN8_KERNEL_INLINE void add_values_float(const AttendTile& tile, const RowGroup
   }
 }
 
-template <int kRows, bool kHalf, bool kLse>
+template <int kRows, bool kHalf>
 ATTN8_KERNEL_INLINE void attend_block_float(const AttendTile& tile, const RowGroup& rows,
                                             RowState& state, const Int8Scratch& scratch) {
   F32 largest[kRows];
@@ -151,20 +148,15 @@ ATTN8_KERNEL_INLINE void attend_block_float(const AttendTile& tile, const RowGro
   for (int r = 0; r < kRows; ++r) block_max[r] = reduce_max(largest[r]);
   advance<false>(state, block_max, kRows);
   for (int r = 0; r < kRows; ++r) {
-    F32 sum = broadcast(0.0f);
     F32 weight_sum = broadcast(0.0f);
     for (int64_t group = rows.group_lo; group < rows.group_hi; ++group) {
       const int64_t offset = r * tile.kv_block + (group - rows.block_group) * kKeyGroup;
-      weigh_group<kHalf, kLse>(tile, rows.first_row + r, group, scratch.scores + offset,
-                               state.subtract[r], sum, weight_sum);
+      weigh_group<kHalf>(tile, rows.first_row + r, group, scratch.scores + offset,
+                         state.subtract[r], weight_sum);
     }
     const F32 rescale = broadcast(state.rescale[r]);
-    float* total = scratch.sums + 16 * (rows.first_row + r);
-    store(total, load(total) * rescale + sum);
-    if constexpr (kHalf && kLse) {
-      float* weights = scratch.weights + 16 * (rows.first_row + r);
-      store(weights, load(weights) * rescale + weight_sum);
-    }
+    float* weights = scratch.weights + 16 * (rows.first_row + r);
+    store(weights, load(weights) * rescale + weight_sum);
   }
   const int padded_dim = static_cast<int>(padded_v_dim(tile.head_dim));
   int channel = 0;
@@ -176,7 +168,7 @@ ATTN8_KERNEL_INLINE void attend_block_float(const AttendTile& tile, const RowGro
   }
 }
 
-template <bool kHalf, bool kLse>
+template <bool kHalf>
 inline void attend_float(const AttendTile& tile) {
   const int64_t padded_dim = padded_v_dim(tile.head_dim);
   Int8Scratch scratch;
@@ -191,14 +183,14 @@ inline void attend_float(const AttendTile& tile) {
     RowState state;
     for (int r = 0; r < count; ++r) state.max[r] = tile.row_max[rows.first_row + r];
     if (count == kRowGroup) {
-      attend_block_float<kRowGroup, kHalf, kLse>(tile, rows, state, scratch);
+      attend_block_float<kRowGroup, kHalf>(tile, rows, state, scratch);
     } else {
-      attend_block_float<1, kHalf, kLse>(tile, rows, state, scratch);
+      attend_block_float<1, kHalf>(tile, rows, state, scratch);
     }
     for (int r = 0; r < count; ++r) tile.row_max[rows.first_row + r] = state.max[r];
   });
   for (int r = 0; r < tile.rows; ++r) {
-    tile.normalizer[r] = reduce_add(scratch.sums + 16 * r);
-    tile.weight_sum[r] = kHalf ? reduce_add(scratch.weights + 16 * r) : tile.normalizer[r];
+    tile.weight_sum[r] = reduce_add(scratch.weights + 16 * r);
+    tile.normalizer[r] = tile.weight_sum[r];
   }
 }

@@ -8,8 +8,8 @@
 struct Int8Scratch {
   float* scores;     ///< [kRowGroup][kv_block] log2 units
   std::byte* codes;  ///< [kRowGroup][kv_block] u8, groups of 64 in P's order
-  float* sums;       ///< [kQueryTile][16] normaliser, by lane
-  float* weights;    ///< [kQueryTile][16] unrounded weights, by lane
+  float* sums;       ///< [kQueryTile][16] sums of codes, by lane (`paper`)
+  float* weights;    ///< [kQueryTile][16] weights before rounding, by lane
 };
 
 /// The rows of a tile that one pass computes, and the key groups of the block that any of them
@@ -97,14 +97,13 @@ ATTN8_KERNEL_INLINE void score_group(const AttendTile& tile, const RowGroup& row
 
 /// Rounds the weights of one row and key group to codes and adds them to the row's sums.
 /// kTop: the code of weight 1 (255 or 127).
-template <int kTop, bool kFold, bool kLse>
+template <int kTop, bool kFold, bool kSumCodes>
 ATTN8_KERNEL_INLINE void round_group(const AttendTile& tile, int row, int64_t group,
                                      const float* scores, float subtract, std::byte* codes,
                                      F32& sum, F32& weight_sum) {
   const KeyRecord& record = tile.kv.records[group];
   const KeyRange range = tile.visible[row];
   const bool full = range.lo <= group * kKeyGroup && range.hi >= (group + 1) * kKeyGroup;
-  const bool mixed = kFold && tile.kv.group_mixed[group] != 0;
   int lo = 0;
   int hi = kKeyGroup;
   if (!full) visible_lanes(tile, row, group, &lo, &hi);
@@ -116,18 +115,9 @@ ATTN8_KERNEL_INLINE void round_group(const AttendTile& tile, int row, int64_t gr
     if (!full) [[unlikely]]
       w = keep_lanes(w, lo - lane, hi - lane, broadcast(0.0f));
     rounded[c] = round_to_int(w);
-    F32 counted = to_float(rounded[c]);
-    if constexpr (kFold) {
-      const F32 inv_ratio = load(record.inv_ratio + lane);
-      if (mixed) [[unlikely]] {
-        counted = select_not_below(broadcast(1.0f / kMinRoundedRatio), inv_ratio, counted, w);
-      }
-      sum = sum + counted * inv_ratio;
-      if constexpr (kLse) weight_sum = weight_sum + w * inv_ratio;
-    } else {
-      sum = sum + counted;
-      if constexpr (kLse) weight_sum = weight_sum + w;
-    }
+    if constexpr (kFold) w = w * load(record.inv_ratio + lane);
+    weight_sum = weight_sum + w;
+    if constexpr (kSumCodes) sum = sum + to_float(rounded[c]);
   }
   store_codes(codes, rounded);
 }
@@ -192,7 +182,7 @@ ATTN8_KERNEL_INLINE void add_all_values(const AttendTile& tile, const RowGroup& 
 }
 
 /// One group of rows against one kv block.
-template <int kRows, int kTop, bool kLocal, bool kFold, bool kLse>
+template <int kRows, int kTop, bool kLocal, bool kFold, bool kSumCodes>
 ATTN8_KERNEL_INLINE void attend_block(const AttendTile& tile, const RowGroup& rows, RowState& state,
                                       const Int8Scratch& scratch, const float* block_scale) {
   F32 largest[kRows];
@@ -211,16 +201,17 @@ ATTN8_KERNEL_INLINE void attend_block(const AttendTile& tile, const RowGroup& ro
     F32 weight_sum = broadcast(0.0f);
     for (int64_t group = rows.group_lo; group < rows.group_hi; ++group) {
       const int64_t offset = r * tile.kv_block + (group - rows.block_group) * kKeyGroup;
-      round_group<kTop, kFold, kLse>(tile, rows.first_row + r, group, scratch.scores + offset,
-                                     state.subtract[r], scratch.codes + offset, sum, weight_sum);
+      round_group<kTop, kFold, kSumCodes>(tile, rows.first_row + r, group, scratch.scores + offset,
+                                          state.subtract[r], scratch.codes + offset, sum,
+                                          weight_sum);
     }
     const F32 rescale = broadcast(state.rescale[r]);
     const F32 weight = broadcast(state.weight[r]);
-    float* total = scratch.sums + 16 * (rows.first_row + r);
-    store(total, load(total) * rescale + sum * weight);
-    if constexpr (kLse) {
-      float* weights = scratch.weights + 16 * (rows.first_row + r);
-      store(weights, load(weights) * rescale + weight_sum * weight);
+    float* weights = scratch.weights + 16 * (rows.first_row + r);
+    store(weights, load(weights) * rescale + weight_sum * weight);
+    if constexpr (kSumCodes) {
+      float* total = scratch.sums + 16 * (rows.first_row + r);
+      store(total, load(total) * rescale + sum * weight);
     }
   }
   add_all_values<kRows>(tile, rows, scratch.codes, state, block_scale);
@@ -269,7 +260,7 @@ ATTN8_INLINE void for_each_block(const AttendTile& tile, Visit visit) {
   }
 }
 
-template <int kTop, bool kLocal, bool kFold, bool kLse>
+template <int kTop, bool kLocal, bool kFold, bool kSumCodes>
 inline void attend_int8(const AttendTile& tile) {
   const int64_t padded_dim = padded_v_dim(tile.head_dim);
   const auto block_floats = static_cast<size_t>(kRowGroup * tile.kv_block);
@@ -294,14 +285,15 @@ inline void attend_int8(const AttendTile& tile) {
     RowState state;
     for (int r = 0; r < count; ++r) state.max[r] = tile.row_max[rows.first_row + r];
     if (count == kRowGroup) {
-      attend_block<kRowGroup, kTop, kLocal, kFold, kLse>(tile, rows, state, scratch, block_scale);
+      attend_block<kRowGroup, kTop, kLocal, kFold, kSumCodes>(tile, rows, state, scratch,
+                                                              block_scale);
     } else {
-      attend_block<1, kTop, kLocal, kFold, kLse>(tile, rows, state, scratch, block_scale);
+      attend_block<1, kTop, kLocal, kFold, kSumCodes>(tile, rows, state, scratch, block_scale);
     }
     for (int r = 0; r < count; ++r) tile.row_max[rows.first_row + r] = state.max[r];
   });
   for (int r = 0; r < tile.rows; ++r) {
-    tile.normalizer[r] = reduce_add(scratch.sums + 16 * r);
     tile.weight_sum[r] = reduce_add(scratch.weights + 16 * r);
+    tile.normalizer[r] = kSumCodes ? reduce_add(scratch.sums + 16 * r) : tile.weight_sum[r];
   }
 }

@@ -9,25 +9,20 @@ inline size_t scratch_bytes(int kv_block) {
   return sums + block * sizeof(float) + block;
 }
 
-template <bool kLse>
-inline void attend_mode(const AttendTile& tile) {
+inline void attend(const AttendTile& tile) {
   switch (tile.mode) {
     case Mode::kAccurate:
-      return tile.kv.fold_v ? attend_int8<255, true, true, kLse>(tile)
-                            : attend_int8<255, true, false, kLse>(tile);
+      return tile.kv.fold_v ? attend_int8<255, true, true, false>(tile)
+                            : attend_int8<255, true, false, false>(tile);
     case Mode::kPaper:
-      return attend_int8<127, false, false, kLse>(tile);
+      return attend_int8<127, false, false, true>(tile);
     case Mode::kHalf:
-      return attend_float<true, kLse>(tile);
+      return attend_float<true>(tile);
     case Mode::kExact:
-      return attend_float<false, kLse>(tile);
+      return attend_float<false>(tile);
     case Mode::kFp8:
       return;  // has no kernel: plan.cpp sends it to the emulation
   }
-}
-
-inline void attend(const AttendTile& tile) {
-  return tile.with_lse ? attend_mode<true>(tile) : attend_mode<false>(tile);
 }
 
 inline constexpr KernelTable kTable = {
