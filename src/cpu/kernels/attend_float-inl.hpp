@@ -131,21 +131,21 @@ ATTN8_KERNEL_INLINE void add_values_float(const AttendTile& tile, const RowGroup
 
 template <int kRows, bool kHalf>
 ATTN8_KERNEL_INLINE void attend_block_float(const AttendTile& tile, const RowGroup& rows,
-                                            RowState& state, const Int8Scratch& scratch) {
-  F32 largest[kRows];
+                                            RowState& state, const TileScratch& scratch) {
+  float block_max[kRows];
+  if constexpr (kHalf) {
+    score_block<kRows, false>(tile, rows, scratch.scores, block_max);
+  } else {
+    F32 largest[kRows];
 #pragma GCC unroll 4
-  for (int r = 0; r < kRows; ++r) {
-    largest[r] = broadcast(-std::numeric_limits<float>::infinity());
-  }
-  for (int64_t group = rows.group_lo; group < rows.group_hi; ++group) {
-    if constexpr (kHalf) {
-      score_group<kRows, false>(tile, rows, group, scratch.scores, largest);
-    } else {
+    for (int r = 0; r < kRows; ++r) {
+      largest[r] = broadcast(-std::numeric_limits<float>::infinity());
+    }
+    for (int64_t group = rows.group_lo; group < rows.group_hi; ++group) {
       score_group_float<kRows>(tile, rows, group, scratch.scores, largest);
     }
+    for (int r = 0; r < kRows; ++r) block_max[r] = reduce_max(largest[r]);
   }
-  float block_max[kRows];
-  for (int r = 0; r < kRows; ++r) block_max[r] = reduce_max(largest[r]);
   advance<false>(state, block_max, kRows);
   for (int r = 0; r < kRows; ++r) {
     F32 weight_sum = broadcast(0.0f);
@@ -171,7 +171,7 @@ ATTN8_KERNEL_INLINE void attend_block_float(const AttendTile& tile, const RowGro
 template <bool kHalf>
 inline void attend_float(const AttendTile& tile) {
   const int64_t padded_dim = padded_v_dim(tile.head_dim);
-  Int8Scratch scratch;
+  TileScratch scratch;
   scratch.sums = reinterpret_cast<float*>(tile.scratch);
   scratch.weights = scratch.sums + 16 * kQueryTile;
   scratch.scores = scratch.weights + 16 * kQueryTile;

@@ -4,20 +4,29 @@
 // Attention of one query tile with INT8 Q, K, P and V. Included inside the namespace of an ISA
 // after its vocabulary and online_softmax-inl.hpp.
 
-/// The part of a tile's scratch that a group of four rows works in.
-struct Int8Scratch {
-  float* scores;     ///< [kRowGroup][kv_block] log2 units
-  std::byte* codes;  ///< [kRowGroup][kv_block] u8, groups of 64 in P's order
-  float* sums;       ///< [kQueryTile][16] sums of codes, by lane (`paper`)
-  float* weights;    ///< [kQueryTile][16] weights before rounding, by lane
+/// The part of a tile's scratch that its row groups work in.
+struct TileScratch {
+  float* sums;     ///< [kQueryTile][16] sums of codes, by lane (`paper`)
+  float* weights;  ///< [kQueryTile][16] weights before rounding, by lane
+  float* scores;   ///< [kRowGroup][kv_block] log2 units
+  std::byte*
+      codes[2];  ///< [kRowGroup][kv_block] u8, groups of 64 in P's order; of two blocks in turn
 };
 
 /// The rows of a tile that one pass computes, and the key groups of the block that any of them
 /// sees.
 struct RowGroup {
-  int first_row;
-  int64_t group_lo, group_hi;  ///< key groups, counted from key 0
-  int64_t block_group;         ///< first key group of the kv block
+  int first_row = 0;
+  int64_t group_lo = 0, group_hi = 0;  ///< key groups, counted from key 0
+  int64_t block_group = 0;             ///< first key group of the kv block
+};
+
+/// A group of rows and a kv block whose P is known.
+struct WeighedBlock {
+  const RowGroup& rows;
+  const RowState& state;
+  const std::byte* codes;      ///< [kRowGroup][kv_block]
+  const float* channel_scale;  ///< [padded_v_dim] V scales of the block, or nullptr
 };
 
 /// Lanes of key group `group` that row `row` sees, as [lo, hi) relative to its first key.
@@ -40,14 +49,14 @@ ATTN8_INLINE bool all_visible(const AttendTile& tile, int first_row, int64_t gro
 }
 
 /// QK of one key group: exact integers, scaled to log2 units, stored, their maxima taken.
-template <int kRows, bool kFold>
+/// kFull: every row sees all 64 keys.
+template <int kRows, bool kFold, bool kFull>
 ATTN8_KERNEL_INLINE void score_group(const AttendTile& tile, const RowGroup& rows, int64_t group,
                                      float* scores, F32 (&largest)[kRows]) {
   const int padded_dim = static_cast<int>(padded_qk_dim(tile.head_dim));
   const std::byte* k = tile.kv.k + group * kKeyGroup * padded_dim;  // [padded_dim / 4][64][4] s8
   const KeyRecord& record = tile.kv.records[group];
-  const std::byte* q = tile.q + rows.first_row * padded_dim;  // [kRows][padded_dim]
-  const bool full = all_visible<kRows>(tile, rows.first_row, group);
+  const std::byte* q = tile.q + rows.first_row * padded_dim;     // [kRows][padded_dim]
   float* out = scores + (group - rows.block_group) * kKeyGroup;  // [kRows][kv_block]
   for (int half = 0; half < 4; half += kVectors) {
     I32 sum[kRows][kVectors];
@@ -81,7 +90,7 @@ ATTN8_KERNEL_INLINE void score_group(const AttendTile& tile, const RowGroup& row
         F32 t =
             max(minus_huge, min(huge, to_float(sum[r][c]) * load(record.k_scale + lane) * factor));
         if constexpr (kFold) t = t + load(record.log2_ratio + lane);
-        if (!full) [[unlikely]] {
+        if constexpr (!kFull) {
           int lo = 0;
           int hi = 0;
           visible_lanes(tile, rows.first_row + r, group, &lo, &hi);
@@ -95,107 +104,76 @@ ATTN8_KERNEL_INLINE void score_group(const AttendTile& tile, const RowGroup& row
   }
 }
 
-/// Rounds the weights of one row and key group to codes and adds them to the row's sums.
-/// kTop: the code of weight 1 (255 or 127).
-template <int kTop, bool kFold, bool kSumCodes>
-ATTN8_KERNEL_INLINE void round_group(const AttendTile& tile, int row, int64_t group,
-                                     const float* scores, float subtract, std::byte* codes,
-                                     F32& sum, F32& weight_sum) {
-  const KeyRecord& record = tile.kv.records[group];
-  const KeyRange range = tile.visible[row];
-  const bool full = range.lo <= group * kKeyGroup && range.hi >= (group + 1) * kKeyGroup;
-  int lo = 0;
-  int hi = kKeyGroup;
-  if (!full) visible_lanes(tile, row, group, &lo, &hi);
-  I32 rounded[4];
-#pragma GCC unroll 4
-  for (int c = 0; c < 4; ++c) {
-    const int lane = 16 * c;
-    F32 w = exp2_scaled<4, kTop>(load(scores + lane) - broadcast(subtract));
-    if (!full) [[unlikely]]
-      w = keep_lanes(w, lo - lane, hi - lane, broadcast(0.0f));
-    rounded[c] = round_to_int(w);
-    if constexpr (kFold) w = w * load(record.inv_ratio + lane);
-    weight_sum = weight_sum + w;
-    if constexpr (kSumCodes) sum = sum + to_float(rounded[c]);
-  }
-  store_codes(codes, rounded);
-}
-
-/// P V of the block for `kCount` vectors of 16 channels, added to the rows' accumulators.
-template <int kRows, int kCount>
-ATTN8_KERNEL_INLINE void add_values(const AttendTile& tile, const RowGroup& rows,
-                                    const std::byte* codes, const RowState& state, int channel,
-                                    const float* block_scale) {
-  const int64_t padded_dim = padded_v_dim(tile.head_dim);
-  const int64_t slab = channel / 64 * 64;
-  const int64_t quad_stride = slab_width(padded_dim, slab) * 4;
-  I32 sum[kRows][kCount];
-#pragma GCC unroll 4
-  for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-    for (int c = 0; c < kCount; ++c) sum[r][c] = zero_i32();
-  }
-  for (int64_t group = rows.group_lo; group < rows.group_hi; ++group) {
-    const std::byte* v = tile.kv.v + group * kKeyGroup * padded_dim + slab * kKeyGroup +
-                         (channel - slab) * 4;                            // [16 quads][channel][4]
-    const std::byte* p = codes + (group - rows.block_group) * kKeyGroup;  // [kRows][16 quads][4]
-    for (int quad = 0; quad < 16; ++quad, v += quad_stride) {
-      I32 b[kCount];
-#pragma GCC unroll 4
-      for (int c = 0; c < kCount; ++c) b[c] = load_bytes(v + 64 * c);
-#pragma GCC unroll 4
-      for (int r = 0; r < kRows; ++r) {
-        const I32 a = broadcast4(p + r * tile.kv_block + quad * 4);
-#pragma GCC unroll 4
-        for (int c = 0; c < kCount; ++c) dot4_u8_s8(sum[r][c], a, b[c]);
-      }
-    }
-  }
-#pragma GCC unroll 4
-  for (int r = 0; r < kRows; ++r) {
-    float* out = tile.out + (rows.first_row + r) * padded_dim + channel;  // [kCount * 16]
-    const F32 rescale = broadcast(state.rescale[r]);
-    const F32 weight = broadcast(state.weight[r]);
-#pragma GCC unroll 4
-    for (int c = 0; c < kCount; ++c) {
-      F32 x = to_float(sum[r][c]) * weight;
-      if (block_scale != nullptr) x = x * load(block_scale + channel + 16 * c);
-      store(out + 16 * c, load(out + 16 * c) * rescale + x);
-    }
-  }
-}
-
-template <int kRows>
-ATTN8_KERNEL_INLINE void add_all_values(const AttendTile& tile, const RowGroup& rows,
-                                        const std::byte* codes, const RowState& state,
-                                        const float* block_scale) {
-  const int padded_dim = static_cast<int>(padded_v_dim(tile.head_dim));
-  int channel = 0;
-  // A slab is 64 channels; passes of kVectors vectors do not cross its end.
-  for (; channel + 16 * kVectors <= padded_dim; channel += 16 * kVectors) {
-    add_values<kRows, kVectors>(tile, rows, codes, state, channel, block_scale);
-  }
-  for (; channel < padded_dim; channel += 16) {
-    add_values<kRows, 1>(tile, rows, codes, state, channel, block_scale);
-  }
-}
-
-/// One group of rows against one kv block.
-template <int kRows, int kTop, bool kLocal, bool kFold, bool kSumCodes>
-ATTN8_KERNEL_INLINE void attend_block(const AttendTile& tile, const RowGroup& rows, RowState& state,
-                                      const Int8Scratch& scratch, const float* block_scale) {
+/// Scores of a block for a group of rows, and the rows' maxima.
+template <int kRows, bool kFold>
+ATTN8_KERNEL_INLINE void score_block(const AttendTile& tile, const RowGroup& rows, float* scores,
+                                     float* block_max) {
   F32 largest[kRows];
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) {
     largest[r] = broadcast(-std::numeric_limits<float>::infinity());
   }
   for (int64_t group = rows.group_lo; group < rows.group_hi; ++group) {
-    score_group<kRows, kFold>(tile, rows, group, scratch.scores, largest);
+    if (all_visible<kRows>(tile, rows.first_row, group)) [[likely]] {
+      score_group<kRows, kFold, true>(tile, rows, group, scores, largest);
+    } else {
+      score_group<kRows, kFold, false>(tile, rows, group, scores, largest);
+    }
   }
-  float block_max[kRows];
   for (int r = 0; r < kRows; ++r) block_max[r] = reduce_max(largest[r]);
-  advance<kLocal>(state, block_max, kRows);
+}
+
+/// Weights of 16 keys rounded to codes; what they add to the row's sums.
+/// kTop: the code of weight 1 (255 or 127).
+template <int kTop, bool kFold, bool kSumCodes>
+ATTN8_INLINE I32 round_weights(F32 w, const float* inv_ratio, F32& sum, F32& weight_sum) {
+  const I32 rounded = round_to_int(w);
+  if constexpr (kFold) w = w * load(inv_ratio);
+  weight_sum = weight_sum + w;
+  if constexpr (kSumCodes) sum = sum + to_float(rounded);
+  return rounded;
+}
+
+/// Rounds the weights of one row and key group to codes and adds them to the row's sums.
+template <int kTop, bool kFold, bool kSumCodes>
+ATTN8_KERNEL_INLINE void round_group(const AttendTile& tile, int row, int64_t group,
+                                     const float* scores, float subtract, std::byte* codes,
+                                     F32& sum, F32& weight_sum) {
+  const float* inv_ratio = tile.kv.records[group].inv_ratio;
+  int lo = 0;
+  int hi = 0;
+  visible_lanes(tile, row, group, &lo, &hi);
+  I32 rounded[4];
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) {
+    const int lane = 16 * c;
+    F32 w = exp2_scaled<4, kTop>(load(scores + lane) - broadcast(subtract));
+    if (hi - lo != kKeyGroup) [[unlikely]] {
+      w = keep_lanes(w, lo - lane, hi - lane, broadcast(0.0f));
+    }
+    rounded[c] = round_weights<kTop, kFold, kSumCodes>(w, inv_ratio + lane, sum, weight_sum);
+  }
+  store_codes(codes, rounded);
+}
+
+/// Adds a block's sums of row r to the running ones.
+template <bool kSumCodes>
+ATTN8_INLINE void add_sums(const TileScratch& scratch, const RowGroup& rows, const RowState& state,
+                           int r, F32 sum, F32 weight_sum) {
+  const F32 rescale = broadcast(state.rescale[r]);
+  const F32 weight = broadcast(state.weight[r]);
+  float* weights = scratch.weights + 16 * (rows.first_row + r);
+  store(weights, load(weights) * rescale + weight_sum * weight);
+  if constexpr (kSumCodes) {
+    float* sums = scratch.sums + 16 * (rows.first_row + r);
+    store(sums, load(sums) * rescale + sum * weight);
+  }
+}
+
+/// P of a block for a group of rows.
+template <int kRows, int kTop, bool kFold, bool kSumCodes>
+ATTN8_KERNEL_INLINE void weigh_block(const AttendTile& tile, const TileScratch& scratch,
+                                     const RowGroup& rows, const RowState& state) {
   for (int r = 0; r < kRows; ++r) {
     F32 sum = broadcast(0.0f);
     F32 weight_sum = broadcast(0.0f);
@@ -205,16 +183,109 @@ ATTN8_KERNEL_INLINE void attend_block(const AttendTile& tile, const RowGroup& ro
                                           state.subtract[r], scratch.codes + offset, sum,
                                           weight_sum);
     }
-    const F32 rescale = broadcast(state.rescale[r]);
-    const F32 weight = broadcast(state.weight[r]);
-    float* weights = scratch.weights + 16 * (rows.first_row + r);
-    store(weights, load(weights) * rescale + weight_sum * weight);
-    if constexpr (kSumCodes) {
-      float* total = scratch.sums + 16 * (rows.first_row + r);
-      store(total, load(total) * rescale + sum * weight);
+    add_sums<kSumCodes>(scratch, rows, state, r, sum, weight_sum);
+  }
+}
+
+/// One quad of keys of P V: four P bytes of each row against the quad's V.
+template <int kRows, int kCount>
+ATTN8_INLINE void multiply_quad(I32 (&sum)[kRows][kCount], const std::byte* p, int64_t p_stride,
+                                const std::byte* v) {
+  I32 b[kCount];
+#pragma GCC unroll 4
+  for (int c = 0; c < kCount; ++c) b[c] = load_bytes(v + 64 * c);
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) {
+    const I32 a = broadcast4(p + r * p_stride);
+#pragma GCC unroll 4
+    for (int c = 0; c < kCount; ++c) dot4_u8_s8(sum[r][c], a, b[c]);
+  }
+}
+
+/// Adds the sums of a block, of kCount vectors from `channel` on, to the rows' accumulators.
+template <int kRows, int kCount>
+ATTN8_INLINE void add_products(const AttendTile& tile, const WeighedBlock& block, int channel,
+                               const I32 (&sum)[kRows][kCount]) {
+  const int64_t padded_dim = padded_v_dim(tile.head_dim);
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) {
+    float* out = tile.out + (block.rows.first_row + r) * padded_dim + channel;  // [kCount * 16]
+    const F32 rescale = broadcast(block.state.rescale[r]);
+    const F32 weight = broadcast(block.state.value_weight[r]);
+#pragma GCC unroll 4
+    for (int c = 0; c < kCount; ++c) {
+      F32 x = to_float(sum[r][c]) * weight;
+      if (block.channel_scale != nullptr) x = x * load(block.channel_scale + channel + 16 * c);
+      store(out + 16 * c, load(out + 16 * c) * rescale + x);
     }
   }
-  add_all_values<kRows>(tile, rows, scratch.codes, state, block_scale);
+}
+
+/// First V byte of (group, channel), and the distance between its quads.
+ATTN8_INLINE const std::byte* value_bytes(const AttendTile& tile, int64_t group, int channel,
+                                          int64_t* quad_stride) {
+  const int64_t padded_dim = padded_v_dim(tile.head_dim);
+  const int64_t slab = channel / 64 * 64;
+  *quad_stride = slab_width(padded_dim, slab) * 4;
+  return tile.kv.v + group * kKeyGroup * padded_dim + slab * kKeyGroup + (channel - slab) * 4;
+}
+
+/// P V of the block for `kCount` vectors of 16 channels, added to the rows' accumulators.
+template <int kRows, int kCount>
+ATTN8_KERNEL_INLINE void add_values(const AttendTile& tile, const WeighedBlock& block,
+                                    int channel) {
+  const RowGroup& rows = block.rows;
+  I32 sum[kRows][kCount];
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int c = 0; c < kCount; ++c) sum[r][c] = zero_i32();
+  }
+  for (int64_t group = rows.group_lo; group < rows.group_hi; ++group) {
+    int64_t quad_stride = 0;
+    const std::byte* v = value_bytes(tile, group, channel, &quad_stride);       // [16][channel][4]
+    const std::byte* p = block.codes + (group - rows.block_group) * kKeyGroup;  // [kRows][16][4]
+    for (int quad = 0; quad < 16; ++quad, v += quad_stride) {
+      multiply_quad<kRows, kCount>(sum, p + quad * 4, tile.kv_block, v);
+    }
+  }
+  add_products<kRows, kCount>(tile, block, channel, sum);
+}
+
+/// P V of the block.
+template <int kRows>
+ATTN8_KERNEL_INLINE void add_all_values(const AttendTile& tile, const WeighedBlock& block) {
+  const int padded_dim = static_cast<int>(padded_v_dim(tile.head_dim));
+  int channel = 0;
+  // A slab is 64 channels; passes of kVectors vectors do not cross its end.
+  for (; channel + 16 * kVectors <= padded_dim; channel += 16 * kVectors) {
+    add_values<kRows, kVectors>(tile, block, channel);
+  }
+  for (; channel < padded_dim; channel += 16) add_values<kRows, 1>(tile, block, channel);
+}
+
+/// One group of rows against one kv block.
+template <int kRows, int kTop, bool kLocal, bool kFold, bool kSumCodes>
+ATTN8_KERNEL_INLINE void attend_block(const AttendTile& tile, const TileScratch& scratch,
+                                      const RowGroup& rows, int64_t block) {
+  RowState state;
+  for (int r = 0; r < kRows; ++r) state.max[r] = tile.row_max[rows.first_row + r];
+  float block_max[kRows];
+  score_block<kRows, kFold>(tile, rows, scratch.scores, block_max);
+  advance<kLocal>(state, block_max, kRows);
+  const float* channel_scale = nullptr;
+  float value_scale = 1.0f;
+  if (tile.kv.v_block_scale != nullptr && tile.kv.v_block_scale_per_channel) {
+    channel_scale = tile.kv.v_block_scale + block * padded_v_dim(tile.head_dim);
+  } else if (tile.kv.v_block_scale != nullptr) {
+    value_scale = tile.kv.v_block_scale[block];
+  }
+  for (int r = 0; r < kRows; ++r) {
+    state.value_weight[r] = state.weight[r] * value_scale;
+    tile.row_max[rows.first_row + r] = state.max[r];
+  }
+  weigh_block<kRows, kTop, kFold, kSumCodes>(tile, scratch, rows, state);
+  add_all_values<kRows>(tile, {rows, state, scratch.codes, channel_scale});
 }
 
 /// Key groups of kv block `block` that the rows [first_row, first_row + count) see.
@@ -264,7 +335,7 @@ template <int kTop, bool kLocal, bool kFold, bool kSumCodes>
 inline void attend_int8(const AttendTile& tile) {
   const int64_t padded_dim = padded_v_dim(tile.head_dim);
   const auto block_floats = static_cast<size_t>(kRowGroup * tile.kv_block);
-  Int8Scratch scratch;
+  TileScratch scratch;
   scratch.sums = reinterpret_cast<float*>(tile.scratch);
   scratch.weights = scratch.sums + 16 * kQueryTile;
   scratch.scores = scratch.weights + 16 * kQueryTile;
@@ -272,25 +343,12 @@ inline void attend_int8(const AttendTile& tile) {
   std::memset(scratch.sums, 0, sizeof(float) * 2 * 16 * kQueryTile);
   std::memset(tile.out, 0, sizeof(float) * static_cast<size_t>(tile.rows * padded_dim));
   for (int r = 0; r < tile.rows; ++r) tile.row_max[r] = -std::numeric_limits<float>::infinity();
-  const float* scale = tile.kv.v_block_scale;
-  alignas(64) float same_scale[256];  // one scale for all channels of a block, spread out
   for_each_block(tile, [&](const RowGroup& rows, int count, int64_t block) ATTN8_INLINE_LAMBDA {
-    const float* block_scale = nullptr;
-    if (scale != nullptr && tile.kv.v_block_scale_per_channel) {
-      block_scale = scale + block * padded_dim;
-    } else if (scale != nullptr) {
-      for (int64_t d = 0; d < padded_dim; ++d) same_scale[d] = scale[block];
-      block_scale = same_scale;
-    }
-    RowState state;
-    for (int r = 0; r < count; ++r) state.max[r] = tile.row_max[rows.first_row + r];
     if (count == kRowGroup) {
-      attend_block<kRowGroup, kTop, kLocal, kFold, kSumCodes>(tile, rows, state, scratch,
-                                                              block_scale);
+      attend_block<kRowGroup, kTop, kLocal, kFold, kSumCodes>(tile, scratch, rows, block);
     } else {
-      attend_block<1, kTop, kLocal, kFold, kSumCodes>(tile, rows, state, scratch, block_scale);
+      attend_block<1, kTop, kLocal, kFold, kSumCodes>(tile, scratch, rows, block);
     }
-    for (int r = 0; r < count; ++r) tile.row_max[rows.first_row + r] = state.max[r];
   });
   for (int r = 0; r < tile.rows; ++r) {
     tile.weight_sum[r] = reduce_add(scratch.weights + 16 * r);

@@ -31,10 +31,11 @@ ATTN8_INLINE F32 exp2_scaled(F32 x) {
 
 /// Running state of a group of rows and what the next block does to it.
 struct RowState {
-  float max[kRowGroup];       ///< m, log2 units; -inf before the first visible key
-  float rescale[kRowGroup];   ///< a: what the past is multiplied by
-  float weight[kRowGroup];    ///< b: what the block is multiplied by
-  float subtract[kRowGroup];  ///< what is subtracted from the block's scores before exp2
+  float max[kRowGroup];           ///< m, log2 units; -inf before the first visible key
+  float rescale[kRowGroup];       ///< a: what the past is multiplied by
+  float weight[kRowGroup];        ///< b: what the block is multiplied by
+  float value_weight[kRowGroup];  ///< the same for P V, times the V scale of the block
+  float subtract[kRowGroup];      ///< what is subtracted from the block's scores before exp2
 };
 
 /// Advances the state by a block with these maxima (-inf where a row sees none of its keys).
