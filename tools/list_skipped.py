@@ -35,15 +35,19 @@ def skipped(path: Path) -> list[tuple[str, str]]:
 
 
 def main(folder: Path) -> None:
-    """Print the skipped tests of every JUnit file in ``folder``."""
+    """Print the skipped tests of every JUnit file in ``folder``, by reason."""
     total = 0
     for path in sorted(folder.glob("*.xml")):
-        tests = skipped(path)
-        total += len(tests)
-        if tests:
+        by_reason: dict[str, list[str]] = {}
+        for test, reason in skipped(path):
+            by_reason.setdefault(reason, []).append(test)
+            total += 1
+        if by_reason:
             print(f"\nSkipped in {path.stem}:")
-        for test, reason in tests:
-            print(f"  {test}: {reason}")
+        for reason, tests in by_reason.items():
+            print(f"  {reason}")
+            for test in tests:
+                print(f"    {test}")
     print(f"\nSkipped tests in total: {total}")
 
 
