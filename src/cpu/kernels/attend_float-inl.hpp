@@ -171,11 +171,7 @@ ATTN8_KERNEL_INLINE void attend_block_float(const AttendTile& tile, const RowGro
 template <bool kHalf>
 inline void attend_float(const AttendTile& tile) {
   const int64_t padded_dim = padded_v_dim(tile.head_dim);
-  TileScratch scratch;
-  scratch.sums = reinterpret_cast<float*>(tile.scratch);
-  scratch.weights = scratch.sums + 16 * kQueryTile;
-  scratch.scores = scratch.weights + 16 * kQueryTile;
-  scratch.codes = nullptr;
+  const TileScratch scratch = tile_scratch(tile);
   std::memset(scratch.sums, 0, sizeof(float) * 2 * 16 * kQueryTile);
   std::memset(tile.out, 0, sizeof(float) * static_cast<size_t>(tile.rows * padded_dim));
   for (int r = 0; r < tile.rows; ++r) tile.row_max[r] = -std::numeric_limits<float>::infinity();

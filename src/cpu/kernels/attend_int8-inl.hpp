@@ -29,6 +29,13 @@ struct WeighedBlock {
   const float* channel_scale;  ///< [padded_v_dim] V scales of the block, or nullptr
 };
 
+inline TileScratch tile_scratch(const AttendTile& tile) {
+  auto* sums = reinterpret_cast<float*>(tile.scratch);
+  float* weights = sums + 16 * kQueryTile;
+  float* scores = weights + 16 * kQueryTile;
+  return {sums, weights, scores, reinterpret_cast<std::byte*>(scores + kRowGroup * tile.kv_block)};
+}
+
 /// Lanes of key group `group` that row `row` sees, as [lo, hi) relative to its first key.
 ATTN8_INLINE void visible_lanes(const AttendTile& tile, int row, int64_t group, int* lo, int* hi) {
   const int64_t first = group * kKeyGroup;
@@ -334,12 +341,7 @@ ATTN8_INLINE void for_each_block(const AttendTile& tile, Visit visit) {
 template <int kTop, bool kLocal, bool kFold, bool kSumCodes>
 inline void attend_int8(const AttendTile& tile) {
   const int64_t padded_dim = padded_v_dim(tile.head_dim);
-  const auto block_floats = static_cast<size_t>(kRowGroup * tile.kv_block);
-  TileScratch scratch;
-  scratch.sums = reinterpret_cast<float*>(tile.scratch);
-  scratch.weights = scratch.sums + 16 * kQueryTile;
-  scratch.scores = scratch.weights + 16 * kQueryTile;
-  scratch.codes = reinterpret_cast<std::byte*>(scratch.scores + block_floats);
+  const TileScratch scratch = tile_scratch(tile);
   std::memset(scratch.sums, 0, sizeof(float) * 2 * 16 * kQueryTile);
   std::memset(tile.out, 0, sizeof(float) * static_cast<size_t>(tile.rows * padded_dim));
   for (int r = 0; r < tile.rows; ++r) tile.row_max[r] = -std::numeric_limits<float>::infinity();
