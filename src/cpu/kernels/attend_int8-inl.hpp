@@ -275,7 +275,7 @@ ATTN8_KERNEL_INLINE void add_all_values(const AttendTile& tile, const WeighedBlo
 template <int kRows, int kTop, bool kLocal, bool kFold, bool kSumCodes>
 ATTN8_KERNEL_INLINE void attend_block(const AttendTile& tile, const TileScratch& scratch,
                                       const RowGroup& rows, int64_t block) {
-  RowState state;
+  RowState state = {};
   for (int r = 0; r < kRows; ++r) state.max[r] = tile.row_max[rows.first_row + r];
   float block_max[kRows];
   score_block<kRows, kFold>(tile, rows, scratch.scores, block_max);
