@@ -6,11 +6,10 @@
 
 /// The part of a tile's scratch that its row groups work in.
 struct TileScratch {
-  float* sums;     ///< [kQueryTile][16] sums of codes, by lane (`paper`)
-  float* weights;  ///< [kQueryTile][16] weights before rounding, by lane
-  float* scores;   ///< [kRowGroup][kv_block] log2 units
-  std::byte*
-      codes[2];  ///< [kRowGroup][kv_block] u8, groups of 64 in P's order; of two blocks in turn
+  float* sums;       ///< [kQueryTile][16] sums of codes, by lane (`paper`)
+  float* weights;    ///< [kQueryTile][16] weights before rounding, by lane
+  float* scores;     ///< [kRowGroup][kv_block] log2 units
+  std::byte* codes;  ///< [kRowGroup][kv_block] u8, groups of 64 in P's order
 };
 
 /// The rows of a tile that one pass computes, and the key groups of the block that any of them
