@@ -100,6 +100,8 @@ BenchResult bench(const Qkv& qkv, const AttentionOptions& options, const Context
   result.median_ms = median(attention);
   result.min_ms = attention.empty() ? 0 : *std::min_element(attention.begin(), attention.end());
   result.quantize_ms = median(quantize);
+  result.min_quantize_ms =
+      quantize.empty() ? 0 : *std::min_element(quantize.begin(), quantize.end());
   result.gops = ops / (result.median_ms * 1e6);
   result.end_to_end_gops = ops / ((result.median_ms + result.quantize_ms) * 1e6);
   if (peak) {

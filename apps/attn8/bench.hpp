@@ -32,7 +32,8 @@ struct BenchResult {
   double median_ms = 0;  ///< attention without quantization
   double min_ms = 0;
   double quantize_ms = 0;  ///< median
-  double gops = 0;         ///< 4 * batch * nheads_q * head_dim * visible pairs / median_ms
+  double min_quantize_ms = 0;
+  double gops = 0;  ///< 4 * batch * nheads_q * head_dim * visible pairs / median_ms
   double end_to_end_gops = 0;
   std::string_view peak_name;
   std::optional<double> peak_gops;      ///< median, of all threads together

@@ -22,6 +22,20 @@ int report_failure(std::string message, int code) {
   return code;
 }
 
+/// CLI11 alone would answer an unknown first word with "a subcommand is required".
+void require_command(const CLI::App& root, int argc, const char* const* argv) {
+  const std::string word = argc > 1 ? argv[1] : "";
+  if (word.starts_with('-')) return;
+  std::string names;
+  for (const CLI::App* command : root.get_subcommands([](const CLI::App*) { return true; })) {
+    if (command->get_name() == word) return;
+    names += (names.empty() ? "" : ", ") + command->get_name();
+  }
+  fail(StatusCode::kInvalidArgument,
+       fmt::format("subcommand: got {}, want one of {}",
+                   word.empty() ? "nothing" : "'" + word + "'", names));
+}
+
 }  // namespace
 
 int run_command_line(int argc, const char* const* argv) {
@@ -37,6 +51,7 @@ int run_command_line(int argc, const char* const* argv) {
     add_paper(root);
     add_study(root);
     add_report(root);
+    require_command(root, argc, argv);
     root.parse(argc, argv);
     return 0;
   } catch (const CLI::Success& success) {  // --help and --version

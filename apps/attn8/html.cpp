@@ -15,7 +15,7 @@ constexpr std::string_view kStyle = R"css(
 @media (prefers-color-scheme: dark) { :root { --page: #14171b; --ink: #e3e7ec; --soft: #9aa4af;
   --line: #39414b; --panel: #1c2026; --s0: #6cb1ff; --s1: #ff9c5f; --s2: #63d38a; --s3: #c99bff;
   --s4: #e3b948; --s5: #ff85b5; --s6: #a9b6c6; --s7: #58cfe4; } }
-body { margin: 0 auto; max-width: 60rem; padding: 1.5rem 1rem 4rem; background: var(--page);
+body { margin: 0 auto; max-width: 62rem; padding: 1.5rem 1rem 4rem; background: var(--page);
   color: var(--ink); font: 16px/1.55 system-ui, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
 h1 { font-size: 1.8rem; line-height: 1.2; margin: .5rem 0; }
 h2 { font-size: 1.3rem; margin: 2.8rem 0 .6rem; padding-top: .8rem;
@@ -29,9 +29,9 @@ figure { margin: 1.2rem 0; } figcaption { color: var(--soft); font-size: .9rem; 
 svg { width: 100%; height: auto; display: block; font-family: inherit; }
 .scroll { overflow-x: auto; margin: .8rem 0; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid var(--line);
+th, td { padding: .25rem .6rem; text-align: right; border-bottom: 1px solid var(--line);
   white-space: nowrap; }
-th { color: var(--soft); font-weight: 600; vertical-align: bottom; }
+th { color: var(--soft); font-weight: 600; vertical-align: bottom; white-space: normal; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(26rem, 1fr)); gap: 0 1rem; }
 @media (max-width: 32rem) { .plots { grid-template-columns: 1fr; } nav { columns: 1; } }

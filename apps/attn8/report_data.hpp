@@ -54,7 +54,7 @@ struct ReportOptions {
   std::vector<std::string> data;  ///< safetensors files
   Context context;
   int64_t max_length = 131072;
-  double max_speed_seconds = 25;  ///< the speed figure stops growing there
+  double max_speed_seconds = 30;  ///< the speed figure stops growing there
 };
 
 /// Runs every part; `stage` is told each part's name before it starts.

@@ -32,14 +32,19 @@ std::string real_plot(const ReportData& data) {
   for (const RealErrors& one : data.real) {
     plot.x.categories.push_back(one.entry);
   }
-  for (const NamedMode& mode : compared_modes()) {
+  const auto modes = compared_modes();
+  for (size_t m = 0; m < modes.size(); ++m) {
+    const NamedMode& mode = modes[m];
+    // Side by side, so that equal errors do not hide each other.
+    const double shift =
+        many ? 0 : 0.1 * (static_cast<double>(m) - (static_cast<double>(modes.size()) - 1) / 2);
     Series dots = {many ? "" : mode.name, mode.color, {}, false, true};
     Series medians = {mode.name, mode.color, {}, true, false};
     dots.marker_radius = many ? 2.2 : 4;
     for (size_t i = 0; i < data.real.size(); ++i) {
       const auto x = static_cast<double>(i);
       for (const double error : data.real[i].by_mode.at(mode.name)) {
-        dots.points.emplace_back(x, 100 * error);
+        dots.points.emplace_back(x + shift, 100 * error);
       }
       medians.points.emplace_back(x, 100 * data.real[i].median_of(mode.name));
     }
@@ -50,9 +55,10 @@ std::string real_plot(const ReportData& data) {
 }
 
 std::string length_plots(const ReportData& data) {
-  const std::map<std::string, std::string> titles = {{"normal", "iid N(0, 1)"},
-                                                     {"llm", "LLM-like, no sink"},
-                                                     {"sink", "LLM-like, low-norm attention sink"}};
+  const std::vector<std::pair<std::string, std::string>> titles = {
+      {"normal", "iid N(0, 1)"},
+      {"llm", "LLM-like, no sink"},
+      {"sink", "LLM-like, low-norm attention sink"}};
   std::string out = "<div class=\"plots\">\n";
   for (const auto& [recipe, title] : titles) {
     Plot plot;
@@ -213,13 +219,15 @@ std::string study_plots(const std::vector<StudyRecord>& records) {
 std::string committed_plots(const std::string& text) {
   const auto json = nlohmann::json::parse(text, nullptr, false);
   if (!json.is_object() || !json.contains("records")) return {};
+  const reference::EmulationOptions usual = default_config().options;
   std::map<std::string, std::map<std::string, std::vector<std::pair<double, double>>>> panels;
   for (const auto& record : json["records"]) {
     const std::string mode = record.value("mode", "");
     const bool level = mode == "half" || mode == "fp8_e4m3";
-    const bool chosen = mode.empty() && record.value("p_scale", "") == "block_255" &&
-                        record.value("normalizer", "") == "mixed" &&
-                        record.value("smooth_k", false) && record.value("kv_block", 0) == 512;
+    const bool chosen = mode.empty() && record.value("p_scale", "") == to_string(usual.p_scale) &&
+                        record.value("normalizer", "") == to_string(usual.normalizer) &&
+                        record.value("smooth_k", false) == usual.smooth_k &&
+                        record.value("kv_block", 0) == usual.kv_block;
     if (!level && !chosen) continue;
     panels[record.value("data", "")][level ? mode : record.value("v_granularity", "")].emplace_back(
         record.value("seqlen_k", 0.0), 100 * record.value("rel_l2", 0.0));
@@ -284,8 +292,8 @@ std::string report_page(const ReportData& data, const std::string& committed_stu
       "`fp8` "
       "through its emulation.");
   page.figure(real_plot(data), "Every query head of every entry. Lower is better.");
+  page.paragraph("Percent; median over the heads of an entry:");
   page.raw(real_table(data).html());
-  page.paragraph("Percent; median over the heads of an entry.");
 
   page.section("Error against length");
   page.figure(length_plots(data),
@@ -317,8 +325,8 @@ std::string report_page(const ReportData& data, const std::string& committed_stu
                              i + 1, table.distribution, table.head_dim, table.softmax_scale,
                              table.draws));
     page.raw(table.beside_published().html());
+    page.paragraph("Relative L2 error of every mode:");
     page.raw(table.rel_l2().html());
-    page.paragraph("The second table: relative L2 error of every mode.");
   }
 
   page.section("Speed on this CPU");
@@ -339,19 +347,27 @@ std::string report_page(const ReportData& data, const std::string& committed_stu
   page.raw(peak_table(data).html());
 
   page.section("What fixed the default");
-  page.paragraph(
-      "How V is scaled and how P is rounded, from the emulation of docs/numerics.md: smoothing on, "
-      "kv_block 512. `running` scales P to the running maximum, `block` to the maximum of the key "
-      "block; the number is the largest code. `attn8 study` repeats it at full size.");
+  const reference::EmulationOptions usual = default_config().options;
+  const std::string axes =
+      fmt::format("smoothing {}, normaliser {}, kv_block {}", usual.smooth_k ? "on" : "off",
+                  to_string(usual.normalizer), usual.kv_block);
+  page.paragraph(fmt::format(
+      "How V is scaled and how P is rounded, from the emulation of docs/numerics.md ({}). "
+      "`running` "
+      "scales P to the running maximum, `block` to the maximum of the key block; the number is the "
+      "largest code. `attn8 study` repeats it at full size.",
+      axes));
   page.figure(study_plots(data.study), "Dashed: the half mode and FP8 e4m3 on the same data.");
+  page.paragraph("Percent; median over the heads:");
   page.raw(study_table(data.study).html());
-  page.paragraph("Percent; median over the heads.");
   const std::string committed = committed_plots(committed_study);
   if (!committed.empty()) {
     page.heading("V granularity against length");
-    page.figure(committed,
-                "From the committed run of attn8 study, docs/results/study.json: P scaled to the "
-                "block maximum, mixed normaliser, smoothing on, kv_block 512.");
+    page.figure(
+        committed,
+        fmt::format("From the committed run of attn8 study, docs/results/study.json: P scaled "
+                    "to the block maximum, {}.",
+                    axes));
   }
 
   page.section("Machine");

@@ -15,11 +15,13 @@ namespace {
 
 std::string ratio(double a, double b) { return b > 0 ? fmt::format("{:.2f}", a / b) : "-"; }
 
-std::string config_label(const StudyConfig& config) {
+/// The five axes of a point of the design space, or the name of a mode.
+std::vector<std::string> config_cells(const StudyConfig& config) {
+  if (!config.name.empty()) return {"mode " + config.name, "", "", "", ""};
   const auto& o = config.options;
-  return fmt::format("{:<13}  {:<11}  {:<5}  {:<6}  {:>3}", to_string(o.v_granularity),
-                     to_string(o.p_scale), to_string(o.normalizer), o.smooth_k ? "smooth" : "raw",
-                     o.kv_block);
+  return {std::string(to_string(o.v_granularity)), std::string(to_string(o.p_scale)),
+          std::string(to_string(o.normalizer)), o.smooth_k ? "removed" : "kept",
+          fmt::format("{}", o.kv_block)};
 }
 
 }  // namespace
@@ -68,24 +70,23 @@ Table length_table(const ReportData& data) {
 }
 
 Table study_table(const std::vector<StudyRecord>& records) {
-  Table table;
-  table.header = {"V granularity  P scale      norm.  smooth  kv_block"};
   std::vector<std::string> columns;
-  std::vector<std::string> order;
-  std::map<std::string, std::map<std::string, std::string>> cells;
+  std::vector<std::vector<std::string>> order;
+  std::map<std::vector<std::string>, std::map<std::string, std::string>> cells;
   for (const StudyRecord& record : records) {
     const std::string column = fmt::format("{} {}", record.data, length_label(record.seqlen_k));
-    const std::string row =
-        record.config.name.empty() ? config_label(record.config) : record.config.name;
+    const std::vector<std::string> row = config_cells(record.config);
     if (std::find(columns.begin(), columns.end(), column) == columns.end()) {
       columns.push_back(column);
     }
     if (!cells.contains(row)) order.push_back(row);
     cells[row][column] = percent(record.rel_l2);
   }
+  Table table;
+  table.header = {"V granularity", "P scale", "normaliser", "K mean", "kv_block"};
   table.header.insert(table.header.end(), columns.begin(), columns.end());
-  for (const std::string& row : order) {
-    std::vector<std::string> line = {row};
+  for (const auto& row : order) {
+    std::vector<std::string> line = row;
     for (const std::string& column : columns) line.push_back(cells[row][column]);
     table.rows.push_back(std::move(line));
   }

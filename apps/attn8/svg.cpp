@@ -15,7 +15,7 @@ namespace attn8::app {
 namespace {
 
 constexpr double kFont = 12;           // px, of all text but the title
-constexpr double kCharacter = 0.56;    // mean width of a character, in font sizes
+constexpr double kCharacter = 0.64;    // width of a character in font sizes, on the safe side
 constexpr double kLabelHeight = 14.5;  // px between two direct labels
 
 bool is_log(Axis::Scale scale) { return scale != Axis::Scale::kLinear; }
@@ -194,12 +194,14 @@ std::string Plot::svg() const {
   double longest = 0;
   for (const auto& text : x.categories) longest = std::max(longest, text_width(text));
 
-  const double left = tick_width + 14;
+  double left = tick_width + 14;
   const double right = width - (label_width > 0 ? label_width + 14 : 10);
   const double top = 46;
-  // Long names of categories hang at an angle.
-  const bool slanted = !x.categories.empty() &&
-                       longest + 8 > (right - left) / static_cast<double>(x.categories.size());
+  // Long names of categories hang at an angle of 40 degrees; the first must not leave the picture.
+  const double category_width =
+      (right - left) / std::max<double>(1, static_cast<double>(x.categories.size()));
+  const bool slanted = !x.categories.empty() && longest + 8 > category_width;
+  if (slanted) left = std::max(left, longest * 0.77 - category_width / 2);
   const double bottom = height - (slanted ? 34 + longest * 0.64 : 40);
   const Mapping map_x = {x, x_range, left, right};
   const Mapping map_y = {y, y_range, bottom, top};
