@@ -12,7 +12,7 @@ RESULTS := build/test-results
 
 .NOTPARALLEL:
 .DEFAULT_GOAL := run
-.PHONY: run test lint clean dev asan ubsan tsan setup-build setup-test
+.PHONY: run test lint clean dev asan ubsan tsan setup-build setup-test setup-python
 .PHONY: checks release check-format check-tidy check-python check-sanitized check-pytest check-release
 
 run: setup-build
@@ -24,7 +24,7 @@ run: setup-build
 test: setup-test
 	@rm -rf $(RESULTS) && mkdir -p $(RESULTS)
 	@status=0; $(MAKE) --no-print-directory -k checks || status=$$?; \
-	  .venv/bin/python tools/list_skipped.py $(RESULTS); exit $$status
+	  python3 tools/list_skipped.py $(RESULTS); exit $$status
 
 checks: check-format check-python check-sanitized check-pytest check-tidy check-release
 
@@ -36,6 +36,9 @@ setup-build:
 
 setup-test:
 	@tools/setup.sh test
+
+setup-python: setup-test
+	@tools/setup.sh python
 
 release:
 	cmake --preset release
@@ -49,14 +52,14 @@ check-sanitized:
 	cmake --build --preset ci --parallel $(JOBS)
 	ctest --preset ci --parallel $(JOBS) --output-junit $(CURDIR)/$(RESULTS)/ctest-ci.xml
 
-check-pytest: release
+check-pytest: setup-python release
 	ATTN8_CLI=$(CURDIR)/build/release/attn8 .venv/bin/pytest --junit-xml=$(RESULTS)/pytest.xml
 
 check-format:
 	find apps benchmarks examples include src tests -name '*.[ch]pp' -o -name '*.[ch]' -o -name '*.cu' | \
 	  xargs clang-format --dry-run -Werror
 
-check-python:
+check-python: setup-python
 	.venv/bin/ruff check tools tests
 	.venv/bin/ruff format --check tools tests
 	.venv/bin/mypy

@@ -2,19 +2,31 @@
 # SPDX-FileCopyrightText: The attn8 authors
 # SPDX-License-Identifier: Apache-2.0
 #
-# Installs what is missing of tools/debian_packages.txt, and for `test` the Python environment .venv
-# of tools/requirements.txt. Takes a fraction of a second when all is there.
+# Installs what is missing. Takes a fraction of a second when all is there.
 #
-#   tools/setup.sh build   what building and running needs
-#   tools/setup.sh test    that, and what testing needs
+#   tools/setup.sh build    packages of tools/debian_packages.txt that building and running needs
+#   tools/setup.sh test     all packages of that table
+#   tools/setup.sh python   the environment .venv of tools/requirements.txt, for the Python tests
 set -eu
 cd "$(dirname "$0")/.."
 
 purpose=${1:-}
 case $purpose in
   build | test) ;;
+  python)
+    if ! cmp -s tools/requirements.txt .venv/requirements.txt; then
+      # Debian's own Python comes first: the package python3-venv belongs to that one.
+      python=/usr/bin/python3
+      [ -x "$python" ] || python=python3
+      echo "setup: creating .venv"
+      "$python" -m venv --clear .venv
+      .venv/bin/pip install --quiet --disable-pip-version-check -r tools/requirements.txt
+      cp tools/requirements.txt .venv/requirements.txt  # last: marks a complete environment
+    fi
+    exit 0
+    ;;
   *)
-    echo "setup: purpose=${purpose:-nothing} must be build or test" >&2
+    echo "setup: purpose=${purpose:-nothing} must be build, test or python" >&2
     exit 2
     ;;
 esac
@@ -63,14 +75,4 @@ if [ -n "$packages" ]; then
     echo "setup: this system has no recent enough version of: $still" >&2
     exit 1
   fi
-fi
-
-if [ "$purpose" = test ] && ! cmp -s tools/requirements.txt .venv/requirements.txt; then
-  # Debian's own Python comes first: python3-venv belongs to that one.
-  python=/usr/bin/python3
-  [ -x "$python" ] || python=python3
-  echo "setup: creating .venv"
-  "$python" -m venv --clear .venv
-  .venv/bin/pip install --quiet --disable-pip-version-check -r tools/requirements.txt
-  cp tools/requirements.txt .venv/requirements.txt  # last: marks a complete environment
 fi
