@@ -113,7 +113,8 @@ class Preparation {
       std::fill_n(out_scale, padded, 1.0f);
       const uint32_t* head_bits = bits + head * blocks * dim();
       const auto given = [&](int64_t seq, int64_t d) {
-        return float_at(quantized->scale, batch(head), seq, kv_head(head), d);
+        const float scale = float_at(quantized->scale, batch(head), seq, kv_head(head), d);
+        return usable(scale) ? scale : std::numeric_limits<float>::quiet_NaN();
       };
       const auto largest = [&](int64_t block_lo, int64_t block_hi, int d_lo, int d_hi) {
         uint32_t most = 0;
@@ -140,7 +141,7 @@ class Preparation {
           for (int64_t b = 0; b < blocks; ++b) {
             for (int d = 0; d < padded; ++d) {
               float& scale = block_scale[b * padded + d];
-              scale = 1.0f;
+              scale = 0.0f;  // padding does not take part in the largest
               if (d < dim()) scale = quantized ? given(b, d) : largest(b, b + 1, d, d + 1);
             }
           }
@@ -151,18 +152,21 @@ class Preparation {
     }
   }
 
-  /// Makes the block scales relative to their largest, which scales the output instead: the sums of
-  /// a row stay in range whatever the magnitude of V. A NaN stays where it is.
+  /// Makes the scales of the visible blocks relative to their largest, which scales the output
+  /// instead: the sums of a row stay in range whatever the magnitude of V. A NaN stays where it is.
   void take_out_largest(float* block_scale, float* out_scale) const noexcept {
-    if (plan_.v_granularity != Granularity::kBlock &&
-        plan_.v_granularity != Granularity::kBlockChannel) {
+    if (!plan_.int8_values() || (plan_.v_granularity != Granularity::kBlock &&
+                                 plan_.v_granularity != Granularity::kBlockChannel)) {
       return;
     }
-    const int64_t count = plan_.kv_blocks() * work_.v_block_scale_step();
+    const int64_t kv_block = plan_.options.kv_block;
+    const int64_t step = work_.v_block_scale_step();
+    const int64_t begin = plan_.keys.lo / kv_block * step;
+    const int64_t end = (plan_.keys.hi + kv_block - 1) / kv_block * step;
     float reference = 0;
-    for (int64_t i = 0; i < count; ++i) reference = std::max(reference, block_scale[i]);
+    for (int64_t i = begin; i < end; ++i) reference = std::max(reference, block_scale[i]);
     if (!usable(reference)) return;
-    for (int64_t i = 0; i < count; ++i) block_scale[i] /= reference;
+    for (int64_t i = begin; i < end; ++i) block_scale[i] /= reference;
     std::fill_n(out_scale, padded_v_dim(dim()), reference);
   }
 

@@ -215,6 +215,9 @@ ATTN8_INLINE void add_products(const AttendTile& tile, const WeighedBlock& block
   const int64_t padded_dim = padded_v_dim(tile.head_dim);
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) {
+    // A row that sees none of the block stays as it is, also where a V scale of the block is NaN.
+    if (block.state.weight[r] == 0) [[unlikely]]
+      continue;
     float* out = tile.out + (block.rows.first_row + r) * padded_dim + channel;  // [kCount * 16]
     const F32 rescale = broadcast(block.state.rescale[r]);
     const F32 weight = broadcast(block.state.value_weight[r]);
