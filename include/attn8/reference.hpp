@@ -39,6 +39,8 @@ struct EmulationOptions {
   bool smooth_k = true;
   PScale p_scale = PScale::kBlockLocal255;
   Normalizer normalizer = Normalizer::kFloat;
+  /// Give back what rounding took from the weights of a block, times the block's mean V.
+  bool residual_mean = true;
   Fp8Format fp8_format = Fp8Format::kE4m3Tensor;
 };
 

@@ -24,7 +24,9 @@ struct PackedKv {
   KeyRecord* records = nullptr;  ///< [group]; INT8 K only
   const float* v_block_scale = nullptr;    ///< [kv block] (kBlock) or [kv block][padded_v_dim]
   bool v_block_scale_per_channel = false;  ///< which of the two
-  bool fold_v = false;                     ///< V granularity kToken: log2_ratio and inv_ratio count
+  const float* v_mean = nullptr;  ///< [kv block][padded_v_dim] mean of the V codes (kAccurate)
+  KeyRange keys;                  ///< visible to at least one query: what v_mean averages
+  bool fold_v = false;            ///< V granularity kToken: log2_ratio and inv_ratio count
 };
 
 /// One tile of query rows of one (batch, kv head); the rows may belong to several query heads.
@@ -71,6 +73,8 @@ struct KernelTable {
                  int32_t* correction);
   /// 64 rows of codes [64][row_stride], zero-padded to padded_v_dim, into one packed V group.
   void (*pack_v)(const int8_t* codes, int row_stride, int padded_dim, std::byte* group);
+  /// sums[i] = sum over 64 rows of codes [64][row_stride] of column i.
+  void (*sum_rows)(const int8_t* codes, int row_stride, int n, int32_t* sums);
   /// Bytes of scratch that attend() needs for this kv_block.
   size_t (*scratch_bytes)(int kv_block);
   void (*attend)(const AttendTile& tile);

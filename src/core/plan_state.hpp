@@ -26,6 +26,8 @@ struct WorkspaceLayout {
   size_t k_mean = 0;                         ///< float [H][head_dim]
   size_t k_mean_sums = 0;                    ///< double [H][chunks][head_dim]
   size_t v_max_bits = 0;                     ///< uint32 [H][kv blocks][head_dim]
+  size_t v_sums = 0;                         ///< int32 [H][groups][padded_v_dim] sums of V codes
+  size_t v_mean = 0;                         ///< float [H][kv blocks][padded_v_dim]
   size_t v_out_scale = 0;                    ///< float [H][padded_v_dim]
   size_t v_block_scale = 0;                  ///< float [H][kv blocks][1 or padded_v_dim]
   size_t workers = 0, bytes_per_worker = 0;  ///< [threads] tile buffers

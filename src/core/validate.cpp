@@ -38,9 +38,15 @@ Status check_view(std::string_view name, const ConstTensorView& view, bool writt
   int64_t reach = static_cast<int64_t>(dtype_bytes(view.dtype));
   if (reach == 0) return invalid(name, ".dtype is not a type of attn8::DType");
   bool empty = false;
+  int64_t elements = 1;  // zero extents left out: products of the others must not overflow either
   for (size_t i = 0; i < 4; ++i) {
-    if (view.shape[i] < 0) return invalid(name, ".shape=", text(view.shape), " wants no negative");
-    empty = empty || view.shape[i] == 0;
+    const int64_t extent = view.shape[i];
+    if (extent < 0) return invalid(name, ".shape=", text(view.shape), " wants no negative");
+    empty = empty || extent == 0;
+    if (extent > 0 &&
+        (__builtin_mul_overflow(elements, extent, &elements) || elements > kMaxBytes)) {
+      return invalid(name, ".shape=", text(view.shape), " has over 2^48 elements");
+    }
   }
   if (empty) return {};
   for (size_t i = 0; i < 4; ++i) {
@@ -150,6 +156,12 @@ Status check_options(const AttentionOptions& options) {
   if (static_cast<int>(options.v_granularity) > static_cast<int>(Granularity::kBlockChannel)) {
     return invalid("options.v_granularity is not a value of attn8::Granularity");
   }
+  if (static_cast<int>(options.fp8_format) > static_cast<int>(Fp8Format::kE5m2Raw)) {
+    return invalid("options.fp8_format is not a value of attn8::Fp8Format");
+  }
+  if (static_cast<int>(options.mask.align) > static_cast<int>(CausalAlign::kTopLeft)) {
+    return invalid("options.mask.align is not a value of attn8::CausalAlign");
+  }
   if (options.softmax_scale.has_value() && !std::isfinite(*options.softmax_scale)) {
     return invalid("options.softmax_scale got ", *options.softmax_scale, ", wants a finite number");
   }
@@ -251,6 +263,9 @@ Status validate_quantize(const ConstTensorView& x, const QuantSpec& spec,
     ATTN8_RETURN_IF_ERROR(check_type("scale", scale, DType::kFloat32));
     ATTN8_RETURN_IF_ERROR(
         check_shape("scale", scale, scale_shape(x.shape, spec), " for this granularity"));
+    if (static_cast<int>(mean_use) > static_cast<int>(Mean::kGiven)) {
+      return invalid("mean_use is not a value of attn8::Mean");
+    }
     if (mean_use == Mean::kNone) return {};
     if (!mean.has_value()) return invalid("mean is not set, mean_use wants it");
     ATTN8_RETURN_IF_ERROR(check_view("mean", *mean, mean_use == Mean::kCompute));

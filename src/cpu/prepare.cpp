@@ -258,6 +258,7 @@ class Preparation {
       record.inv_ratio[slot] = zero ? 0.0f : scale;
     }
     table_.pack_v(codes, padded, padded, work_.v(head) + group * kKeyGroup * padded);
+    table_.sum_rows(codes, padded, padded, work_.v_sums(head) + group * padded);
   }
 
   void encode_v_coarse(int64_t head, int64_t key, int8_t* row) const noexcept {
@@ -318,7 +319,28 @@ class Preparation {
         std::memchr(poison + plan_.keys.lo, 1,
                     static_cast<size_t>(plan_.keys.hi - plan_.keys.lo)) != nullptr;
     if (plan_.fold_v()) fold_v_scales(head);
-    take_out_largest(work_.v_block_scale(head), work_.v_out_scale(head));
+    if (plan_.int8_values()) {
+      take_out_largest(work_.v_block_scale(head), work_.v_out_scale(head));
+      compute_v_means(head);
+    }
+  }
+
+  /// Mean V codes of each kv block, over the keys that some query sees.
+  void compute_v_means(int64_t head) noexcept {
+    const int64_t padded = padded_v_dim(dim());
+    const int64_t kv_block = plan_.options.kv_block;
+    for (int64_t block = plan_.keys.lo / kv_block; block * kv_block < plan_.keys.hi; ++block) {
+      const int64_t begin = std::max(block * kv_block, plan_.keys.lo);
+      const int64_t end = std::min((block + 1) * kv_block, plan_.keys.hi);
+      float* mean = work_.v_mean(head) + block * padded;
+      for (int64_t d = 0; d < padded; ++d) {
+        int64_t sum = 0;
+        for (int64_t group = begin / kKeyGroup; group < key_groups(end); ++group) {
+          sum += work_.v_sums(head)[group * padded + d];
+        }
+        mean[d] = static_cast<float>(sum) / static_cast<float>(end - begin);
+      }
+    }
   }
 
   void fold_v_scales(int64_t head) noexcept {

@@ -100,7 +100,9 @@ class TileRunner {
     tile.scratch = memory + buffers_.scratch;
     tile.kv.k = work_.k(head);
     tile.kv.v = work_.v(head);
+    tile.kv.keys = plan_.keys;
     tile.kv.fold_v = plan_.fold_v();
+    if (plan_.int8_values()) tile.kv.v_mean = work_.v_mean(head);
     if (plan_.int8_scores()) tile.kv.records = work_.records(head);
     if (plan_.v_granularity == Granularity::kBlock ||
         plan_.v_granularity == Granularity::kBlockChannel) {
@@ -267,6 +269,8 @@ Status lay_out(AttentionPlan::State& plan) noexcept {
   }
   if (plan.int8_values()) {
     layout.v_out_scale = take(product({heads, padded_v, int64_t{sizeof(float)}}));
+    layout.v_sums = take(product({heads, groups, padded_v, int64_t{sizeof(int32_t)}}));
+    layout.v_mean = take(product({heads, plan.kv_blocks(), padded_v, int64_t{sizeof(float)}}));
     if (!plan.fold_v()) {
       layout.v_max_bits =
           take(product({heads, plan.kv_blocks(), plan.head_dim, int64_t{sizeof(uint32_t)}}));

@@ -35,6 +35,12 @@ struct Workspace {
   [[nodiscard]] float* k_mean(int64_t head) const noexcept {
     return at<float>(plan.layout.k_mean) + head * plan.head_dim;
   }
+  [[nodiscard]] int32_t* v_sums(int64_t head) const noexcept {
+    return at<int32_t>(plan.layout.v_sums) + head * plan.groups() * padded_v_dim(plan.head_dim);
+  }
+  [[nodiscard]] float* v_mean(int64_t head) const noexcept {
+    return at<float>(plan.layout.v_mean) + head * plan.kv_blocks() * padded_v_dim(plan.head_dim);
+  }
   [[nodiscard]] float* v_out_scale(int64_t head) const noexcept {
     return at<float>(plan.layout.v_out_scale) + head * padded_v_dim(plan.head_dim);
   }

@@ -26,6 +26,9 @@
 // of a rounding boundary. The integer sum over a block moves by at most sum_j flip_j |v_jd|. Where
 // P and V are floats, adding n keys in float32, in any order, adds (n + 2) u sum_j p_j |v_jd|.
 //
+// The residual rho = sum_j (w_j - code_j) moves by sum_j (|w' - w| + flip_j) and (n + 20) u sum_j
+// |w_j - code_j|; times the mean V of the block that moves O.
+//
 // Recurrences. With A = |x' - x| for a factor x, each step
 //     O <- a O + b C   moves  E_O to  a_hi E_O + A_a |O| + b_hi E_C + A_b |C| + 4 u (|O'| + |C'|)
 // (conversion to float32, the products with b and the V scale, the multiply-add), and l likewise,
@@ -191,6 +194,8 @@ double emulate_row(const Arithmetic& arithmetic, const KeyValues& kv, const Quer
     scratch.sum.assign(static_cast<size_t>(kv.v.stride), 0.0);
     scratch.sum_error.assign(static_cast<size_t>(kv.v.stride), 0.0);
     Sum block_denominator;
+    Sum residual;
+    double residual_magnitude = 0;
     double block_weights = 0;
     for (size_t u = 0; u < n; ++u) {
       const int64_t j = first + static_cast<int64_t>(u);
@@ -200,6 +205,8 @@ double emulate_row(const Arithmetic& arithmetic, const KeyValues& kv, const Quer
       const double code = round_p(arithmetic.p_format, w);
       if (code != 0) add_scaled(scratch.sum.data(), code, kv.v.token(j), kv.v.stride);
       block_weights += w / range / r;
+      residual.value += w - code;
+      residual_magnitude += std::abs(w - code);
       const bool sums_code = arithmetic.sums_code(r);
       block_denominator.value += (sums_code ? code : w) / r;
       if (!want_bound) continue;
@@ -212,23 +219,31 @@ double emulate_row(const Arithmetic& arithmetic, const KeyValues& kv, const Quer
                                    round_p(arithmetic.p_format, std::min(kernel.upper, range))}
                               .error(code);
       block_denominator.error += (sums_code ? flip : kernel.error(w)) / r;
+      residual.error += kernel.error(w) + flip;
       if (flip != 0) add_scaled_abs(scratch.sum_error, flip, kv.v.token(j));
       if (!arithmetic.integer()) {
         add_scaled_abs(scratch.sum_error, static_cast<double>(n + 2) * kUnit * code, kv.v.token(j));
       }
     }
     block_denominator.error += static_cast<double>(n + 5) * kUnit * block_denominator.value;
+    residual.error += static_cast<double>(n + 20) * kUnit * residual_magnitude;
+    // A row that does not see the whole block must not learn its mean.
+    const int64_t k_last = kv.k.first + kv.k.count;
+    const bool whole =
+        first == std::max(begin, kv.k.first) && last == std::min(begin + kv_block, k_last);
+    if (!arithmetic.residual_mean || !whole) residual = {};
 
     const Rescale a(running, block);
     const Rescale b = arithmetic.local_max ? Rescale(block, running) : Rescale();
     weights = a.factor * weights + b.factor * block_weights;
     denominator = online_step(a, denominator, b, block_denominator);
     for (int64_t d = 0; d < head_dim; ++d) {
-      const double v_scale = kv.v_scale[static_cast<size_t>(begin / kv_block * head_dim + d)];
+      const auto at = static_cast<size_t>(begin / kv_block * head_dim + d);
+      const double mean = arithmetic.residual_mean ? kv.v_mean[at] : 0.0;
+      const Sum sum = {scratch.sum[static_cast<size_t>(d)] + residual.value * mean,
+                       scratch.sum_error[static_cast<size_t>(d)] + residual.error * std::abs(mean)};
       Sum& total = numerator[static_cast<size_t>(d)];
-      total = online_step(a, total, b,
-                          {v_scale * scratch.sum[static_cast<size_t>(d)],
-                           v_scale * scratch.sum_error[static_cast<size_t>(d)]});
+      total = online_step(a, total, b, {kv.v_scale[at] * sum.value, kv.v_scale[at] * sum.error});
     }
     running = updated;
   }

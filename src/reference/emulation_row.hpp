@@ -21,6 +21,7 @@ struct Arithmetic {
   bool local_max =
       false;  ///< weights relative to the maximum of the key block, else the running one
   Normalizer normalizer = Normalizer::kFloat;  ///< what l sums
+  bool residual_mean = false;  ///< O also takes sum_j (w_j - code_j) times the mean V of the block
   [[nodiscard]] bool integer() const { return p_format == PFormat::kInteger; }
   /// Whether a key with this r enters l by its rounded weight.
   [[nodiscard]] bool sums_code(double r) const {
@@ -38,6 +39,7 @@ struct KeyValues {
   Tokens v;
   std::vector<double> r;        // [count] what P absorbs of the V scale; 1 where V is not folded
   std::vector<double> v_scale;  // [blocks from key 0][head_dim] what P does not absorb
+  std::vector<double> v_mean;   // the same shape: mean V codes of the block's visible keys
 };
 
 struct Query {

@@ -79,6 +79,7 @@ Arithmetic arithmetic_of(const EmulationOptions& options) {
       arithmetic.p_range = options.p_scale == PScale::kRunningMax127 ? 127 : 255;
       arithmetic.local_max = options.p_scale == PScale::kBlockLocal255;
       arithmetic.normalizer = options.normalizer;
+      arithmetic.residual_mean = options.residual_mean;
       break;
   }
   return arithmetic;
@@ -314,6 +315,23 @@ class Operands {
       }
     }
     kv_.v = std::move(quantized.codes);
+    average_values(blocks);
+  }
+
+  // Means of the codes of each key block over the visible keys, a float32 quotient.
+  void average_values(int64_t blocks) {
+    const int64_t head_dim = problem_.head_dim;
+    const int64_t kv_block = options_.kv_block;
+    kv_.v_mean.assign(static_cast<size_t>(blocks * head_dim), 0.0);
+    for (int64_t block = 0; block < blocks; ++block) {
+      const int64_t from = std::max(block * kv_block, problem_.visible.first);
+      const int64_t to = std::min((block + 1) * kv_block, problem_.visible.last);
+      for (int64_t d = 0; from < to && d < head_dim; ++d) {
+        float sum = 0;  // of integers below 2^24: exact
+        for (int64_t j = from; j < to; ++j) sum += kv_.v.token(j)[d];
+        kv_.v_mean[static_cast<size_t>(block * head_dim + d)] = sum / static_cast<float>(to - from);
+      }
+    }
   }
 
   const Problem& problem_;
@@ -390,10 +408,12 @@ EmulationOptions emulation_options(const AttentionOptions& options) noexcept {
     result.v_granularity = Granularity::kTensor;
     result.p_scale = PScale::kRunningMax127;
     result.normalizer = Normalizer::kCodes;
+    result.residual_mean = false;
   } else {
     result.v_granularity = options.v_granularity;
     result.p_scale = PScale::kBlockLocal255;
     result.normalizer = Normalizer::kFloat;
+    result.residual_mean = options.mode == Mode::kAccurate;
   }
   return result;
 }

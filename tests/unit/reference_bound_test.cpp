@@ -26,6 +26,7 @@ enum class Fault {
   kMissingBlock,    // one block of keys not visited
   kMissingKey,      // the last key not visited
   kOtherMaximum,    // running in place of block-local, or the other way
+  kNoResidual,      // without the mean of V
   kOtherNormalizer  // codes in place of weights, or the reverse
 };
 
@@ -104,8 +105,8 @@ std::vector<float> run_kernel(const Kernel& kernel, const Tensor& q, const Tenso
       const float block_max = *std::max_element(t.begin(), t.end());
       const float m_new = std::max(m, block_max);
       const float reference = local ? block_max : m_new;
-      float block_l = 0;
-      std::vector<float> block_sum(static_cast<size_t>(dim));
+      float block_l = 0, residual = 0;
+      std::vector<float> block_sum(static_cast<size_t>(dim)), block_mean(static_cast<size_t>(dim));
       for (int64_t j = begin; j < end; ++j) {
         const auto n = static_cast<size_t>(j - begin);
         const float w = range * kernel.exp2(t[n] - reference);
@@ -114,8 +115,15 @@ std::vector<float> run_kernel(const Kernel& kernel, const Tensor& q, const Tenso
                                                        : std::nearbyint(w);
         const bool sums_code = paper != (fault == Fault::kOtherNormalizer);
         block_l += (sums_code ? code : w) * (1 / r[n]);
+        residual += w - code;
         for (int64_t d = 0; d < dim; ++d) {
           block_sum[static_cast<size_t>(d)] += code * v8.codes.token(j)[d];
+          block_mean[static_cast<size_t>(d)] += v8.codes.token(j)[d];
+        }
+      }
+      if (options.residual_mean && fault != Fault::kNoResidual) {
+        for (size_t d = 0; d < block_sum.size(); ++d) {
+          block_sum[d] += residual * (block_mean[d] / static_cast<float>(end - begin));
         }
       }
       const float a = kernel.exp2(m - m_new), b = local ? kernel.exp2(block_max - m_new) : 1.0F;
@@ -222,10 +230,12 @@ TEST(EmulationBound, BreaksForFaultyKernels) {
   for (const Case& one : cases()) {
     const Output wanted = run_emulation(one.q, one.k, one.v, one.options);
     const bool half = one.options.mode == Mode::kHalf;
-    for (const Fault fault : {Fault::kTruncate, Fault::kRange, Fault::kMissingBlock,
-                              Fault::kMissingKey, Fault::kOtherMaximum, Fault::kOtherNormalizer}) {
+    for (const Fault fault :
+         {Fault::kTruncate, Fault::kRange, Fault::kMissingBlock, Fault::kMissingKey,
+          Fault::kOtherMaximum, Fault::kNoResidual, Fault::kOtherNormalizer}) {
       // In half, P has no range of codes, and where it is rounded hardly shows.
       if (half && fault != Fault::kMissingBlock && fault != Fault::kMissingKey) continue;
+      if (fault == Fault::kNoResidual && !one.options.residual_mean) continue;
       // With a scale of 1.5 the last key may weigh nothing.
       if (fault == Fault::kMissingKey && *one.options.softmax_scale > 1) continue;
       EXPECT_GT(worst(one, wanted, {one.options, fault}), 2.0)

@@ -140,11 +140,36 @@ TEST(Emulation, ZeroValueTokens) {
   const double code = std::nearbyint(255 * std::exp(-1) * 64 / 127);
   const double l = 255 * (std::exp(1) + 1 + std::exp(-1));
   // The scale of the zeros, 1, is not the reference of the others, 0.01 and below.
-  EXPECT_NEAR(o.out[0], (255 * 1.27 + code * 1.27) / l, 1e-6);
+  // What rounding took, of the zero token (2^-20 of the scale) and of the last, counts at the mean.
+  const double residual = 255 * std::exp(1) * 0x1p-20 + 255 * std::exp(-1) * 64 / 127 - code;
+  const double mean = 1.27 * 2 / 3;
+  EXPECT_NEAR(o.out[0], (255 * 1.27 + code * 1.27 + residual * mean) / l, 1e-6);
   EXPECT_NEAR(o.lse[0], std::log(std::exp(1) + 1 + std::exp(-1)), 1e-6);
+  options.residual_mean = false;
+  const Output without =
+      run_emulation(column({1}), column({1, 0, -1}), column({0, 1.27F, 0.64F}), options);
+  EXPECT_NEAR(without.out[0], (255 * 1.27 + code * 1.27) / l, 1e-6);
+  options.residual_mean = true;
   const Output zeros = run_emulation(column({1}), column({8, 0}), column({0, 0}), options);
   EXPECT_EQ(zeros.out[0], 0);
   EXPECT_NEAR(zeros.lse[0], 8 + std::log1p(std::exp(-8)), 1e-5);
+}
+
+// Of two causal rows only the last one sees the whole block: the other must not learn its mean.
+TEST(Emulation, ResidualOnlyWhereTheWholeBlockIsSeen) {
+  EmulationOptions options = mode_options(Mode::kAccurate);
+  options.softmax_scale = 1.0F;
+  options.smooth_k = false;
+  options.mask.causal = true;
+  const Tensor q = column({1, 1, 1}), k = column({0, -6.5F, -6.5F}), v = column({1, -1, 1});
+  const Output with = run_emulation(q, k, v, options);
+  options.residual_mean = false;
+  const Output without = run_emulation(q, k, v, options);
+  EXPECT_EQ(with.out[0], without.out[0]);
+  EXPECT_EQ(with.out[1], without.out[1]);
+  // Both small weights, 255 e^-6.5 = 0.38, round to 0; a third of V's mean is theirs.
+  const double w = 255 * std::exp(-6.5);
+  EXPECT_NEAR(with.out[2] - without.out[2], 2 * w / 3 / (255 + 2 * w), 1e-6);
 }
 
 TEST(Emulation, HalfRoundsPToBfloat16) {

@@ -26,6 +26,7 @@ struct WeighedBlock {
   const RowState& state;
   const std::byte* codes;      ///< [kRowGroup][kv_block]
   const float* channel_scale;  ///< [padded_v_dim] V scales of the block, or nullptr
+  const float* mean;           ///< [padded_v_dim] mean V codes of the block (`accurate`)
 };
 
 inline TileScratch tile_scratch(const AttendTile& tile) {
@@ -52,6 +53,16 @@ ATTN8_INLINE bool all_visible(const AttendTile& tile, int first_row, int64_t gro
     if (range.lo > group * kKeyGroup || range.hi < (group + 1) * kKeyGroup) return false;
   }
   return true;
+}
+
+/// Whether row r of the group sees every key of its kv block that any query of the call sees.
+ATTN8_INLINE bool sees_block(const AttendTile& tile, const RowGroup& rows, int r) {
+  const int64_t first = rows.block_group * kKeyGroup;
+  const int64_t end = first + tile.kv_block;
+  const KeyRange keys = tile.kv.keys;
+  const KeyRange range = tile.visible[rows.first_row + r];
+  return range.lo <= (first > keys.lo ? first : keys.lo) &&
+         range.hi >= (end < keys.hi ? end : keys.hi);
 }
 
 /// QK of one key group: exact integers, scaled to log2 units, stored, their maxima taken.
@@ -129,22 +140,19 @@ ATTN8_KERNEL_INLINE void score_block(const AttendTile& tile, const RowGroup& row
   for (int r = 0; r < kRows; ++r) block_max[r] = reduce_max(largest[r]);
 }
 
-/// Weights of 16 keys rounded to codes; what they add to the row's sums.
-/// kTop: the code of weight 1 (255 or 127).
-template <int kTop, bool kFold, bool kSumCodes>
-ATTN8_INLINE I32 round_weights(F32 w, const float* inv_ratio, F32& sum, F32& weight_sum) {
-  const I32 rounded = round_to_int(w);
-  if constexpr (kFold) w = w * load(inv_ratio);
-  weight_sum = weight_sum + w;
-  if constexpr (kSumCodes) sum = sum + to_float(rounded);
-  return rounded;
-}
+/// What a block adds to the sums of a row, by lane.
+struct BlockSums {
+  F32 weights;   ///< weights before rounding, over r
+  F32 codes;     ///< `paper`
+  F32 residual;  ///< `accurate`: what rounding took from the weights
+};
 
 /// Rounds the weights of one row and key group to codes and adds them to the row's sums.
-template <int kTop, bool kFold, bool kSumCodes>
+template <bool kPaper, bool kFold>
 ATTN8_KERNEL_INLINE void round_group(const AttendTile& tile, int row, int64_t group,
                                      const float* scores, float subtract, std::byte* codes,
-                                     F32& sum, F32& weight_sum) {
+                                     BlockSums& sums) {
+  constexpr int kTop = kPaper ? 127 : 255;  // the code of weight 1
   const float* inv_ratio = tile.kv.records[group].inv_ratio;
   int lo = 0;
   int hi = 0;
@@ -157,39 +165,41 @@ ATTN8_KERNEL_INLINE void round_group(const AttendTile& tile, int row, int64_t gr
     if (hi - lo != kKeyGroup) [[unlikely]] {
       w = keep_lanes(w, lo - lane, hi - lane, broadcast(0.0f));
     }
-    rounded[c] = round_weights<kTop, kFold, kSumCodes>(w, inv_ratio + lane, sum, weight_sum);
+    rounded[c] = round_to_int(w);
+    if constexpr (kPaper) {
+      sums.codes = sums.codes + to_float(rounded[c]);
+    } else {
+      sums.residual = sums.residual + (w - to_float(rounded[c]));
+    }
+    if constexpr (kFold) w = w * load(inv_ratio + lane);
+    sums.weights = sums.weights + w;
   }
   store_codes(codes, rounded);
 }
 
-/// Adds a block's sums of row r to the running ones.
-template <bool kSumCodes>
-ATTN8_INLINE void add_sums(const TileScratch& scratch, const RowGroup& rows, const RowState& state,
-                           int r, F32 sum, F32 weight_sum) {
-  const F32 rescale = broadcast(state.rescale[r]);
-  const F32 weight = broadcast(state.weight[r]);
-  float* weights = scratch.weights + 16 * (rows.first_row + r);
-  store(weights, load(weights) * rescale + weight_sum * weight);
-  if constexpr (kSumCodes) {
-    float* sums = scratch.sums + 16 * (rows.first_row + r);
-    store(sums, load(sums) * rescale + sum * weight);
-  }
-}
-
 /// P of a block for a group of rows.
-template <int kRows, int kTop, bool kFold, bool kSumCodes>
+template <int kRows, bool kPaper, bool kFold>
 ATTN8_KERNEL_INLINE void weigh_block(const AttendTile& tile, const TileScratch& scratch,
-                                     const RowGroup& rows, const RowState& state) {
+                                     const RowGroup& rows, RowState& state) {
   for (int r = 0; r < kRows; ++r) {
-    F32 sum = broadcast(0.0f);
-    F32 weight_sum = broadcast(0.0f);
+    BlockSums sums = {broadcast(0.0f), broadcast(0.0f), broadcast(0.0f)};
     for (int64_t group = rows.group_lo; group < rows.group_hi; ++group) {
       const int64_t offset = r * tile.kv_block + (group - rows.block_group) * kKeyGroup;
-      round_group<kTop, kFold, kSumCodes>(tile, rows.first_row + r, group, scratch.scores + offset,
-                                          state.subtract[r], scratch.codes + offset, sum,
-                                          weight_sum);
+      round_group<kPaper, kFold>(tile, rows.first_row + r, group, scratch.scores + offset,
+                                 state.subtract[r], scratch.codes + offset, sums);
     }
-    add_sums<kSumCodes>(scratch, rows, state, r, sum, weight_sum);
+    const F32 rescale = broadcast(state.rescale[r]);
+    const F32 weight = broadcast(state.weight[r]);
+    float* weights = scratch.weights + 16 * (rows.first_row + r);
+    store(weights, load(weights) * rescale + sums.weights * weight);
+    if constexpr (kPaper) {
+      float* codes = scratch.sums + 16 * (rows.first_row + r);
+      store(codes, load(codes) * rescale + sums.codes * weight);
+    } else {
+      float lanes[16];
+      store(lanes, sums.residual);
+      state.residual[r] = sees_block(tile, rows, r) ? reduce_add(lanes) : 0.0f;
+    }
   }
 }
 
@@ -209,7 +219,7 @@ ATTN8_INLINE void multiply_quad(I32 (&sum)[kRows][kCount], const std::byte* p, i
 }
 
 /// Adds the sums of a block, of kCount vectors from `channel` on, to the rows' accumulators.
-template <int kRows, int kCount>
+template <int kRows, int kCount, bool kPaper>
 ATTN8_INLINE void add_products(const AttendTile& tile, const WeighedBlock& block, int channel,
                                const I32 (&sum)[kRows][kCount]) {
   const int64_t padded_dim = padded_v_dim(tile.head_dim);
@@ -221,9 +231,12 @@ ATTN8_INLINE void add_products(const AttendTile& tile, const WeighedBlock& block
     float* out = tile.out + (block.rows.first_row + r) * padded_dim + channel;  // [kCount * 16]
     const F32 rescale = broadcast(block.state.rescale[r]);
     const F32 weight = broadcast(block.state.value_weight[r]);
+    const F32 residual = broadcast(block.state.residual[r]);
 #pragma GCC unroll 4
     for (int c = 0; c < kCount; ++c) {
-      F32 x = to_float(sum[r][c]) * weight;
+      F32 x = to_float(sum[r][c]);
+      if constexpr (!kPaper) x = x + residual * load(block.mean + channel + 16 * c);
+      x = x * weight;
       if (block.channel_scale != nullptr) x = x * load(block.channel_scale + channel + 16 * c);
       store(out + 16 * c, load(out + 16 * c) * rescale + x);
     }
@@ -240,7 +253,7 @@ ATTN8_INLINE const std::byte* value_bytes(const AttendTile& tile, int64_t group,
 }
 
 /// P V of the block for `kCount` vectors of 16 channels, added to the rows' accumulators.
-template <int kRows, int kCount>
+template <int kRows, int kCount, bool kPaper>
 ATTN8_KERNEL_INLINE void add_values(const AttendTile& tile, const WeighedBlock& block,
                                     int channel) {
   const RowGroup& rows = block.rows;
@@ -258,30 +271,30 @@ ATTN8_KERNEL_INLINE void add_values(const AttendTile& tile, const WeighedBlock& 
       multiply_quad<kRows, kCount>(sum, p + quad * 4, tile.kv_block, v);
     }
   }
-  add_products<kRows, kCount>(tile, block, channel, sum);
+  add_products<kRows, kCount, kPaper>(tile, block, channel, sum);
 }
 
 /// P V of the block.
-template <int kRows>
+template <int kRows, bool kPaper>
 ATTN8_KERNEL_INLINE void add_all_values(const AttendTile& tile, const WeighedBlock& block) {
   const int padded_dim = static_cast<int>(padded_v_dim(tile.head_dim));
   int channel = 0;
   // A slab is 64 channels; passes of kVectors vectors do not cross its end.
   for (; channel + 16 * kVectors <= padded_dim; channel += 16 * kVectors) {
-    add_values<kRows, kVectors>(tile, block, channel);
+    add_values<kRows, kVectors, kPaper>(tile, block, channel);
   }
-  for (; channel < padded_dim; channel += 16) add_values<kRows, 1>(tile, block, channel);
+  for (; channel < padded_dim; channel += 16) add_values<kRows, 1, kPaper>(tile, block, channel);
 }
 
 /// One group of rows against one kv block.
-template <int kRows, int kTop, bool kLocal, bool kFold, bool kSumCodes>
+template <int kRows, bool kPaper, bool kFold>
 ATTN8_KERNEL_INLINE void attend_block(const AttendTile& tile, const TileScratch& scratch,
                                       const RowGroup& rows, int64_t block) {
   RowState state = {};
   for (int r = 0; r < kRows; ++r) state.max[r] = tile.row_max[rows.first_row + r];
   float block_max[kRows];
   score_block<kRows, kFold>(tile, rows, scratch.scores, block_max);
-  advance<kLocal>(state, block_max, kRows);
+  advance<!kPaper>(state, block_max, kRows);
   const float* channel_scale = nullptr;
   float value_scale = 1.0f;
   if (tile.kv.v_block_scale != nullptr && tile.kv.v_block_scale_per_channel) {
@@ -293,8 +306,11 @@ ATTN8_KERNEL_INLINE void attend_block(const AttendTile& tile, const TileScratch&
     state.value_weight[r] = state.weight[r] * value_scale;
     tile.row_max[rows.first_row + r] = state.max[r];
   }
-  weigh_block<kRows, kTop, kFold, kSumCodes>(tile, scratch, rows, state);
-  add_all_values<kRows>(tile, {rows, state, scratch.codes, channel_scale});
+  weigh_block<kRows, kPaper, kFold>(tile, scratch, rows, state);
+  const float* mean =
+      kPaper ? nullptr : tile.kv.v_mean + block * padded_v_dim(tile.head_dim);  // [padded_v_dim]
+  add_all_values<kRows, kPaper>(tile,
+                                WeighedBlock{rows, state, scratch.codes, channel_scale, mean});
 }
 
 /// Key groups of kv block `block` that the rows [first_row, first_row + count) see.
@@ -340,7 +356,7 @@ ATTN8_INLINE void for_each_block(const AttendTile& tile, Visit visit) {
   }
 }
 
-template <int kTop, bool kLocal, bool kFold, bool kSumCodes>
+template <bool kPaper, bool kFold>
 inline void attend_int8(const AttendTile& tile) {
   const int64_t padded_dim = padded_v_dim(tile.head_dim);
   const TileScratch scratch = tile_scratch(tile);
@@ -349,13 +365,13 @@ inline void attend_int8(const AttendTile& tile) {
   for (int r = 0; r < tile.rows; ++r) tile.row_max[r] = -std::numeric_limits<float>::infinity();
   for_each_block(tile, [&](const RowGroup& rows, int count, int64_t block) ATTN8_INLINE_LAMBDA {
     if (count == kRowGroup) {
-      attend_block<kRowGroup, kTop, kLocal, kFold, kSumCodes>(tile, scratch, rows, block);
+      attend_block<kRowGroup, kPaper, kFold>(tile, scratch, rows, block);
     } else {
-      attend_block<1, kTop, kLocal, kFold, kSumCodes>(tile, scratch, rows, block);
+      attend_block<1, kPaper, kFold>(tile, scratch, rows, block);
     }
   });
   for (int r = 0; r < tile.rows; ++r) {
     tile.weight_sum[r] = reduce_add(scratch.weights + 16 * r);
-    tile.normalizer[r] = kSumCodes ? reduce_add(scratch.sums + 16 * r) : tile.weight_sum[r];
+    tile.normalizer[r] = kPaper ? reduce_add(scratch.sums + 16 * r) : tile.weight_sum[r];
   }
 }

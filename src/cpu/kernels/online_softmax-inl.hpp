@@ -36,6 +36,7 @@ struct RowState {
   float weight[kRowGroup];        ///< b: what the block is multiplied by
   float value_weight[kRowGroup];  ///< the same for P V, times the V scale of the block
   float subtract[kRowGroup];      ///< what is subtracted from the block's scores before exp2
+  float residual[kRowGroup];      ///< what rounding took from the block's weights (`accurate`)
 };
 
 /// Advances the state by a block with these maxima (-inf where a row sees none of its keys).

@@ -129,3 +129,13 @@ inline void pack_v(const int8_t* codes, int row_stride, int padded_dim, std::byt
     }
   }
 }
+
+inline void sum_rows(const int8_t* codes, int row_stride, int n, int32_t* sums) {
+  // 64 codes of at most 127 stay within 16 bits.
+  int16_t total[256] = {};
+  for (int row = 0; row < kKeyGroup; ++row) {
+    for (int i = 0; i < n; ++i)
+      total[i] = static_cast<int16_t>(total[i] + codes[row * row_stride + i]);
+  }
+  for (int i = 0; i < n; ++i) sums[i] = total[i];
+}

@@ -12,10 +12,9 @@ inline size_t scratch_bytes(int kv_block) {
 inline void attend(const AttendTile& tile) {
   switch (tile.mode) {
     case Mode::kAccurate:
-      return tile.kv.fold_v ? attend_int8<255, true, true, false>(tile)
-                            : attend_int8<255, true, false, false>(tile);
+      return tile.kv.fold_v ? attend_int8<false, true>(tile) : attend_int8<false, false>(tile);
     case Mode::kPaper:
-      return attend_int8<127, false, false, true>(tile);
+      return attend_int8<true, false>(tile);
     case Mode::kHalf:
       return attend_float<true>(tile);
     case Mode::kExact:
@@ -37,6 +36,7 @@ inline constexpr KernelTable kTable = {
     .encode = encode,
     .pack_k = pack_k,
     .pack_v = pack_v,
+    .sum_rows = sum_rows,
     .scratch_bytes = scratch_bytes,
     .attend = attend,
 };
