@@ -60,8 +60,8 @@ std::vector<StudyConfig> with_baselines(std::vector<StudyConfig> configs) {
 std::vector<StudyConfig> merged(std::vector<StudyConfig> a, const std::vector<StudyConfig>& b) {
   const auto same = [](const StudyConfig& x, const StudyConfig& y) {
     const auto key = [](const StudyConfig& c) {
-      return std::tuple(c.name, c.options.v_granularity, c.options.p_scale, c.options.normalizer,
-                        c.options.smooth_k, c.options.kv_block);
+      return std::tuple(c.name, c.options.v_granularity, c.options.p_scale,
+                        rounding_name(c.options), c.options.smooth_k, c.options.kv_block);
     };
     return key(x) == key(y);
   };
@@ -128,9 +128,9 @@ void print_tables(const std::vector<StudyRecord>& records) {
     const std::string row =
         !r.config.name.empty()
             ? r.config.name
-            : fmt::format("{:<13} {:<11} {:<5} {:<6} {:>3}", to_string(o.v_granularity),
-                          to_string(o.p_scale), to_string(o.normalizer),
-                          o.smooth_k ? "smooth" : "raw", o.kv_block);
+            : fmt::format("{:<13} {:<11} {:<8} {:<6} {:>3}", to_string(o.v_granularity),
+                          to_string(o.p_scale), rounding_name(o), o.smooth_k ? "smooth" : "raw",
+                          o.kv_block);
     const std::pair column = {r.data, r.seqlen_k};
     if (columns.empty() || columns.back() != column) columns.push_back(column);
     if (!cells.contains(row)) rows.push_back(row);
@@ -227,7 +227,8 @@ void run(const StudyFlags& flags) {
 void add_study(CLI::App& root) {
   auto flags = std::make_shared<StudyFlags>();
   CLI::App& command = *root.add_subcommand(
-      "study", "The design study: V granularity, P scale, normaliser, smoothing, kv_block, length");
+      "study",
+      "The design study: V granularity, P scale, rounding of P, smoothing, kv_block, length");
   command
       .add_option("--recipe", flags->recipes,
                   "Synthetic data, repeatable; the default without --qkv is normal, llm and sink")

@@ -190,7 +190,8 @@ std::string study_plots(const std::vector<StudyRecord>& records) {
                           true});
       }
       if (!record.config.name.empty() || o.smooth_k != chosen.options.smooth_k ||
-          o.normalizer != chosen.options.normalizer || o.kv_block != chosen.options.kv_block) {
+          rounding_name(o) != rounding_name(chosen.options) ||
+          o.kv_block != chosen.options.kv_block) {
         continue;
       }
       const std::string granularity(to_string(o.v_granularity));
@@ -225,7 +226,7 @@ std::string committed_plots(const std::string& text) {
     const std::string mode = record.value("mode", "");
     const bool level = mode == "half" || mode == "fp8_e4m3";
     const bool chosen = mode.empty() && record.value("p_scale", "") == to_string(usual.p_scale) &&
-                        record.value("normalizer", "") == to_string(usual.normalizer) &&
+                        record.value("rounding", "") == rounding_name(usual) &&
                         record.value("smooth_k", false) == usual.smooth_k &&
                         record.value("kv_block", 0) == usual.kv_block;
     if (!level && !chosen) continue;
@@ -349,8 +350,8 @@ std::string report_page(const ReportData& data, const std::string& committed_stu
   page.section("What fixed the default");
   const reference::EmulationOptions usual = default_config().options;
   const std::string axes =
-      fmt::format("smoothing {}, normaliser {}, kv_block {}", usual.smooth_k ? "on" : "off",
-                  to_string(usual.normalizer), usual.kv_block);
+      fmt::format("smoothing {}, rounding {}, kv_block {}", usual.smooth_k ? "on" : "off",
+                  rounding_name(usual), usual.kv_block);
   page.paragraph(fmt::format(
       "How V is scaled and how P is rounded, from the emulation of docs/numerics.md ({}). "
       "`running` "

@@ -20,7 +20,7 @@ std::vector<std::string> config_cells(const StudyConfig& config) {
   if (!config.name.empty()) return {"mode " + config.name, "", "", "", ""};
   const auto& o = config.options;
   return {std::string(to_string(o.v_granularity)), std::string(to_string(o.p_scale)),
-          std::string(to_string(o.normalizer)), o.smooth_k ? "removed" : "kept",
+          std::string(rounding_name(o)), o.smooth_k ? "removed" : "kept",
           fmt::format("{}", o.kv_block)};
 }
 
@@ -83,7 +83,7 @@ Table study_table(const std::vector<StudyRecord>& records) {
     cells[row][column] = percent(record.rel_l2);
   }
   Table table;
-  table.header = {"V granularity", "P scale", "normaliser", "K mean", "kv_block"};
+  table.header = {"V granularity", "P scale", "rounding", "K mean", "kv_block"};
   table.header.insert(table.header.end(), columns.begin(), columns.end());
   for (const auto& row : order) {
     std::vector<std::string> line = row;

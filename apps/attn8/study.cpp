@@ -18,8 +18,14 @@ constexpr std::array<Granularity, 5> kGranularities = {
     Granularity::kToken};
 constexpr std::array<PScale, 3> kPScales = {PScale::kRunningMax127, PScale::kRunningMax255,
                                             PScale::kBlockLocal255};
-constexpr std::array<Normalizer, 3> kNormalizers = {Normalizer::kFloat, Normalizer::kCodes,
-                                                    Normalizer::kMixed};
+struct Rounding {
+  Normalizer normalizer;
+  bool residual_mean;
+};
+constexpr std::array<Rounding, 4> kRoundings = {{{Normalizer::kFloat, true},
+                                                 {Normalizer::kFloat, false},
+                                                 {Normalizer::kCodes, false},
+                                                 {Normalizer::kMixed, false}}};
 
 /// Relative L2 error of each head of a sample.
 std::vector<double> head_errors(std::span<const double> out, std::span<const double> exact,
@@ -59,12 +65,16 @@ std::string_view to_string(Normalizer normalizer) {
   return "";
 }
 
+std::string_view rounding_name(const EmulationOptions& options) {
+  return options.residual_mean ? "residual" : to_string(options.normalizer);
+}
+
 StudyConfig default_config() { return {"", reference::emulation_options({})}; }
 
 std::vector<StudyConfig> full_grid() {
   std::vector<StudyConfig> configs;
   for (const bool smooth_k : {true, false}) {
-    for (const Normalizer normalizer : kNormalizers) {
+    for (const auto& [normalizer, residual_mean] : kRoundings) {
       for (const PScale p_scale : kPScales) {
         for (const Granularity granularity : kGranularities) {
           // Without scales folded into P, mixed is codes.
@@ -73,6 +83,7 @@ std::vector<StudyConfig> full_grid() {
           config.options.v_granularity = granularity;
           config.options.p_scale = p_scale;
           config.options.normalizer = normalizer;
+          config.options.residual_mean = residual_mean;
           config.options.smooth_k = smooth_k;
           configs.push_back(config);
         }
@@ -95,17 +106,17 @@ std::vector<StudyConfig> main_grid() {
   StudyConfig rough = default_config();
   rough.options.smooth_k = false;
   configs.push_back(rough);
-  for (const Normalizer normalizer : kNormalizers) {
-    if (normalizer == default_config().options.normalizer) continue;
-    StudyConfig config = default_config();
-    config.options.normalizer = normalizer;
-    configs.push_back(config);
-  }
   for (const int32_t kv_block : {64, 128, 256, 512}) {
-    if (kv_block == default_config().options.kv_block) continue;
-    StudyConfig config = default_config();
-    config.options.kv_block = kv_block;
-    configs.push_back(config);
+    for (const auto& [normalizer, residual_mean] : kRoundings) {
+      StudyConfig config = default_config();
+      config.options.kv_block = kv_block;
+      config.options.normalizer = normalizer;
+      config.options.residual_mean = residual_mean;
+      const bool is_default =
+          kv_block == default_config().options.kv_block &&
+          rounding_name(config.options) == rounding_name(default_config().options);
+      if (!is_default) configs.push_back(config);
+    }
   }
   return configs;
 }
@@ -168,7 +179,7 @@ nlohmann::ordered_json StudyRecord::json() const {
   if (config.name.empty()) {
     result["v_granularity"] = to_string(options.v_granularity);
     result["p_scale"] = to_string(options.p_scale);
-    result["normalizer"] = to_string(options.normalizer);
+    result["rounding"] = rounding_name(options);
     result["smooth_k"] = options.smooth_k;
   } else {
     result["mode"] = config.name;

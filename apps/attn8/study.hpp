@@ -37,7 +37,11 @@ struct StudyRecord {
   [[nodiscard]] nlohmann::ordered_json json() const;
 };
 
-/// The whole grid V granularity x P scale x normalizer x smoothing at the default kv_block.
+/// What happens to the weights that rounding takes from P: "residual" (given back at the mean V of
+/// the block), else the name of the normaliser.
+std::string_view rounding_name(const reference::EmulationOptions& options);
+
+/// The whole grid V granularity x P scale x rounding x smoothing at the default kv_block.
 std::vector<StudyConfig> full_grid();
 /// V granularity x P scale, smoothing on, and the other axes one at a time from the default.
 std::vector<StudyConfig> main_grid();
