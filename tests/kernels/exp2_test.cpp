@@ -1,5 +1,8 @@
 // SPDX-FileCopyrightText: The attn8 authors
 // SPDX-License-Identifier: Apache-2.0
+// Vectors of 64 bytes are passed between functions of this file only.
+#pragma GCC diagnostic ignored "-Wpsabi"
+
 #include <bit>
 #include <cmath>
 #include <cstdint>
@@ -14,9 +17,6 @@
 
 // The exp2 of the kernels: on the scalar vocabulary directly, of which the vector ISAs give the
 // same bits, and on each ISA through the softmax of two keys.
-
-// Vectors of 64 bytes are passed between functions of this file only.
-#pragma GCC diagnostic ignored "-Wpsabi"
 
 namespace attn8::scalar {
 namespace {
