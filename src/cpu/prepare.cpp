@@ -212,7 +212,7 @@ class Preparation {
         work_.poison(head)[key] = 1;
         scale = 0;
       }
-      record.k_scale[slot] = scale;
+      record.k_scale[slot] = std::min(scale, kMaxKeyScale);
     }
     table_.pack_k(codes, padded, padded, work_.k(head) + group * kKeyGroup * padded,
                   record.correction);

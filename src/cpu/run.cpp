@@ -156,7 +156,9 @@ class TileRunner {
       row.poisoned = true;
       scale = 0;
     }
-    *factor = scale * log2_scale;
+    // Finite, so that no product of a score is 0 * Inf.
+    constexpr float kHuge = std::numeric_limits<float>::max();
+    *factor = std::clamp(scale * log2_scale, -kHuge, kHuge);
     auto* out = reinterpret_cast<uint8_t*>(q) + r * padded;
     const int offset = plan_.table->query_codes_offset ? 128 : 0;
     for (int d = 0; d < padded; ++d) out[d] = static_cast<uint8_t>(codes[d] + offset);

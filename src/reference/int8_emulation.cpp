@@ -17,6 +17,8 @@
 namespace attn8::reference {
 namespace {
 
+constexpr double kFloatMax = std::numeric_limits<float>::max();
+
 bool is_quantized(const Operand& operand) { return std::holds_alternative<QuantizedView>(operand); }
 
 Status check_options(const AttentionInputs& inputs, const EmulationOptions& options) {
@@ -122,10 +124,15 @@ std::vector<double> norms(const Tokens& tokens) {
   return norm;
 }
 
-// Scales of tokens [first, first + count) out of those of the whole sequence.
+// Scales of K for tokens [first, first + count) out of those of the whole sequence.
 std::vector<double> token_scales(const Quantized& x) {
   const auto first = x.scale.begin() + x.codes.first;
-  return {first, first + x.codes.count};
+  std::vector<double> scales(first, first + x.codes.count);
+  constexpr double kMaxKeyScale = 0x1p104;
+  for (double& scale : scales) {
+    if (scale > kMaxKeyScale) scale = kMaxKeyScale;  // a NaN stays
+  }
+  return scales;
 }
 
 bool is_zero(const Tokens& tokens, int64_t j) {
@@ -224,7 +231,7 @@ class Operands {
 
     Query query;
     query.q.assign(row.values.begin(), row.values.end());
-    query.factor = scale * scale_log2_;
+    query.factor = std::clamp(scale * scale_log2_, -kFloatMax, kFloatMax);
     for (const double x : query.q) query.norm += x * x;
     query.norm = std::sqrt(query.norm);
     return query;

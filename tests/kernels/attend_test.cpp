@@ -1,5 +1,8 @@
 // SPDX-FileCopyrightText: The attn8 authors
 // SPDX-License-Identifier: Apache-2.0
+#include <cmath>
+#include <tuple>
+
 #include "support/kernel_case.hpp"
 
 namespace attn8::testing {
@@ -162,6 +165,34 @@ TEST_P(Attend, ExactOfNarrowTypes) {
     const KernelResult b = run_kernel(c, wide.operands(), GetParam());
     EXPECT_EQ(a.out.bytes(), b.out.bytes());
     EXPECT_EQ(a.lse.bytes(), b.lse.bytes());
+  }
+}
+
+/// Factors of a score that would overflow alone saturate: 0 times one of them is 0, not NaN.
+TEST_P(Attend, ScoresThatWouldOverflowStayNumbers) {
+  for (const Mode mode : {Mode::kAccurate, Mode::kPaper, Mode::kHalf}) {
+    for (const auto& [softmax_scale, q_size, k_size] :
+         {std::tuple<float, double, double>{0.0f, 1, 3e38},
+          {200.0f, 3e38, 1},
+          {1.0f, 3e38, 3e38}}) {
+      KernelCase c;
+      c.options.mode = mode;
+      c.options.softmax_scale = softmax_scale;
+      c.options.smooth_k = false;
+      c.seqlen_q = 5;
+      c.seqlen_k = 70;
+      c.head_dim = 16;
+      KernelInputs inputs = make_inputs(c);
+      inputs.q.fill([&](int64_t, int64_t s, int64_t, int64_t) { return q_size / (1.0 + s); });
+      inputs.k.fill([&](int64_t, int64_t s, int64_t, int64_t d) {
+        return s % 5 == 0 ? 0.0 : (d % 2 == 0 ? k_size : -k_size / 2);
+      });
+      const KernelResult result = run_kernel(c, inputs.operands(), GetParam());
+      for (const double value : result.out.values()) {
+        ASSERT_TRUE(std::isfinite(value)) << c.name() << " scale " << softmax_scale;
+      }
+      expect_matches_oracle(c, inputs.operands(), result, GetParam());
+    }
   }
 }
 
