@@ -199,7 +199,9 @@ TEST(Bench, RatesFollowFromTheirParts) {
   EXPECT_LT(*result.rel_l2, 0.1);
   const bool has_peak = find_peak(best_isa(), Mode::kAccurate).has_value();
   EXPECT_EQ(result.peak_fraction.has_value(), has_peak);
-  if (has_peak) EXPECT_GT(*result.peak_fraction, 0);
+  if (has_peak) {
+    EXPECT_GT(*result.peak_fraction, 0);
+  }
 }
 
 }  // namespace
