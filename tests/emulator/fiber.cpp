@@ -1,0 +1,139 @@
+// SPDX-FileCopyrightText: The attn8 authors
+// SPDX-License-Identifier: Apache-2.0
+#include "emulator/fiber.hpp"
+
+#include <sys/mman.h>
+
+#include <cstdint>
+#include <new>
+#include <utility>
+#include <vector>
+
+#include "emulator/tsan.hpp"
+
+#if !defined(__x86_64__)
+#include <ucontext.h>
+#endif
+
+namespace attn8::emulator {
+namespace {
+// A lane at head_dim 256 keeps under 4 KiB of arrays; the rest is for unwinding and sanitizers.
+constexpr size_t kStackBytes = 256 << 10;
+constexpr size_t kGuardBytes = 4 << 10;
+}  // namespace
+
+#if defined(__x86_64__)
+// Saves the callee-saved registers on the running stack, its pointer in *save, and continues on the
+// other stack. swapcontext would do, at the price of two system calls per switch.
+extern "C" void attn8_emulator_switch(void** save, void* load);
+asm(R"(
+  .text
+  .globl attn8_emulator_switch
+  .type attn8_emulator_switch, @function
+attn8_emulator_switch:
+  push %rbp
+  push %rbx
+  push %r12
+  push %r13
+  push %r14
+  push %r15
+  mov %rsp, (%rdi)
+  mov %rsi, %rsp
+  pop %r15
+  pop %r14
+  pop %r13
+  pop %r12
+  pop %rbx
+  pop %rbp
+  ret
+  .size attn8_emulator_switch, . - attn8_emulator_switch
+)");
+#endif
+
+struct Fiber::Stack {
+  uint8_t* memory = nullptr;
+  void* tsan = nullptr;
+  void* caller_tsan = nullptr;
+#if defined(__x86_64__)
+  void* own = nullptr;
+  void* caller = nullptr;
+#else
+  ucontext_t own, caller;
+#endif
+};
+
+namespace {
+// Stacks are kept for the next block: mapping hundreds per block costs more than running it.
+struct StackPool {
+  std::vector<uint8_t*> free;
+  ~StackPool() {
+    for (uint8_t* memory : free) munmap(memory, kGuardBytes + kStackBytes);
+  }
+  uint8_t* take() {
+    if (!free.empty()) {
+      uint8_t* memory = free.back();
+      free.pop_back();
+      return memory;
+    }
+    void* memory = mmap(nullptr, kGuardBytes + kStackBytes, PROT_READ | PROT_WRITE,
+                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (memory == MAP_FAILED) throw std::bad_alloc();
+    mprotect(memory, kGuardBytes, PROT_NONE);
+    return static_cast<uint8_t*>(memory);
+  }
+};
+thread_local StackPool pool;
+}  // namespace
+
+Fiber::Fiber(void (*entry)()) : stack_(new Stack) {
+  stack_->memory = pool.take();
+  stack_->tsan = tsan::create();
+  uint8_t* bottom = stack_->memory + kGuardBytes;
+#if defined(__x86_64__)
+  // The stack as attn8_emulator_switch leaves it: six registers and a return address; above it a
+  // zero where entry's caller would be, which also gives entry the ABI's alignment (8 mod 16).
+  void** top = reinterpret_cast<void**>(bottom + kStackBytes - 64);
+  *--top = nullptr;
+  *--top = reinterpret_cast<void*>(entry);
+  for (int i = 0; i < 6; ++i) *--top = nullptr;
+  stack_->own = top;
+#else
+  getcontext(&stack_->own);
+  stack_->own.uc_stack.ss_sp = bottom;
+  stack_->own.uc_stack.ss_size = kStackBytes;
+  stack_->own.uc_link = nullptr;
+  makecontext(&stack_->own, entry, 0);
+#endif
+}
+
+Fiber::~Fiber() {
+  if (stack_ == nullptr) return;
+  tsan::destroy(stack_->tsan);
+  pool.free.push_back(stack_->memory);
+  delete stack_;
+}
+
+Fiber::Fiber(Fiber&& other) noexcept : stack_(std::exchange(other.stack_, nullptr)) {}
+
+void* Fiber::tsan_fiber() const { return stack_->tsan; }
+
+void Fiber::enter() {
+  stack_->caller_tsan = tsan::current();
+  tsan::switch_to(stack_->tsan);
+#if defined(__x86_64__)
+  attn8_emulator_switch(&stack_->caller, stack_->own);
+#else
+  swapcontext(&stack_->caller, &stack_->own);
+#endif
+}
+
+void Fiber::leave() {
+  tsan::switch_to(stack_->caller_tsan);
+#if defined(__x86_64__)
+  attn8_emulator_switch(&stack_->own, stack_->caller);
+#else
+  swapcontext(&stack_->own, &stack_->caller);
+#endif
+}
+
+}  // namespace attn8::emulator
