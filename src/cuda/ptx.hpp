@@ -45,6 +45,17 @@ ATTN8_DEVICE float mul(float a, float b) { return __fmul_rn(a, b); }
 /// The operand that is no NaN when one is.
 ATTN8_DEVICE float max(float a, float b) { return fmaxf(a, b); }
 ATTN8_DEVICE float min(float a, float b) { return fminf(a, b); }
+/// Largest of three integers; one instruction on sm_90, two before.
+ATTN8_DEVICE int max3(int a, int b, int c) {
+#if __CUDA_ARCH__ >= 900
+  return __vimax3_s32(a, b, c);
+#else
+  const int ab = a > b ? a : b;
+  return ab > c ? ab : c;
+#endif
+}
+/// c + the four unsigned bytes of a.
+ATTN8_DEVICE uint32_t sum_bytes(uint32_t a, uint32_t c) { return __dp4a(a, 0x01010101u, c); }
 /// Four bytes picked by the nibbles of `selector` from b:a (a holds bytes 0..3).
 ATTN8_DEVICE uint32_t prmt(uint32_t a, uint32_t b, uint32_t selector) {
   return __byte_perm(a, b, selector);
@@ -205,6 +216,18 @@ ATTN8_DEVICE void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t address) {
 ATTN8_MMA_INT8(mma_s8, "s8")
 ATTN8_MMA_INT8(mma_u8, "u8")
 #undef ATTN8_MMA_INT8
+
+/// d = c + a b with every element of c the same: how a first step starts from a constant for free.
+#define ATTN8_MMA_INT8_FROM(name, a_type)                                                        \
+  ATTN8_DEVICE void name(int(&d)[4], const uint32_t(&a)[4], const uint32_t(&b)[2], int c) {      \
+    asm volatile("mma.sync.aligned.m16n8k32.row.col.s32." a_type                                 \
+                 ".s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %10, %10, %10};"   \
+                 : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])                                \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(c));    \
+  }
+ATTN8_MMA_INT8_FROM(mma_s8_from, "s8")
+ATTN8_MMA_INT8_FROM(mma_u8_from, "u8")
+#undef ATTN8_MMA_INT8_FROM
 
 /// d += a b in float16 with float32 sums, 16 x 8 x 16.
 ATTN8_DEVICE void mma_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
