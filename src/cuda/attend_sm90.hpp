@@ -42,7 +42,7 @@ struct AttendSm90 {
   static constexpr uint32_t kV = kK + kStages * KTile::kBytes;
   static constexpr uint32_t kConstants = kV + kStages * VTile::kBytes;
   static constexpr uint32_t kBarriers = kConstants + kStages * kConstantBytes;
-  static constexpr uint32_t kSharedBytes = kBarriers + 8 * (1 + 4 * kStages);
+  static constexpr uint32_t kSharedBytes = kBarriers + 16 * (1 + 2 * kStages);
   static_assert(kSharedBytes <= 227 * 1024, "what a block of sm_90 may have");
 
   /// Shared addresses of the barriers. "Full": the copies have landed. "Empty": every consumer warp

@@ -177,7 +177,8 @@ struct OnlineSoftmax {
     for (int r = 0; r < 2; ++r) block_scale[r] = ptx::ex2(largest[r] - reference[r]);
 
     const int thread = ptx::thread_index() % 4;
-    uint32_t codes_of_row[2] = {0, 0};
+    float block_sum[2] = {0, 0};
+    uint32_t block_codes[2] = {0, 0};
     ATTN8_UNROLL
     for (int group = 0; group < kKvBlock / 16; ++group) {
       float inverse[4] = {1.0f, 1.0f, 1.0f, 1.0f};
@@ -196,21 +197,23 @@ struct OnlineSoftmax {
         for (int key = 0; key < 4; ++key) {
           const float weight =
               ptx::ex2(ptx::add(t[group * 8 + (key >> 1) * 4 + 2 * r + (key & 1)], -largest[r]));
-          sum[r] = kWeights == Weights::kFolded ? ptx::fma(weight, inverse[key], sum[r])
-                                                : ptx::add(sum[r], weight);
+          block_sum[r] = kWeights == Weights::kFolded
+                             ? ptx::fma(weight, inverse[key], block_sum[r])
+                             : ptx::add(block_sum[r], weight);
           byte[key] = ptx::as_uint(ptx::fma(weight, kLevels, kRoundToByte));
         }
         const uint32_t codes = ptx::prmt(ptx::prmt(byte[0], byte[1], 0x0040),
                                          ptx::prmt(byte[2], byte[3], 0x0040), 0x5410);
         packed[group / 2][group % 2 * 2 + r] = codes;
         if constexpr (kWeights == Weights::kPaper) {
-          codes_of_row[r] = ptx::sum_bytes(codes, codes_of_row[r]);
+          block_codes[r] = ptx::sum_bytes(codes, block_codes[r]);
         }
       }
     }
-    if constexpr (kWeights == Weights::kPaper) {
-      ATTN8_UNROLL
-      for (int r = 0; r < 2; ++r) code_sum[r] += static_cast<float>(codes_of_row[r]);
+    ATTN8_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      sum[r] = ptx::fma(block_sum[r], block_scale[r], sum[r]);
+      if constexpr (kWeights == Weights::kPaper) code_sum[r] += static_cast<float>(block_codes[r]);
     }
   }
 
