@@ -200,13 +200,18 @@ void start_bulk_copy(Block& b, const BulkCopy& copy, const char* op) {
 
 }  // namespace
 
-bool Block::complete_bulk_copy() {
-  if (bulk_copies.empty()) return false;
+BulkCopy Block::take_bulk_copy() {
+  tsan::Scope scope(tsan_runtime);
   const size_t pick =
       config.async == Async::kRandom ? random.below(static_cast<uint32_t>(bulk_copies.size())) : 0;
   const BulkCopy copy = bulk_copies[pick];
-  for (size_t i = pick + 1; i < bulk_copies.size(); ++i) bulk_copies[i - 1] = bulk_copies[i];
-  bulk_copies.pop_back();
+  bulk_copies.erase(bulk_copies.begin() + static_cast<std::ptrdiff_t>(pick));
+  return copy;
+}
+
+bool Block::complete_bulk_copy() {
+  if (bulk_copies.empty()) return false;
+  const BulkCopy copy = take_bulk_copy();
   Mbarrier& barrier = mbarriers[(copy.barrier - kSharedBase) / 8];
   {
     tsan::Scope scope(tsan_tma);

@@ -46,8 +46,8 @@ void check(const Shape& shape, Weights weights, Async async) {
   double worst = 0;
   for (size_t i = 0; i < out.size(); ++i) {
     const double error = std::fabs(out[i] - want.out[i]);
-    ASSERT_LE(error, want.bound[i]) << "element " << i << ": got " << out[i] << ", want "
-                                    << want.out[i];
+    ASSERT_LE(error, want.bound[i])
+        << "element " << i << ": got " << out[i] << ", want " << want.out[i];
     worst = std::max(worst, error);
   }
   const auto q_row = [&](size_t row) {
@@ -106,8 +106,7 @@ TEST(AttendSm90, FoldedD64) {
 }
 TEST(AttendSm90, FoldedD128) {
   using Kernel = AttendSm90<128, 256, Weights::kFolded>;
-  check_all<Kernel>(with_dim({1, 1, 1, 130, 900, 128, true, false, -1, -1}, 128),
-                    Weights::kFolded);
+  check_all<Kernel>(with_dim({1, 1, 1, 130, 900, 128, true, false, -1, -1}, 128), Weights::kFolded);
 }
 TEST(AttendSm90, FoldedD96And256) {
   check<AttendSm90<96, 256, Weights::kFolded>>(with_dim(kCausal, 96), Weights::kFolded,
@@ -151,8 +150,8 @@ void check_pack(const Shape& shape, Weights weights, bool smooth_k, int kv_block
   for (int head = 0; head < shape.batch * shape.nheads_k; ++head) {
     for (int key = 0; key < shape.seqlen_k; ++key) {
       for (int which = 0; which < which_count; ++which) {
-        const size_t at = static_cast<size_t>(head) * want.rows_k * 3 +
-                          key_constant_offset(key, which);
+        const size_t at =
+            static_cast<size_t>(head) * want.rows_k * 3 + key_constant_offset(key, which);
         EXPECT_FLOAT_EQ(got.key_constants[at], want.key_constants[at]) << key << ' ' << which;
       }
     }

@@ -98,7 +98,14 @@ std::string Block::run() {
     tsan::Scope scope(tsan_runtime);
     tsan::acquire(&sync_begin);
   }
+  tsan::clear_race();
   while (exited < config.threads && !aborting) {
+    if (tsan::race_found()) {
+      error = format_line("[block %d,%d,%d thread %d] data race, see ThreadSanitizer's report",
+                          index[0], index[1], index[2], current);
+      aborting = true;
+      break;
+    }
     if (config.async == Async::kRandom) complete_something_at_random();
     if (ready.empty()) {
       if (complete_bulk_copy()) continue;
@@ -123,6 +130,7 @@ std::string Block::run() {
   } else {
     while (complete_bulk_copy()) {
     }
+    tsan::Scope scope(tsan_runtime);
     shared.count_pending();
   }
   {
@@ -138,7 +146,11 @@ void Block::wait(const Wait& reason) {
   Thread& self = running();
   self.wait = reason;
   self.fiber.leave();
-  if (aborting) throw Aborted{};
+  if (aborting) {
+    // Exceptions reuse each other's heap blocks, one thread after the other.
+    tsan::acquire(&sync_end);
+    throw Aborted{};
+  }
   self.wait = {};
 }
 
@@ -155,58 +167,52 @@ void Block::arrive(Rendezvous& place, const char* op, void* argument) {
 }
 
 void Block::complete_something_at_random() {
+  // Rare enough that most work is still under way some hundred switches later, when a kernel that
+  // forgot to wait reads it.
   const uint64_t r = random();
-  if (r % 4 == 0) complete_bulk_copy();
-  if (r >> 8 & 1) return;
+  if (r % 64 == 0) complete_bulk_copy();
+  if (r / 64 % 64 != 0) return;
   const int thread = static_cast<int>((r >> 16) % threads.size());
   for (auto& group : threads[thread].groups) {
     for (CpAsync& copy : group) {
-      if (!copy.done && random() % 2 == 0) complete(copy, thread);
+      if (random() % 2 == 0) complete(copy, thread);
     }
   }
 }
 
-std::string Block::describe(const Wait& reason, int thread) const {
+std::string Block::describe(const Wait& reason) const {
   switch (reason.kind) {
     case Wait::Kind::kNone:
-      return "is ready";
+      return "ready";
     case Wait::Kind::kRendezvous:
-      return format_line("wait for the others at %s", reason.op);
+      return format_line("at %s, waiting for other lanes", reason.op);
     case Wait::Kind::kBarrier:
-      return format_line("wait at barrier %u (%d of %d threads arrived)", reason.id,
+      return format_line("at barrier %u (%d of %d threads arrived)", reason.id,
                          barriers[reason.id].arrived, barriers[reason.id].expected);
     case Wait::Kind::kMbarrier: {
       const Mbarrier& m = mbarriers[(reason.id - kSharedBase) / 8];
       return format_line(
-          "wait at mbarrier smem+%u for parity %u (in phase %u, which wants %u of %u arrivals and "
-          "%lld bytes)",
+          "at mbarrier smem+%u, waiting for parity %u (in phase %u, which wants %u of %u arrivals "
+          "and %lld bytes)",
           reason.id - kSharedBase, reason.parity, m.phase, m.pending, m.count,
           static_cast<long long>(m.bytes));
     }
   }
-  return format_line("thread %d waits", thread);
+  return "";
 }
 
 std::string Block::describe_deadlock() const {
   std::string text = format_line("[block %d,%d,%d] deadlock:", index[0], index[1], index[2]);
-  for (int first = 0; first < config.threads; first += kWarpThreads) {
-    // Neighbouring lanes that wait for the same thing are told together.
-    int lane = 0;
-    while (lane < kWarpThreads) {
-      const Thread& thread = threads[first + lane];
-      const std::string what = thread.exited ? "exited" : describe(thread.wait, first + lane);
-      int last = lane;
-      while (last + 1 < kWarpThreads) {
-        const Thread& next = threads[first + last + 1];
-        if ((next.exited ? "exited" : describe(next.wait, first + last + 1)) != what) break;
-        ++last;
-      }
-      text += lane == 0 && last == kWarpThreads - 1
-                  ? format_line(" warp %d %s;", first / kWarpThreads, what.c_str())
-                  : format_line(" warp %d lanes %d-%d %s;", first / kWarpThreads, lane, last,
-                                what.c_str());
-      lane = last + 1;
-    }
+  const auto what = [this](int i) {
+    return threads[i].exited ? std::string("exited") : describe(threads[i].wait);
+  };
+  // Neighbours that wait for the same thing are told together.
+  for (int first = 0, last = 0; first < config.threads; first = last + 1) {
+    const std::string reason = what(first);
+    last = first;
+    while (last + 1 < config.threads && what(last + 1) == reason) ++last;
+    text += format_line(" threads %d-%d (warps %d-%d) %s;", first, last, first / kWarpThreads,
+                        last / kWarpThreads, reason.c_str());
   }
   text.pop_back();
   return text;
@@ -268,7 +274,6 @@ Report run(const Config& config, const Grid& grid, const std::function<void()>& 
         config.threads, config.shared_bytes, kMaxSharedBytes);
     return report;
   }
-  const uint64_t races_before = tsan::race_reports();
   for (int z = 0; z < grid.z && report.ok; ++z) {
     for (int y = 0; y < grid.y && report.ok; ++y) {
       for (int x = 0; x < grid.x && report.ok; ++x) {
@@ -278,7 +283,6 @@ Report run(const Config& config, const Grid& grid, const std::function<void()>& 
       }
     }
   }
-  report.races = tsan::race_reports() - races_before;
   return report;
 }
 

@@ -159,9 +159,10 @@ struct Block {
 
  private:
   void arrive(Rendezvous& place, const char* op, void* argument);
+  BulkCopy take_bulk_copy();
   void complete_something_at_random();
   std::string describe_deadlock() const;
-  std::string describe(const Wait& wait, int thread) const;
+  std::string describe(const Wait& reason) const;
 };
 
 /// The block that runs on this host thread.

@@ -60,10 +60,9 @@ struct Report {
   bool ok = true;
   std::string error;  ///< one line when !ok
   Stats stats;
-  uint64_t races = 0;  ///< data races ThreadSanitizer saw during this run; 0 in other builds
 };
 
-/// Whether this build finds races (ThreadSanitizer).
+/// Whether this build finds data races (ThreadSanitizer); the first one ends the run.
 bool finds_races();
 
 /// Calls `kernel` once per thread of each block; stops at the first error. Not reentrant; one run

@@ -19,8 +19,7 @@ float value_of(uint16_t bits) { return emulator::half_value(bits); }
 
 float scale_of(float amax) {
   if (!std::isfinite(amax)) return std::numeric_limits<float>::quiet_NaN();
-  const float scale =
-      std::bit_cast<float>(std::bit_cast<uint32_t>(amax / 127.0f) & ~uint32_t{7});
+  const float scale = std::bit_cast<float>(std::bit_cast<uint32_t>(amax / 127.0f) & ~uint32_t{7});
   return scale < FLT_MIN ? 1.0f : scale;
 }
 
@@ -125,8 +124,8 @@ Quantized quantize(const Inputs& inputs, Weights weights, bool smooth_k, int kv_
         }
         z.k_scale[token] = scale_of(k_amax);
         for (int d = 0; d < dim; ++d) {
-          z.k[token * dim + d] = code_of(
-              value_of(inputs.k[token * dim + d]) - z.k_mean[head + d], z.k_scale[token]);
+          z.k[token * dim + d] =
+              code_of(value_of(inputs.k[token * dim + d]) - z.k_mean[head + d], z.k_scale[token]);
         }
         z.v_token_scale[token] = v_amax == 0 ? 0.0f : scale_of(v_amax);
         if (j >= first && j < last && z.v_token_scale[token] > reference) {
@@ -140,15 +139,14 @@ Quantized quantize(const Inputs& inputs, Weights weights, bool smooth_k, int kv_
         std::fill(channel.begin(), channel.end(), all);
       }
       for (int d = 0; d < dim; ++d) {
-        z.v_scale[head + d] =
-            weights == Weights::kFolded ? reference : scale_of(channel[d]);
+        z.v_scale[head + d] = weights == Weights::kFolded ? reference : scale_of(channel[d]);
       }
       for (int j = 0; j < s.seqlen_k; ++j) {
         const size_t token = token_of(j);
         for (int d = 0; d < dim; ++d) {
-          const float scale = weights != Weights::kFolded     ? z.v_scale[head + d]
+          const float scale = weights != Weights::kFolded      ? z.v_scale[head + d]
                               : z.v_token_scale[token] == 0.0f ? 1.0f
-                                                              : z.v_token_scale[token];
+                                                               : z.v_token_scale[token];
           z.v[token * dim + d] = code_of(value_of(inputs.v[token * dim + d]), scale);
         }
         if (weights != Weights::kFolded) continue;
@@ -160,8 +158,8 @@ Quantized quantize(const Inputs& inputs, Weights weights, bool smooth_k, int kv_
           if (ratio > largest) largest = ratio;
         }
         if (largest == 0) largest = 1;
-        z.ratio[token] = z.v_token_scale[token] == 0 ? largest * 0x1p-20f
-                                                     : z.v_token_scale[token] / reference;
+        z.ratio[token] =
+            z.v_token_scale[token] == 0 ? largest * 0x1p-20f : z.v_token_scale[token] / reference;
         if (z.ratio[token] < 0x1p-100f) z.ratio[token] = 0x1p-100f;
       }
     }
@@ -196,8 +194,8 @@ Packed pack(const Inputs& inputs, const Quantized& z) {
       for (int d = 0; d < dim; ++d) {
         p.q[head * p.rows_q * row_bytes + packed_row_offset(p.rows_q, row_bytes, i, d)] =
             z.q[token * dim + d];
-        shift += static_cast<double>(value_of(inputs.q[token * dim + d])) *
-                 z.k_mean[kv_head * dim + d];
+        shift +=
+            static_cast<double>(value_of(inputs.q[token * dim + d])) * z.k_mean[kv_head * dim + d];
       }
       p.lse_shift[head * p.rows_q + i] = static_cast<float>(shift / std::sqrt(double(dim)));
     }
@@ -259,8 +257,14 @@ std::string pack_of_dim(const Inputs& inputs, Weights weights, bool smooth_k, in
     if (error.empty()) error = e;
   };
   if (smooth_k && first < last) {
-    const StatisticsParams params{source(inputs.k, s.seqlen_k, s.nheads_k), first, last,
-                                  sums.data(), chunks, mean.data(), kRowBytes, false};
+    const StatisticsParams params{source(inputs.k, s.seqlen_k, s.nheads_k),
+                                  first,
+                                  last,
+                                  sums.data(),
+                                  chunks,
+                                  mean.data(),
+                                  kRowBytes,
+                                  false};
     using Sum = ChannelStatistics<Source::kFloat16, Statistic::kSum>;
     keep(launch<Sum>(async, chunks, kv_heads, [&] { Sum::run(params); }));
     using Finish = FinishStatistics<Statistic::kSum>;
@@ -278,8 +282,7 @@ std::string pack_of_dim(const Inputs& inputs, Weights weights, bool smooth_k, in
   q_rows.heads_per_mean = s.nheads_q / s.nheads_k;
   q_rows.lse_shift = rows.mean != nullptr ? p.lse_shift.data() : nullptr;
   using Q = QuantizeRows<Source::kFloat16, kRowBytes, true>;
-  keep(launch<Q>(async, p.rows_q / Q::kBlockTokens, s.batch * s.nheads_q,
-                 [&] { Q::run(q_rows); }));
+  keep(launch<Q>(async, p.rows_q / Q::kBlockTokens, s.batch * s.nheads_q, [&] { Q::run(q_rows); }));
   RowsParams k_rows = rows;
   k_rows.x = source(inputs.k, s.seqlen_k, s.nheads_k);
   k_rows.codes = p.k.data();
@@ -310,7 +313,9 @@ std::string pack_of_dim(const Inputs& inputs, Weights weights, bool smooth_k, in
   } else {
     std::vector<uint32_t> magnitudes(static_cast<size_t>(kv_heads) * kPackedDim *
                                      std::max(chunks, 1));
-    const StatisticsParams params{v.x, first, last, magnitudes.data(), chunks, p.v_scale.data(),
+    const StatisticsParams params{v.x,        first,
+                                  last,       magnitudes.data(),
+                                  chunks,     p.v_scale.data(),
                                   kPackedDim, weights == Weights::kPaper};
     using Magnitude = ChannelStatistics<Source::kFloat16, Statistic::kMagnitude>;
     if (chunks > 0) {
@@ -377,8 +382,7 @@ AttendParams attend_params(const Shape& s, const Packed& packed, std::vector<flo
 Expected expected(const Shape& s, const Quantized& z, Weights weights, int kv_block) {
   const int dim = s.head_dim;
   const double levels = weights == Weights::kPaper ? 127 : 255;
-  const double score_scale =
-      static_cast<float>(1.4426950408889634 / std::sqrt(double(dim)));
+  const double score_scale = static_cast<float>(1.4426950408889634 / std::sqrt(double(dim)));
   Expected e;
   e.out.assign(z.q.size(), 0.0);
   e.bound.assign(z.q.size(), 0.0);
@@ -405,8 +409,9 @@ Expected expected(const Shape& s, const Quantized& z, Weights weights, int kv_bl
         if (!s.sees(i, j)) continue;
         int product = 0;
         for (int d = 0; d < dim; ++d) product += z.q[row * dim + d] * z.k[token * dim + d];
-        t[j - begin] = static_cast<double>(product) * z.k_scale[token] * z.q_scale[row] *
-                           score_scale + std::log2(static_cast<double>(z.ratio[token]));
+        t[j - begin] =
+            static_cast<double>(product) * z.k_scale[token] * z.q_scale[row] * score_scale +
+            std::log2(static_cast<double>(z.ratio[token]));
         m_block = std::max(m_block, t[j - begin]);
       }
       if (m_block == -INFINITY) continue;

@@ -35,12 +35,12 @@ Inputs random_inputs(const Shape& shape, unsigned seed);
 
 /// Codes, scales and constants by plain loops, unpacked.
 struct Quantized {
-  std::vector<int8_t> q, k, v;           // as the inputs
-  std::vector<float> q_scale, k_scale;   // [batch][seqlen][nheads]
-  std::vector<float> v_token_scale;      // [batch][seqlen][nheads]; 0: a token of zeros
-  std::vector<float> v_scale;            // [batch][nheads][head_dim] multiplies the output
-  std::vector<float> ratio;              // [batch][seqlen][nheads] r of docs/numerics.md
-  std::vector<float> k_mean;             // [batch][nheads][head_dim]
+  std::vector<int8_t> q, k, v;          // as the inputs
+  std::vector<float> q_scale, k_scale;  // [batch][seqlen][nheads]
+  std::vector<float> v_token_scale;     // [batch][seqlen][nheads]; 0: a token of zeros
+  std::vector<float> v_scale;           // [batch][nheads][head_dim] multiplies the output
+  std::vector<float> ratio;             // [batch][seqlen][nheads] r of docs/numerics.md
+  std::vector<float> k_mean;            // [batch][nheads][head_dim]
 };
 Quantized quantize(const Inputs& inputs, Weights weights, bool smooth_k, int kv_block);
 

@@ -31,15 +31,20 @@ inline void destroy(void* fiber) { __tsan_destroy_fiber(fiber); }
 inline void switch_to(void* fiber) { __tsan_switch_to_fiber(fiber, 1); }
 inline void acquire(void* address) { __tsan_acquire(address); }
 inline void release(void* address) { __tsan_release(address); }
+/// Whether a race was reported since the last clear_race().
+bool race_found();
+void clear_race();
+/// One report tells enough: the rest of a matrix would repeat it for every row.
 inline void read(const void* data, unsigned long bytes) {
-  __tsan_read_range(const_cast<void*>(data), bytes);
+  if (!race_found()) __tsan_read_range(const_cast<void*>(data), bytes);
 }
-inline void write(void* data, unsigned long bytes) { __tsan_write_range(data, bytes); }
-/// Data races reported so far in this process.
-unsigned long race_reports();
+inline void write(void* data, unsigned long bytes) {
+  if (!race_found()) __tsan_write_range(data, bytes);
+}
 #else
 inline constexpr bool kEnabled = false;
-inline unsigned long race_reports() { return 0; }
+inline bool race_found() { return false; }
+inline void clear_race() {}
 inline void* current() { return nullptr; }
 inline void* create() { return nullptr; }
 inline void destroy(void*) {}
