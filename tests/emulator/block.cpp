@@ -223,6 +223,8 @@ int block_index(int axis) { return block().index[axis]; }
 
 void fail(const char* format, ...) {
   Block& b = block();
+  // The exception is freed by the thread whose kernel ends, so it is allocated as that thread.
+  tsan::switch_to(b.running().fiber.tsan_fiber());
   if (b.error.empty()) {
     char message[448];
     va_list arguments;
