@@ -182,8 +182,11 @@ void check_map(const TensorMap& map, uint32_t target, int rank) {
   }
 }
 
-void start_bulk_copy(Block& b, const BulkCopy& copy, const char* op) {
+void start_bulk_copy(Block& b, BulkCopy copy, const char* op) {
   ++b.stats.tma;
+  // From at once to long after everything else has come to a halt.
+  constexpr uint32_t kLog2MaxDelay = 16;
+  copy.due = b.stats.switches + b.random.below(1u << b.random.below(kLog2MaxDelay));
   b.mbarrier(copy.barrier, op);
   tsan::release(&b.sync_tma);
   {
@@ -195,23 +198,20 @@ void start_bulk_copy(Block& b, const BulkCopy& copy, const char* op) {
     tsan::Scope scope(b.tsan_runtime);
     b.bulk_copies.push_back(copy);
   }
-  if (b.config.async == Async::kEarly) b.complete_bulk_copy();
+  if (b.config.async == Async::kEarly) b.complete_bulk_copy(0);
 }
 
 }  // namespace
 
-BulkCopy Block::take_bulk_copy() {
+BulkCopy Block::take_bulk_copy(size_t pick) {
   tsan::Scope scope(tsan_runtime);
-  const size_t pick =
-      config.async == Async::kRandom ? random.below(static_cast<uint32_t>(bulk_copies.size())) : 0;
   const BulkCopy copy = bulk_copies[pick];
   bulk_copies.erase(bulk_copies.begin() + static_cast<std::ptrdiff_t>(pick));
   return copy;
 }
 
-bool Block::complete_bulk_copy() {
-  if (bulk_copies.empty()) return false;
-  const BulkCopy copy = take_bulk_copy();
+void Block::complete_bulk_copy(size_t pick) {
+  const BulkCopy copy = take_bulk_copy(pick);
   Mbarrier& barrier = mbarriers[(copy.barrier - kSharedBase) / 8];
   {
     tsan::Scope scope(tsan_tma);
@@ -225,13 +225,12 @@ bool Block::complete_bulk_copy() {
   }
   barrier.bytes -= copy.bytes;
   end_phase_if_complete(barrier);
-  return true;
 }
 
 void tma_load(uint32_t target, const TensorMap* map, uint32_t barrier, int rank, const int* start) {
   Block& b = block();
   check_map(*map, target, rank);
-  BulkCopy copy{target, barrier, map, {}, nullptr, box_bytes(*map), b.current};
+  BulkCopy copy{target, barrier, map, {}, nullptr, box_bytes(*map), b.current, 0};
   for (int i = 0; i < rank; ++i) copy.start[i] = start[i];
   // The tensor itself must be memory the kernel may read: its last row tells.
   const uint8_t* last_row = static_cast<const uint8_t*>(map->base);
@@ -247,7 +246,7 @@ void bulk_load(uint32_t target, const void* source, uint32_t bytes, uint32_t bar
   if (reinterpret_cast<uintptr_t>(source) % 16 != 0) fail("cp.async.bulk: source not aligned");
   check_global(source, 1, false, "cp.async.bulk");
   check_global(static_cast<const uint8_t*>(source) + bytes - 1, 1, false, "cp.async.bulk");
-  start_bulk_copy(b, {target, barrier, nullptr, {}, source, bytes, b.current}, "cp.async.bulk");
+  start_bulk_copy(b, {target, barrier, nullptr, {}, source, bytes, b.current, 0}, "cp.async.bulk");
 }
 
 void fence_proxy_async() { ++block().running().proxy_fences; }

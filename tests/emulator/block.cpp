@@ -108,7 +108,10 @@ std::string Block::run() {
     }
     if (config.async == Async::kRandom) complete_something_at_random();
     if (ready.empty()) {
-      if (complete_bulk_copy()) continue;
+      if (!bulk_copies.empty()) {
+        complete_bulk_copy(0);
+        continue;
+      }
       error = describe_deadlock();
       aborting = true;
       break;
@@ -128,8 +131,7 @@ std::string Block::run() {
       if (!threads[current].exited) threads[current].fiber.enter();
     }
   } else {
-    while (complete_bulk_copy()) {
-    }
+    while (!bulk_copies.empty()) complete_bulk_copy(0);
     tsan::Scope scope(tsan_runtime);
     shared.count_pending();
   }
@@ -167,11 +169,16 @@ void Block::arrive(Rendezvous& place, const char* op, void* argument) {
 }
 
 void Block::complete_something_at_random() {
-  // Rare enough that most work is still under way some hundred switches later, when a kernel that
-  // forgot to wait reads it.
+  for (size_t i = 0; i < bulk_copies.size(); ++i) {
+    if (bulk_copies[i].due <= stats.switches) {
+      complete_bulk_copy(i);
+      break;
+    }
+  }
+  // Rare enough that most copies are still under way some hundred switches later, when a kernel
+  // that forgot to wait reads them.
   const uint64_t r = random();
-  if (r % 64 == 0) complete_bulk_copy();
-  if (r / 64 % 64 != 0) return;
+  if (r % 64 != 0) return;
   const int thread = static_cast<int>((r >> 16) % threads.size());
   for (auto& group : threads[thread].groups) {
     for (CpAsync& copy : group) {

@@ -90,6 +90,7 @@ struct BulkCopy {
   const void* source;
   uint32_t bytes;
   int thread;
+  uint64_t due = 0;  ///< Async::kRandom: the switch after which it completes
 };
 
 struct Warpgroup;  // wgmma.cpp
@@ -128,8 +129,8 @@ struct Block {
   bool completes_now() {
     return config.async == Async::kEarly || (config.async == Async::kRandom && random() % 2 == 0);
   }
-  /// Completes one TMA box if there is any.
-  bool complete_bulk_copy();
+  /// Completes the TMA box or bulk copy bulk_copies[pick].
+  void complete_bulk_copy(size_t pick);
   void complete(CpAsync& copy, int thread);
   Mbarrier& mbarrier(uint32_t address, const char* op);
   void end_phase_if_complete(Mbarrier& barrier);
@@ -159,7 +160,7 @@ struct Block {
 
  private:
   void arrive(Rendezvous& place, const char* op, void* argument);
-  BulkCopy take_bulk_copy();
+  BulkCopy take_bulk_copy(size_t pick);
   void complete_something_at_random();
   std::string describe_deadlock() const;
   std::string describe(const Wait& reason) const;
