@@ -1,6 +1,7 @@
 // SPDX-FileCopyrightText: The attn8 authors
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
+#include "multiply.hpp"
 #include "online_softmax.hpp"
 
 /// Attention with mma.sync: Ampere, Ada, and every later chip without int8 wgmma. Each warp owns 16
@@ -9,7 +10,7 @@
 ///
 /// Shared memory, every tile at a multiple of 1024 bytes:
 ///   Q [kRows][row_bytes] | K 2 stages [kKvBlock][row_bytes] | V^T 2 stages [head_dim][kKvBlock]
-///   | key constants 2 stages [kKvBlock / 16][3][16] floats
+///   | key constants 2 stages [kKvBlock / 16][2][16] floats
 namespace attn8::cuda {
 
 template <int kHeadDimIn, int kKvBlockIn, int kWarps, Weights kWeights>
@@ -25,6 +26,7 @@ struct AttendSm80 {
   using KTile = SharedTile<kKvBlock, kRowBytes>;
   using VTile = SharedTile<kHeadDim, kKvBlock>;
   using Softmax = OnlineSoftmax<kKvBlock, kWeights>;
+  using Constants = typename Softmax::Constants;
   static_assert(VTile::kSpan == kPanelKeys);
   static constexpr int kConstantBytes = kKvBlock / kKeyGroup * kKeyConstants * 4;
 
@@ -87,7 +89,6 @@ struct AttendSm80 {
     uint32_t q[kQInRegisters ? kRowBytes / 32 : 1][4];  // [k32 steps][A fragment]
     float out[kHeadDim / 8][4];                         // [16 rows, kHeadDim]
     Softmax softmax;
-    VisibleKeys visible;
   };
 
   static ATTN8_DEVICE void load_q_fragment(uint32_t shared, int step, uint32_t (&fragment)[4]) {
@@ -115,7 +116,6 @@ struct AttendSm80 {
     state.softmax.start();
     ATTN8_UNROLL
     for (int r = 0; r < 2; ++r) {
-      state.visible.set(p, r, row + 8 * r);
       state.softmax.score_scale[r] =
           ptx::ld_global(p.q_scale + q_head * p.rows_q + row + 8 * r) * p.score_scale;
     }
@@ -148,11 +148,11 @@ struct AttendSm80 {
       int masked_end = visited.full_begin;
       while (true) {
         for (; block < masked_end; ++block) {
-          attend_block<true>(shared, from, block, visited.end, state);
+          attend_block<true>(p, shared, from, block, visited.end, row, state);
         }
         if (block >= visited.end) break;
         for (; block < visited.full_end; ++block) {
-          attend_block<false>(shared, from, block, visited.end, state);
+          attend_block<false>(p, shared, from, block, visited.end, row, state);
         }
         masked_end = visited.end;
       }
@@ -163,7 +163,8 @@ struct AttendSm80 {
   }
 
   template <bool kMasked>
-  static ATTN8_DEVICE void attend_block(uint32_t shared, const Sources& from, int block, int end,
+  static ATTN8_DEVICE void attend_block(const AttendParams& params, uint32_t shared,
+                                        const Sources& from, int block, int end, int row,
                                         State& state) {
     const int lane = ptx::thread_index() % 32;
     const uint32_t stage = block % kStages;
@@ -180,7 +181,9 @@ struct AttendSm80 {
       ptx::cp_commit();
     }
 
-    float t[Softmax::kElements];  // [16 rows, kKvBlock] scores
+    float p[Softmax::kElements];  // [16 rows, kKvBlock] weights
+    Constants next = Softmax::load_constants(constants, 0);
+    state.softmax.start_block();
     {
       int products[kKvBlock / 8][4];  // [8-key groups][C fragment]
       ATTN8_UNROLL
@@ -208,14 +211,18 @@ struct AttendSm80 {
           }
         }
       }
-      state.softmax.template scores<0, kKvBlock / kKeyGroup, kMasked>(
-          [&](int i) { return ptx::add(as_magic(products[i / 4][i % 4]), -kMagic); }, constants,
-          state.visible, block * kKvBlock, t);
+      state.softmax.template weights<0, kKvBlock / kKeyGroup, kMasked>(
+          params, [&](int i) { return ptx::add(as_magic(products[i / 4][i % 4]), -kMagic); },
+          constants, row, block * kKvBlock, next, p);
     }
 
     uint32_t packed[kKvBlock / 32][4];  // [k32 steps][A fragment] codes of the weights
-    state.softmax.weights(
-        t, constants,
+    state.softmax.template codes<kMasked>(
+        params, p, constants, row, block * kKvBlock,
+        [&](int group, float(&products)[8]) {
+          multiply_key_group<QTile, KTile>(shared + kQ, ptx::thread_index() / 32 * 16, k_tile,
+                                           group, products);
+        },
         [&](const float(&factor)[2]) {
           ATTN8_UNROLL
           for (int group = 0; group < kHeadDim / 8; ++group) {

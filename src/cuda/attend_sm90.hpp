@@ -1,6 +1,7 @@
 // SPDX-FileCopyrightText: The attn8 authors
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
+#include "multiply.hpp"
 #include "online_softmax.hpp"
 
 /// Attention on Hopper (sm_90a). One producer warpgroup fetches tiles with bulk copies; two consumer
@@ -9,7 +10,7 @@
 ///
 /// Shared memory, every tile at a multiple of 1024 bytes:
 ///   Q [128][row_bytes] | K stages [kKvBlock][row_bytes] | V^T stages [head_dim][kKvBlock]
-///   | key constants stages [kKvBlock / 16][3][16] floats | barriers
+///   | key constants stages [kKvBlock / 16][2][16] floats | barriers
 namespace attn8::cuda {
 
 template <int kHeadDimIn, int kKvBlockIn, Weights kWeights>
@@ -139,11 +140,9 @@ struct AttendSm90 {
     const int row = warpgroup_row + warp * 16 + lane / 4;
 
     Softmax softmax;
-    VisibleKeys visible;
     softmax.start();
     ATTN8_UNROLL
     for (int r = 0; r < 2; ++r) {
-      visible.set(p, r, row + 8 * r);
       const int64_t q_head = batch * p.nheads_q + head;
       softmax.score_scale[r] =
           ptx::ld_global(p.q_scale + q_head * p.rows_q + row + 8 * r) * p.score_scale;
@@ -163,11 +162,11 @@ struct AttendSm90 {
     int masked_end = full_begin;
     while (true) {
       for (; block < masked_end; ++block) {
-        attend_block<true>(shared, barriers, block, visited.begin, q_rows, visible, softmax, out);
+        attend_block<true>(p, shared, barriers, block, visited.begin, q_rows, row, softmax, out);
       }
       if (block >= visited.end) break;
       for (; block < full_end; ++block) {
-        attend_block<false>(shared, barriers, block, visited.begin, q_rows, visible, softmax, out);
+        attend_block<false>(p, shared, barriers, block, visited.begin, q_rows, row, softmax, out);
       }
       masked_end = visited.end;
     }
@@ -175,30 +174,33 @@ struct AttendSm90 {
   }
 
   template <bool kMasked>
-  static ATTN8_DEVICE void attend_block(uint32_t shared, const Barriers& barriers, int block,
-                                        int first_block, uint32_t q_rows,
-                                        const VisibleKeys& visible, Softmax& softmax,
+  static ATTN8_DEVICE void attend_block(const AttendParams& params, uint32_t shared,
+                                        const Barriers& barriers, int block, int first_block,
+                                        uint32_t q_rows, int row, Softmax& softmax,
                                         float (&out)[kHeadDim / 2]) {
     const uint32_t stage = (block - first_block) % kStages;
     const uint32_t parity = (block - first_block) / kStages & 1;
     const uint32_t k_tile = shared + kK + stage * KTile::kBytes;
     const uint32_t v_tile = shared + kV + stage * VTile::kBytes;
     const uint32_t constants = shared + kConstants + stage * kConstantBytes;
+    const int first_key = block * kKvBlock;
 
-    float t[Softmax::kElements];  // [16 rows of the warp, kKvBlock] scores
+    float p[Softmax::kElements];  // [16 rows of the warp, kKvBlock] weights
+    softmax.start_block();
     {
       int products[kScoreParts][kScoreColumns / 2];  // [parts][16 rows of the warp, 128 keys]
       ptx::mbar_wait(barriers.k_full + 8 * stage, parity);
       ptx::wgmma_fence();
+      const uint64_t q_operand =
+          matrix_descriptor(shared + kQ + QTile::operand_offset(q_rows, 0), QTile::kSpan);
+      const uint64_t k_operand = matrix_descriptor(k_tile, KTile::kSpan);
       ATTN8_UNROLL
       for (int part = 0; part < kScoreParts; ++part) {
         ATTN8_UNROLL
         for (int byte = 0; byte < kRowBytes; byte += 32) {
           ptx::wgmma_ss_s8<kScoreColumns>(
-              products[part],
-              matrix_descriptor(shared + kQ + QTile::operand_offset(q_rows, byte), QTile::kSpan),
-              matrix_descriptor(k_tile + KTile::operand_offset(part * kScoreColumns, byte),
-                                KTile::kSpan),
+              products[part], advance_descriptor(q_operand, QTile::operand_offset(0, byte)),
+              advance_descriptor(k_operand, KTile::operand_offset(part * kScoreColumns, byte)),
               byte > 0);
         }
         ptx::wgmma_commit();
@@ -207,19 +209,24 @@ struct AttendSm90 {
         return static_cast<float>(products[i / (kScoreColumns / 2)][i % (kScoreColumns / 2)]);
       };
       constexpr int kPartGroups = kScoreColumns / kKeyGroup;
-      const int first_key = block * kKvBlock;
+      typename Softmax::Constants next = Softmax::load_constants(constants, 0);
       if constexpr (kScoreParts == 2) {
         ptx::wgmma_wait<1>();
-        softmax.template scores<0, kPartGroups, kMasked>(product, constants, visible, first_key, t);
+        softmax.template weights<0, kPartGroups, kMasked>(params, product, constants, row,
+                                                          first_key, next, p);
       }
       ptx::wgmma_wait<0>();
-      softmax.template scores<(kScoreParts - 1) * kPartGroups, kScoreParts * kPartGroups, kMasked>(
-          product, constants, visible, first_key, t);
+      softmax.template weights<(kScoreParts - 1) * kPartGroups, kScoreParts * kPartGroups, kMasked>(
+          params, product, constants, row, first_key, next, p);
     }
 
     uint32_t packed[kKvBlock / 32][4];  // [k32 steps][A fragment] codes of the weights
-    softmax.weights(
-        t, constants,
+    softmax.template codes<kMasked>(
+        params, p, constants, row, first_key,
+        [&](int group, float(&products)[8]) {
+          multiply_key_group<QTile, KTile>(
+              shared + kQ, q_rows + ptx::thread_index() / 32 % 4 * 16, k_tile, group, products);
+        },
         [&](const float(&factor)[2]) {
           ATTN8_UNROLL
           for (int i = 0; i < kHeadDim / 2; ++i) out[i] *= factor[i >> 1 & 1];
@@ -231,13 +238,13 @@ struct AttendSm90 {
     ATTN8_UNROLL
     for (int part = 0; part < kOutParts; ++part) {
       int products[kOutColumns / 2];  // [16 rows of the warp, kOutColumns]
+      const uint64_t v_operand = matrix_descriptor(v_tile, VTile::kSpan);
       ptx::wgmma_fence();
       ATTN8_UNROLL
       for (int step = 0; step < kKvBlock / 32; ++step) {
         ptx::wgmma_rs_u8<kOutColumns>(
             products, packed[step],
-            matrix_descriptor(v_tile + VTile::operand_offset(part * kOutColumns, step * 32),
-                              VTile::kSpan),
+            advance_descriptor(v_operand, VTile::operand_offset(part * kOutColumns, step * 32)),
             step > 0);
       }
       ptx::wgmma_commit();

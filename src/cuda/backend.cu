@@ -141,7 +141,7 @@ Workspace lay_out(const Plan::State& s) {
   w.k = take(kv_heads * s.rows_k * row_bytes);
   w.v = take(kv_heads * s.rows_k * packed_dim);
   w.q_scale = take(q_heads * s.rows_q * 4);
-  w.key_constants = take(kv_heads * s.rows_k * 3 * 4);
+  w.key_constants = take(kv_heads * s.rows_k * 2 * 4);
   w.v_scale = take(kv_heads * packed_dim * 4);
   w.lse_shift = take(q_heads * s.rows_q * 4);
   w.k_mean = take(kv_heads * row_bytes * 4);

@@ -127,6 +127,12 @@ ATTN8_HOST_DEVICE constexpr uint64_t matrix_descriptor(uint32_t address, uint32_
          mode << 62;
 }
 
+/// The descriptor of an operand `bytes` further, within the same 256 KiB: an addition to its low
+/// word, which keeps the compiler from carrying into the high one.
+ATTN8_HOST_DEVICE constexpr uint64_t advance_descriptor(uint64_t descriptor, uint32_t bytes) {
+  return (descriptor & 0xFFFFFFFF00000000u) | (static_cast<uint32_t>(descriptor) + (bytes >> 4));
+}
+
 /// Fields of a matrix descriptor in bytes, for tests and the emulator.
 struct MatrixDescriptor {
   uint32_t address, leading_bytes, stride_bytes, base_offset, span;

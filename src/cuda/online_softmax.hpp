@@ -15,30 +15,44 @@
 /// keys the four of its C fragments: elements 0..7 of a key group are
 ///   row 0 keys 2t, 2t+1; row 1 keys 2t, 2t+1; row 0 keys 2t+8, 2t+9; row 1 keys 2t+8, 2t+9
 /// The four threads of a quad share their rows.
+///
+/// Exponentials do not wait for the block's maximum: they are taken relative to a reference that is
+/// known before, p = 2^(score - reference) r, and the codes are p * 255 / max(p). The reference is 0
+/// until a row's weights leave [2^-60, 2^60]; then the block is done again with the row's maximum as
+/// the reference, from products multiplied a second time. Scores of that size are rare, and every
+/// value that reaches the codes has the same relative accuracy in both ways.
 namespace attn8::cuda {
 
-/// What a row's float accumulators are multiplied with may grow this many octaves before they are
-/// rescaled: 2^60 above codes * keys < 2^31 is far from the end of float, and weights 2^-60 below
-/// the reference are far below what a sum keeps.
-inline constexpr float kRescaleAbove = 60.0f;
+/// Range of a block's largest weight, relative to the reference, in which nothing overflows: codes
+/// times keys stay below 2^40, and what underflows is 2^-60 of what is kept.
+inline constexpr float kLargestWeight = 0x1p60f;
+inline constexpr float kSmallestWeight = 0x1p-60f;
 
 /// Adding 2^23 to x in [0, 255] leaves round-half-even(x) in the low byte.
 inline constexpr float kRoundToByte = 8388608.0f;
 
-/// Keys [first, first + count) that a thread's two rows see.
+/// Keys that a thread's two rows see, `row` and `row + 8` of the call. Made where it is needed, not
+/// kept in registers.
 struct VisibleKeys {
   int first[2];
   uint32_t count[2];
 
-  ATTN8_DEVICE void set(const AttendParams& p, int r, int row) {
-    const int lowest = row + p.first_offset;
-    const int highest = row + p.last_offset;
-    first[r] = lowest > 0 ? lowest : 0;
-    const int end = highest < p.seqlen_k ? highest + 1 : p.seqlen_k;
-    count[r] = end > first[r] ? static_cast<uint32_t>(end - first[r]) : 0;
+  ATTN8_DEVICE VisibleKeys(const AttendParams& p, int row) {
+    ATTN8_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      const int lowest = row + 8 * r + p.first_offset;
+      const int highest = row + 8 * r + p.last_offset;
+      first[r] = lowest > 0 ? lowest : 0;
+      const int end = highest < p.seqlen_k ? highest + 1 : p.seqlen_k;
+      count[r] = end > first[r] ? static_cast<uint32_t>(end - first[r]) : 0;
+    }
   }
   ATTN8_DEVICE bool sees(int r, int key) const {
     return static_cast<uint32_t>(key - first[r]) < count[r];
+  }
+  /// Whether row r sees one of keys [key, key + keys).
+  ATTN8_DEVICE bool sees_any(int r, int key, int keys) const {
+    return key + keys > first[r] && key < first[r] + static_cast<int>(count[r]) && count[r] > 0;
   }
 };
 
@@ -75,146 +89,269 @@ struct OnlineSoftmax {
 
   float score_scale[2];  // q_scale * softmax_scale * log2(e)
   float reference[2];    // out and sums are relative to 2^reference
-  float sum[2];          // of this thread's weights, before rounding, at most 1 each
-  float code_sum[2];     // kPaper: of this thread's codes
+  float sum[2];          // of this thread's weights before rounding, without r
+  float running[2];      // kPaper: largest weight so far
+  float code_sum[2];     // kPaper: of this thread's codes, in weights
+  float block_sum[2];    // the same, of one block
+  bool settled[2];       // the reference suits what the row has seen; until then sums are 0
   float block_scale[2];  // what the block's integer products are multiplied with
 
   ATTN8_DEVICE void start() {
     ATTN8_UNROLL
     for (int r = 0; r < 2; ++r) {
-      reference[r] = -FLT_MAX;
+      reference[r] = 0;
       sum[r] = 0;
+      running[r] = 0;
       code_sum[r] = 0;
+      settled[r] = false;
     }
   }
 
-  /// Scores in log2 units, biased by kScoreBias, of key groups [kFirst, kLast) of the block.
+  ATTN8_DEVICE void start_block() {
+    ATTN8_UNROLL
+    for (int r = 0; r < 2; ++r) block_sum[r] = 0;
+  }
+
+  /// A key group's constants, of this thread's four keys.
+  struct Constants {
+    float4 scale, ratio;
+  };
+  static ATTN8_DEVICE Constants load_constants(uint32_t constants, int group) {
+    const uint32_t address =
+        constants + group * (kKeyConstants * 4) + ptx::thread_index() % 4 * 16;
+    Constants c;
+    c.scale = ptx::ld_shared<float4>(address);
+    if constexpr (kWeights == Weights::kFolded) {
+      c.ratio = ptx::ld_shared<float4>(address + kKeyGroup * 4);
+    }
+    return c;
+  }
+  static ATTN8_DEVICE float element(const float4& four, int key) {
+    return key == 0 ? four.x : key == 1 ? four.y : key == 2 ? four.z : four.w;
+  }
+
+  /// Column, in the block, of key `key` (of the thread's four) of a key group.
+  static ATTN8_DEVICE int column(int group, int key) {
+    return group * kKeyGroup + (key >> 1) * 8 + ptx::thread_index() % 4 * 2 + (key & 1);
+  }
+
+  /// Weights p of key groups [kFirst, kLast) of the block, their sums going to block_sum.
   ///   product(i)  integer product of element i of the block, as a float
   ///   constants   shared address of the block's [kKvBlock / 16][3][16] key constants
   ///   first_key   of the block
+  ///   row         of the call, the thread's first
   template <int kFirst, int kLast, bool kMasked, class Product>
-  ATTN8_DEVICE void scores(const Product& product, uint32_t constants, const VisibleKeys& visible,
-                           int first_key, float (&t)[kElements]) const {
-    const int thread = ptx::thread_index() % 4;
+  ATTN8_DEVICE void weights(const AttendParams& params, const Product& product, uint32_t constants,
+                            int row, int first_key, Constants& next, float (&p)[kElements]) {
+    const VisibleKeys visible(params, row);
     ATTN8_UNROLL
     for (int group = kFirst; group < kLast; ++group) {
-      const uint32_t address = constants + group * (kKeyConstants * 4) + thread * 16;
-      const float4 scale4 = ptx::ld_shared<float4>(address);
-      const float scale[4] = {scale4.x, scale4.y, scale4.z, scale4.w};
-      float fold[4] = {kScoreBias, kScoreBias, kScoreBias, kScoreBias};
-      if constexpr (kWeights == Weights::kFolded) {
-        const float4 fold4 = ptx::ld_shared<float4>(address + kKeyGroup * 4);
-        fold[0] = fold4.x;
-        fold[1] = fold4.y;
-        fold[2] = fold4.z;
-        fold[3] = fold4.w;
-      }
+      const Constants now = next;
+      if (group + 1 < kKvBlock / kKeyGroup) next = load_constants(constants, group + 1);
       ATTN8_UNROLL
       for (int e = 0; e < 8; ++e) {
         const int r = e >> 1 & 1;
         const int key = (e >> 2) * 2 + (e & 1);  // of the thread's four
         const int i = group * 8 + e;
-        t[i] = ptx::fma(ptx::mul(product(i), scale[key]), score_scale[r], fold[key]);
+        float t = ptx::fma(ptx::mul(product(i), element(now.scale, key)), score_scale[r],
+                           -reference[r]);
         if constexpr (kMasked) {
-          const int column = group * 16 + (key >> 1) * 8 + thread * 2 + (key & 1);
-          if (!visible.sees(r, first_key + column)) t[i] = -INFINITY;
+          if (!visible.sees(r, first_key + column(group, key))) t = -INFINITY;
         }
+        p[i] = ptx::ex2(t);
+        block_sum[r] = ptx::add(block_sum[r], p[i]);
+        p[i] = fold(p[i], now, e);
       }
     }
   }
 
-  /// Largest score of row r over the block and the quad, at least -FLT_MAX. Positive floats compare
-  /// as integers, which sm_90 does three at a time; when the largest is none (all negative, or an
-  /// infinity or NaN among them) the row is done again as floats, an infinity becoming FLT_MAX.
-  ATTN8_DEVICE float row_maximum(int r, float (&t)[kElements]) const {
-    int bits = static_cast<int>(ptx::as_uint(t[2 * r]));
+  /// Largest p of row r over the block and the quad; a NaN counts as larger than all. Floats that
+  /// are not negative compare as integers, which sm_90 does three at a time.
+  ATTN8_DEVICE float largest_weight(int r, const float (&p)[kElements]) const {
+    int bits = static_cast<int>(ptx::as_uint(p[2 * r]) & 0x7FFFFFFFu);
     ATTN8_UNROLL
     for (int i = 0; i < kElements; i += 4) {
-      bits = ptx::max3(bits, static_cast<int>(ptx::as_uint(t[i + 2 * r])),
-                       static_cast<int>(ptx::as_uint(t[i + 2 * r + 1])));
+      bits = ptx::max3(bits, static_cast<int>(ptx::as_uint(p[i + 2 * r])),
+                       static_cast<int>(ptx::as_uint(p[i + 2 * r + 1])));
     }
-    float largest = ptx::as_float(static_cast<uint32_t>(bits));
-    if (static_cast<uint32_t>(bits) >= 0x7F800000u) {
-      largest = -FLT_MAX;
-      ATTN8_UNROLL
-      for (int i = 0; i < kElements; ++i) {
-        if ((i >> 1 & 1) != r) continue;
-        if (t[i] == INFINITY) t[i] = FLT_MAX;
-        largest = ptx::max(largest, t[i]);
-      }
-    }
-    largest = ptx::max(largest, ptx::shfl_xor(largest, 1));
-    return ptx::max(largest, ptx::shfl_xor(largest, 2));
+    bits = ptx::max3(bits, bits, ptx::shfl_xor(bits, 1));
+    bits = ptx::max3(bits, bits, ptx::shfl_xor(bits, 2));
+    return ptx::as_float(static_cast<uint32_t>(bits));
   }
 
-  /// Scores to weights: `packed` receives the codes as A fragments of k32 steps, in the key order
-  /// of packed V. Sets block_scale and calls rescale(factor[2]) when what was accumulated so far
-  /// must shrink.
-  template <class Rescale>
-  ATTN8_DEVICE void weights(float (&t)[kElements], uint32_t constants, const Rescale& rescale,
-                            uint32_t (&packed)[kKvBlock / 32][4]) {
-    float largest[2];
+  /// Weights to codes: `packed` receives them as A fragments of k32 steps, in the key order of
+  /// packed V. Sets block_scale.
+  ///   redo(group, products)  integer products of a key group once more, collective over the warp
+  ///   rescale(factor[2])     called when what was accumulated so far changes its reference
+  template <bool kMasked, class Redo, class Rescale>
+  ATTN8_DEVICE void codes(const AttendParams& params, const float (&p)[kElements],
+                          uint32_t constants, int row, int first_key, const Redo& redo,
+                          const Rescale& rescale, uint32_t (&packed)[kKvBlock / 32][4]) {
+    const float largest[2] = {largest_weight(0, p), largest_weight(1, p)};
+    bool fits = true;
+    ATTN8_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      settled[r] = settled[r] || largest[r] >= kSmallestWeight;
+      fits = fits && largest[r] <= kLargestWeight &&
+             (settled[r] ||
+              (kMasked && !VisibleKeys(params, row).sees_any(r, first_key, kKvBlock)));
+    }
+    if (ptx::any(!fits)) {
+      redo_block(constants, VisibleKeys(params, row), first_key, redo, rescale, packed);
+      return;
+    }
+    float factor[2];
+    finish_block(largest, factor);
+    uint32_t block_codes[2] = {0, 0};
+    ATTN8_UNROLL
+    for (int group = 0; group < kKvBlock / kKeyGroup; ++group) {
+      ATTN8_UNROLL
+      for (int r = 0; r < 2; ++r) {
+        const int i = group * 8 + 2 * r;
+        const float weights[4] = {p[i], p[i + 1], p[i + 4], p[i + 5]};
+        packed[group / 2][group % 2 * 2 + r] = round_to_codes(weights, factor[r], block_codes[r]);
+      }
+    }
+    add_codes(block_codes);
+  }
+
+  /// Four weights to four codes in packed key order.
+  static ATTN8_DEVICE uint32_t round_to_codes(const float (&weights)[4], float factor,
+                                              uint32_t& total) {
+    uint32_t byte[4];
+    ATTN8_UNROLL
+    for (int key = 0; key < 4; ++key) {
+      byte[key] = ptx::as_uint(ptx::fma(weights[key], factor, kRoundToByte));
+    }
+    const uint32_t four = ptx::prmt(ptx::prmt(byte[0], byte[1], 0x0040),
+                                    ptx::prmt(byte[2], byte[3], 0x0040), 0x5410);
+    if constexpr (kWeights == Weights::kPaper) total = ptx::sum_bytes(four, total);
+    return four;
+  }
+
+  /// From the largest weights of the block: what weights become codes with, what products are
+  /// multiplied with.
+  ATTN8_DEVICE void finish_block(const float (&largest)[2], float (&factor)[2]) {
+    ATTN8_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      sum[r] += block_sum[r];
+      float top = largest[r];
+      if constexpr (kWeights == Weights::kPaper) top = running[r] = ptx::max(running[r], top);
+      // A block whose weights have all underflowed adds nothing to the products.
+      factor[r] = top < FLT_MIN ? 0.0f : kLevels / top;
+      block_scale[r] = top * (1.0f / kLevels);
+    }
+  }
+
+  ATTN8_DEVICE void add_codes(const uint32_t (&block_codes)[2]) {
+    if constexpr (kWeights == Weights::kPaper) {
+      ATTN8_UNROLL
+      for (int r = 0; r < 2; ++r) {
+        code_sum[r] = ptx::fma(static_cast<float>(block_codes[r]), block_scale[r], code_sum[r]);
+      }
+    }
+  }
+
+  /// The scores of one key group from products multiplied again. Those beyond float saturate, so
+  /// that the largest stay the largest.
+  template <class Redo>
+  ATTN8_DEVICE void scores_again(const Redo& redo, int group, const Constants& c,
+                                 const VisibleKeys& visible, int first_key, float (&t)[8]) const {
+    redo(group, t);
+    ATTN8_UNROLL
+    for (int e = 0; e < 8; ++e) {
+      const int r = e >> 1 & 1;
+      const int key = (e >> 2) * 2 + (e & 1);
+      t[e] = ptx::mul(ptx::mul(t[e], element(c.scale, key)), score_scale[r]);
+      if (t[e] == INFINITY) t[e] = FLT_MAX;
+      if (t[e] == -INFINITY) t[e] = -FLT_MAX;
+      if (!visible.sees(r, first_key + column(group, key))) t[e] = -INFINITY;
+    }
+  }
+
+  /// codes() relative to the largest score that each row has seen: in three passes over the block,
+  /// each multiplying Q and K again, because the weights of a whole block fit in registers once
+  /// only.
+  template <class Redo, class Rescale>
+  ATTN8_DEVICE void redo_block(uint32_t constants, const VisibleKeys& visible, int first_key,
+                               const Redo& redo, const Rescale& rescale,
+                               uint32_t (&packed)[kKvBlock / 32][4]) {
+    float t[8];
+    float largest[2] = {-INFINITY, -INFINITY};
+    ATTN8_NO_UNROLL
+    for (int group = 0; group < kKvBlock / kKeyGroup; ++group) {
+      scores_again(redo, group, load_constants(constants, group), visible, first_key, t);
+      ATTN8_UNROLL
+      for (int e = 0; e < 8; ++e) largest[e >> 1 & 1] = ptx::max(largest[e >> 1 & 1], t[e]);
+    }
     float factor[2];
     ATTN8_UNROLL
     for (int r = 0; r < 2; ++r) {
-      largest[r] = row_maximum(r, t);
-      factor[r] = 1.0f;
-      if constexpr (kWeights == Weights::kPaper) largest[r] = ptx::max(largest[r], reference[r]);
-    }
-    const float limit = kWeights == Weights::kPaper ? 0.0f : kRescaleAbove;
-    if (largest[0] - reference[0] > limit || largest[1] - reference[1] > limit) {
-      ATTN8_UNROLL
-      for (int r = 0; r < 2; ++r) {
-        if (!(largest[r] - reference[r] > limit)) continue;
-        factor[r] = ptx::ex2(reference[r] - largest[r]);
+      largest[r] = quad_maximum(largest[r]);
+      factor[r] = 1;
+      if (largest[r] > reference[r] || (!settled[r] && largest[r] > -INFINITY)) {
+        factor[r] = settled[r] ? ptx::ex2(reference[r] - largest[r]) : 0.0f;
         reference[r] = largest[r];
-        sum[r] *= factor[r];
-        code_sum[r] *= factor[r];
+        settled[r] = true;
       }
-      rescale(factor);
+      sum[r] *= factor[r];
+      code_sum[r] *= factor[r];
+      running[r] *= factor[r];
+      largest[r] = 0;
+    }
+    rescale(factor);
+
+    start_block();
+    ATTN8_NO_UNROLL
+    for (int group = 0; group < kKvBlock / kKeyGroup; ++group) {
+      const Constants c = load_constants(constants, group);
+      scores_again(redo, group, c, visible, first_key, t);
+      ATTN8_UNROLL
+      for (int e = 0; e < 8; ++e) {
+        const int r = e >> 1 & 1;
+        const float weight = ptx::ex2(ptx::add(t[e], -reference[r]));
+        block_sum[r] = ptx::add(block_sum[r], weight);
+        largest[r] = ptx::max(largest[r], fold(weight, c, e));
+      }
     }
     ATTN8_UNROLL
-    for (int r = 0; r < 2; ++r) block_scale[r] = ptx::ex2(largest[r] - reference[r]);
+    for (int r = 0; r < 2; ++r) largest[r] = quad_maximum(largest[r]);
+    finish_block(largest, factor);
 
-    const int thread = ptx::thread_index() % 4;
-    float block_sum[2] = {0, 0};
+    // Indexed at run time, so in local memory: registers belong to the usual path.
+    uint32_t slow[kKvBlock / kKeyGroup][2];
     uint32_t block_codes[2] = {0, 0};
-    ATTN8_UNROLL
-    for (int group = 0; group < kKvBlock / 16; ++group) {
-      float inverse[4] = {1.0f, 1.0f, 1.0f, 1.0f};
-      if constexpr (kWeights == Weights::kFolded) {
-        const float4 inverse4 = ptx::ld_shared<float4>(
-            constants + group * (kKeyConstants * 4) + 2 * kKeyGroup * 4 + thread * 16);
-        inverse[0] = inverse4.x;
-        inverse[1] = inverse4.y;
-        inverse[2] = inverse4.z;
-        inverse[3] = inverse4.w;
+    ATTN8_NO_UNROLL
+    for (int group = 0; group < kKvBlock / kKeyGroup; ++group) {
+      const Constants c = load_constants(constants, group);
+      scores_again(redo, group, c, visible, first_key, t);
+      ATTN8_UNROLL
+      for (int e = 0; e < 8; ++e) {
+        t[e] = fold(ptx::ex2(ptx::add(t[e], -reference[e >> 1 & 1])), c, e);
       }
       ATTN8_UNROLL
       for (int r = 0; r < 2; ++r) {
-        uint32_t byte[4];
-        ATTN8_UNROLL
-        for (int key = 0; key < 4; ++key) {
-          const float weight =
-              ptx::ex2(ptx::add(t[group * 8 + (key >> 1) * 4 + 2 * r + (key & 1)], -largest[r]));
-          block_sum[r] = kWeights == Weights::kFolded
-                             ? ptx::fma(weight, inverse[key], block_sum[r])
-                             : ptx::add(block_sum[r], weight);
-          byte[key] = ptx::as_uint(ptx::fma(weight, kLevels, kRoundToByte));
-        }
-        const uint32_t codes = ptx::prmt(ptx::prmt(byte[0], byte[1], 0x0040),
-                                         ptx::prmt(byte[2], byte[3], 0x0040), 0x5410);
-        packed[group / 2][group % 2 * 2 + r] = codes;
-        if constexpr (kWeights == Weights::kPaper) {
-          block_codes[r] = ptx::sum_bytes(codes, block_codes[r]);
-        }
+        const float weights[4] = {t[2 * r], t[2 * r + 1], t[2 * r + 4], t[2 * r + 5]};
+        slow[group][r] = round_to_codes(weights, factor[r], block_codes[r]);
       }
     }
     ATTN8_UNROLL
-    for (int r = 0; r < 2; ++r) {
-      sum[r] = ptx::fma(block_sum[r], block_scale[r], sum[r]);
-      if constexpr (kWeights == Weights::kPaper) code_sum[r] += static_cast<float>(block_codes[r]);
+    for (int group = 0; group < kKvBlock / kKeyGroup; ++group) {
+      ATTN8_UNROLL
+      for (int r = 0; r < 2; ++r) packed[group / 2][group % 2 * 2 + r] = slow[group][r];
     }
+    add_codes(block_codes);
+  }
+
+  /// Weight times r, of element e of a key group.
+  static ATTN8_DEVICE float fold(float weight, const Constants& c, int e) {
+    return kWeights == Weights::kFolded ? ptx::mul(weight, element(c.ratio, (e >> 2) * 2 + (e & 1)))
+                                        : weight;
+  }
+
+  static ATTN8_DEVICE float quad_maximum(float x) {
+    x = ptx::max(x, ptx::shfl_xor(x, 1));
+    return ptx::max(x, ptx::shfl_xor(x, 2));
   }
 
   /// After the last block: factor that turns row r's accumulated products into the output, and its
@@ -222,14 +359,14 @@ struct OnlineSoftmax {
   ATTN8_DEVICE float finish(int r, float* lse) {
     sum[r] += ptx::shfl_xor(sum[r], 1);
     sum[r] += ptx::shfl_xor(sum[r], 2);
-    float normalizer = sum[r] * kLevels;
+    float normalizer = sum[r];
     if constexpr (kWeights == Weights::kPaper) {
       code_sum[r] += ptx::shfl_xor(code_sum[r], 1);
       code_sum[r] += ptx::shfl_xor(code_sum[r], 2);
-      normalizer = code_sum[r] + 0.0f * sum[r];  // a NaN among the scores shows in `sum` alone
+      normalizer = code_sum[r] + 0.0f * sum[r];  // a NaN among the weights shows in `sum` alone
     }
     const float ln2 = 0.69314718f;
-    *lse = sum[r] == 0 ? -INFINITY : logf(sum[r]) + (reference[r] - kScoreBias) * ln2;
+    *lse = sum[r] == 0 ? -INFINITY : logf(sum[r]) + reference[r] * ln2;
     return normalizer == 0 ? 0.0f : 1.0f / normalizer;
   }
 };

@@ -16,11 +16,8 @@ inline constexpr int kSequencePad = 256;
 inline constexpr int kPanelKeys = 128;
 /// Rows of queries share their keys' constants in groups of 16 keys, in packed order.
 inline constexpr int kKeyGroup = 16;
-/// Floats per key group: [k_scale | log2_fold | inverse_fold][16].
-inline constexpr int kKeyConstants = 3 * kKeyGroup;
-/// Added to every log2_fold. Keeps the largest score of a row positive on most data, where floats
-/// compare as integers; cancels in the softmax. Small, because it costs low bits of the score.
-inline constexpr float kScoreBias = 16.0f;
+/// Floats per key group: [k_scale | v_ratio][16], v_ratio the r of docs/numerics.md.
+inline constexpr int kKeyConstants = 2 * kKeyGroup;
 
 ATTN8_HOST_DEVICE constexpr int64_t round_up(int64_t n, int64_t multiple) {
   return (n + multiple - 1) / multiple * multiple;
@@ -53,8 +50,7 @@ ATTN8_HOST_DEVICE constexpr int64_t packed_v_offset(int packed_dim, int64_t key,
                  kPanelKeys);
 }
 
-/// Where key `key`'s constant `which` (0 k_scale, 1 log2_fold, 2 inverse_fold) lies in its head's
-/// [keys / 16][3][16].
+/// Where key `key`'s constant `which` (0 k_scale, 1 v_ratio) lies in its head's [keys / 16][2][16].
 ATTN8_HOST_DEVICE constexpr int64_t key_constant_offset(int64_t key, int which) {
   return key / kKeyGroup * kKeyConstants + which * kKeyGroup + packed_position(key) % kKeyGroup;
 }
@@ -76,7 +72,7 @@ struct AttendParams {
   const int8_t* k;             ///< [batch * nheads_k] images of rows_k rows
   const int8_t* v;             ///< [batch * nheads_k] images of rows_k keys
   const float* q_scale;        ///< [batch * nheads_q][rows_q]
-  const float* key_constants;  ///< [batch * nheads_k][rows_k / 16][3][16]
+  const float* key_constants;  ///< [batch * nheads_k][rows_k / 16][2][16]
   const float* v_scale;        ///< [batch * nheads_k][packed_head_dim], multiplies the output
   const float* lse_shift;      ///< [batch * nheads_q][rows_q], added to the LSE; or nullptr
   void* out;                   ///< out_type, channels contiguous

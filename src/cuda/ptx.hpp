@@ -16,6 +16,7 @@
 
 #define ATTN8_DEVICE __device__ __forceinline__
 #define ATTN8_UNROLL _Pragma("unroll")
+#define ATTN8_NO_UNROLL _Pragma("unroll 1")
 
 namespace attn8::cuda::ptx {
 

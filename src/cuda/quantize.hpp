@@ -268,7 +268,7 @@ struct RowsParams {
   int8_t* codes;         ///< [batch * nheads] images of `rows` rows
   int rows;              ///< packed length
   float* q_scale;        ///< Q: [batch * nheads][rows]
-  float* key_constants;  ///< K: [batch * nheads][rows / 16][3][16]
+  float* key_constants;  ///< K: [batch * nheads][rows / 16][2][16]
   /// [batch * nheads / heads_per_mean][mean_channels] or nullptr. K: subtracted first. Q: the mean
   /// of its K, whose product with the row goes to lse_shift.
   const float* mean;
@@ -368,7 +368,7 @@ struct QuantizeRows {
       ptx::st_global(p.q_scale + head_row, scale);
       if (p.lse_shift != nullptr) ptx::st_global(p.lse_shift + head_row, shift * p.softmax_scale);
     } else {
-      const int64_t constants = static_cast<int64_t>(ptx::block_y()) * p.rows * 3;
+      const int64_t constants = static_cast<int64_t>(ptx::block_y()) * p.rows * 2;
       ptx::st_global(p.key_constants + constants + key_constant_offset(row, 0), scale);
     }
   }
@@ -385,7 +385,7 @@ struct PackVParams {
   float* token_scale;   ///< per token: [batch * nheads][rows]; 0 for tokens of zeros and padding
   float* panel_scale;   ///< per token: [batch * nheads][rows / 128] largest visible finite scale
   float* v_scale;       ///< per token: [batch * nheads][packed_head_dim] what FoldV writes
-  float* key_constants; ///< per token: [batch * nheads][rows / 16][3][16] what FoldV completes
+  float* key_constants; ///< per token: [batch * nheads][rows / 16][2][16] what FoldV completes
   int kv_block;
 };
 
@@ -556,9 +556,8 @@ struct FoldV {
     if (scale == 0) ratio = largest * 0x1p-20f;
     if (ratio < smallest_ratio) ratio = smallest_ratio;
     if (inside) {
-      float* constants = p.key_constants + head * p.rows * 3;
-      ptx::st_global(constants + key_constant_offset(key, 1), log2f(ratio) + kScoreBias);
-      ptx::st_global(constants + key_constant_offset(key, 2), 1.0f / ratio);
+      float* constants = p.key_constants + head * p.rows * 2;
+      ptx::st_global(constants + key_constant_offset(key, 1), ratio);
     }
     if (ptx::block_x() == 0 && ptx::thread_index() < packed_dim) {
       ptx::st_global(p.v_scale + head * packed_dim + ptx::thread_index(), reference);

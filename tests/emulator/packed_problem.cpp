@@ -182,7 +182,7 @@ Packed pack(const Inputs& inputs, const Quantized& z) {
   p.v.assign(kv_heads * p.rows_k * packed_dim, 0);
   p.q_scale.assign(q_heads * p.rows_q, 0.0f);
   p.lse_shift.assign(q_heads * p.rows_q, 0.0f);
-  p.key_constants.assign(kv_heads * p.rows_k * 3, 0.0f);
+  p.key_constants.assign(kv_heads * p.rows_k * 2, 0.0f);
   p.v_scale.assign(kv_heads * packed_dim, 0.0f);
   for (int64_t head = 0; head < q_heads; ++head) {
     const int64_t b = head / s.nheads_q;
@@ -205,10 +205,9 @@ Packed pack(const Inputs& inputs, const Quantized& z) {
     for (int d = 0; d < dim; ++d) p.v_scale[head * packed_dim + d] = z.v_scale[head * dim + d];
     for (int j = 0; j < s.seqlen_k; ++j) {
       const size_t token = (b * s.seqlen_k + j) * s.nheads_k + head % s.nheads_k;
-      float* constants = p.key_constants.data() + head * p.rows_k * 3;
+      float* constants = p.key_constants.data() + head * p.rows_k * 2;
       constants[key_constant_offset(j, 0)] = z.k_scale[token];
-      constants[key_constant_offset(j, 1)] = std::log2(z.ratio[token]) + kScoreBias;
-      constants[key_constant_offset(j, 2)] = 1.0f / z.ratio[token];
+      constants[key_constant_offset(j, 1)] = z.ratio[token];
       for (int d = 0; d < dim; ++d) {
         p.k[head * p.rows_k * row_bytes + packed_row_offset(p.rows_k, row_bytes, j, d)] =
             z.k[token * dim + d];

@@ -13,6 +13,7 @@
 
 #define ATTN8_DEVICE inline __attribute__((always_inline))
 #define ATTN8_UNROLL
+#define ATTN8_NO_UNROLL
 
 // CUDA's vector types and keywords, as far as kernels use them.
 struct alignas(8) float2 {
