@@ -44,6 +44,7 @@ void cp_commit() {
 
 void cp_wait(int pending) {
   Block& b = block();
+  if (b.skips(Sync::kCpWait, __builtin_return_address(0))) return;
   auto& groups = b.running().groups;
   while (static_cast<int>(groups.size()) > pending) {
     for (CpAsync& copy : groups.front()) b.complete(copy, b.current);
@@ -94,6 +95,7 @@ void mbar_arrive(uint32_t address, uint32_t expected_bytes) {
 
 void mbar_wait(uint32_t address, uint32_t parity) {
   Block& b = block();
+  if (b.skips(Sync::kMbarWait, __builtin_return_address(0))) return;
   Mbarrier& barrier = b.mbarrier(address, "mbarrier.try_wait");
   // A thread that looks again too late, two phases on, finds the parity it does not want: real
   // polling can miss a phase just so.
@@ -188,10 +190,11 @@ void start_bulk_copy(Block& b, BulkCopy copy, const char* op) {
   constexpr uint32_t kLog2MaxDelay = 16;
   copy.due = b.stats.switches + b.random.below(1u << b.random.below(kLog2MaxDelay));
   b.mbarrier(copy.barrier, op);
-  tsan::release(&b.sync_tma);
+  copy.tsan_fiber = static_cast<uint32_t>(b.stats.tma % Block::kTmaFibers);
+  tsan::release(&b.sync_tma[copy.tsan_fiber]);
   {
-    tsan::Scope scope(b.tsan_tma);
-    tsan::acquire(&b.sync_tma);
+    tsan::Scope scope(b.tsan_tma[copy.tsan_fiber]);
+    tsan::acquire(&b.sync_tma[copy.tsan_fiber]);
     b.shared.begin_delivery(copy.target, copy.bytes, op, b.current);
   }
   {
@@ -210,11 +213,20 @@ BulkCopy Block::take_bulk_copy(size_t pick) {
   return copy;
 }
 
+void Block::complete_some_bulk_copy() {
+  const size_t count = bulk_copies.size();
+  if (config.async == Async::kRandom) {
+    complete_bulk_copy(random.below(static_cast<uint32_t>(count)));
+  } else {
+    complete_bulk_copy(config.seed % 2 == 0 ? 0 : count - 1);
+  }
+}
+
 void Block::complete_bulk_copy(size_t pick) {
   const BulkCopy copy = take_bulk_copy(pick);
   Mbarrier& barrier = mbarriers[(copy.barrier - kSharedBase) / 8];
   {
-    tsan::Scope scope(tsan_tma);
+    tsan::Scope scope(tsan_tma[copy.tsan_fiber]);
     if (copy.map != nullptr) {
       copy_box(*this, copy);
     } else {
@@ -230,7 +242,7 @@ void Block::complete_bulk_copy(size_t pick) {
 void tma_load(uint32_t target, const TensorMap* map, uint32_t barrier, int rank, const int* start) {
   Block& b = block();
   check_map(*map, target, rank);
-  BulkCopy copy{target, barrier, map, {}, nullptr, box_bytes(*map), b.current, 0};
+  BulkCopy copy{target, barrier, map, {}, nullptr, box_bytes(*map), b.current, 0, 0};
   for (int i = 0; i < rank; ++i) copy.start[i] = start[i];
   // The tensor itself must be memory the kernel may read: its last row tells.
   const uint8_t* last_row = static_cast<const uint8_t*>(map->base);
@@ -246,9 +258,14 @@ void bulk_load(uint32_t target, const void* source, uint32_t bytes, uint32_t bar
   if (reinterpret_cast<uintptr_t>(source) % 16 != 0) fail("cp.async.bulk: source not aligned");
   check_global(source, 1, false, "cp.async.bulk");
   check_global(static_cast<const uint8_t*>(source) + bytes - 1, 1, false, "cp.async.bulk");
-  start_bulk_copy(b, {target, barrier, nullptr, {}, source, bytes, b.current, 0}, "cp.async.bulk");
+  start_bulk_copy(b, {target, barrier, nullptr, {}, source, bytes, b.current, 0, 0},
+                  "cp.async.bulk");
 }
 
-void fence_proxy_async() { ++block().running().proxy_fences; }
+void fence_proxy_async() {
+  Block& b = block();
+  if (b.skips(Sync::kProxyFence, __builtin_return_address(0))) return;
+  ++b.running().proxy_fences;
+}
 
 }  // namespace attn8::emulator

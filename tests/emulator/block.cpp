@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "emulator/block.hpp"
 
+#include <algorithm>
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
@@ -54,18 +55,19 @@ void thread_main() {
 
 Block& block() { return *running_block; }
 
-Block::Block(const Config& config_in, int x, int y, int z, Stats& stats_in,
+Block::Block(const Config& config_in, int x, int y, int z, Report& report,
              const std::function<void()>& kernel_in)
     : config(config_in),
       index{x, y, z},
-      stats(stats_in),
+      stats(report.stats),
+      sync_sites(report.sync_sites),
       kernel(kernel_in),
       random(config_in.seed * 1000003 + static_cast<uint64_t>(x) * 8191 +
              static_cast<uint64_t>(y) * 131 + static_cast<uint64_t>(z)),
       shared(static_cast<uint32_t>(config_in.shared_bytes), random),
       mbarriers(config_in.shared_bytes / 8),
-      tsan_runtime(tsan::create()),
-      tsan_tma(tsan::create()) {
+      tsan_runtime(tsan::create()) {
+  for (void*& fiber : tsan_tma) fiber = tsan::create();
   const int count = config.threads;
   threads.reserve(static_cast<size_t>(count));
   ready.reserve(static_cast<size_t>(count));
@@ -87,7 +89,7 @@ Block::Block(const Config& config_in, int x, int y, int z, Stats& stats_in,
 }
 
 Block::~Block() {
-  tsan::destroy(tsan_tma);
+  for (void* fiber : tsan_tma) tsan::destroy(fiber);
   tsan::destroy(tsan_runtime);
 }
 
@@ -109,7 +111,7 @@ std::string Block::run() {
     if (config.async == Async::kRandom) complete_something_at_random();
     if (ready.empty()) {
       if (!bulk_copies.empty()) {
-        complete_bulk_copy(0);
+        complete_some_bulk_copy();
         continue;
       }
       error = describe_deadlock();
@@ -131,7 +133,7 @@ std::string Block::run() {
       if (!threads[current].exited) threads[current].fiber.enter();
     }
   } else {
-    while (!bulk_copies.empty()) complete_bulk_copy(0);
+    while (!bulk_copies.empty()) complete_some_bulk_copy();
     tsan::Scope scope(tsan_runtime);
     shared.count_pending();
   }
@@ -154,6 +156,15 @@ void Block::wait(const Wait& reason) {
     throw Aborted{};
   }
   self.wait = {};
+}
+
+bool Block::skips(Sync sync, const void* address) {
+  const SyncSite site{sync, address};
+  if (std::find(sync_sites.begin(), sync_sites.end(), site) == sync_sites.end()) {
+    tsan::Scope scope(tsan_runtime);
+    sync_sites.push_back(site);
+  }
+  return site == config.skip;
 }
 
 void Block::arrive(Rendezvous& place, const char* op, void* argument) {
@@ -268,6 +279,28 @@ void check_global(const void* data, size_t bytes, bool write, const char* op) {
        begin - reinterpret_cast<uintptr_t>(below->data), below->bytes);
 }
 
+const char* to_string(Sync sync) {
+  switch (sync) {
+    case Sync::kNone:
+      break;
+    case Sync::kCpWait:
+      return "cp.async.wait_group";
+    case Sync::kBarrier:
+      return "bar";
+    case Sync::kWarpBarrier:
+      return "bar.warp.sync";
+    case Sync::kMbarWait:
+      return "mbarrier.try_wait";
+    case Sync::kProxyFence:
+      return "fence.proxy.async";
+    case Sync::kWgmmaFence:
+      return "wgmma.fence";
+    case Sync::kWgmmaWait:
+      return "wgmma.wait_group";
+  }
+  return "none";
+}
+
 bool finds_races() { return tsan::kEnabled; }
 
 Report run(const Config& config, const Grid& grid, const std::function<void()>& kernel) {
@@ -286,7 +319,7 @@ Report run(const Config& config, const Grid& grid, const std::function<void()>& 
   for (int z = 0; z < grid.z && report.ok; ++z) {
     for (int y = 0; y < grid.y && report.ok; ++y) {
       for (int x = 0; x < grid.x && report.ok; ++x) {
-        Block running(config, x, y, z, report.stats, kernel);
+        Block running(config, x, y, z, report, kernel);
         report.error = running.run();
         report.ok = report.error.empty();
       }

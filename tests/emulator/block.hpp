@@ -90,13 +90,14 @@ struct BulkCopy {
   const void* source;
   uint32_t bytes;
   int thread;
+  uint32_t tsan_fiber;
   uint64_t due = 0;  ///< Async::kRandom: the switch after which it completes
 };
 
 struct Warpgroup;  // wgmma.cpp
 
 struct Block {
-  Block(const Config& config, int x, int y, int z, Stats& stats,
+  Block(const Config& config, int x, int y, int z, Report& report,
         const std::function<void()>& kernel);
   ~Block();
 
@@ -107,6 +108,8 @@ struct Block {
   /// Stops the running thread until somebody calls wake().
   void wait(const Wait& reason);
   void wake(int thread) { ready.push_back(thread); }
+  /// Notes that an instruction was executed, and tells whether this run leaves it out.
+  bool skips(Sync sync, const void* address);
 
   /// The running thread meets the others of `place`; the last to arrive calls execute(arguments),
   /// one argument per thread in order, before all go on.
@@ -131,6 +134,9 @@ struct Block {
   }
   /// Completes the TMA box or bulk copy bulk_copies[pick].
   void complete_bulk_copy(size_t pick);
+  /// When nothing else can go on: any, or the oldest or newest by the seed, for nothing orders
+  /// them.
+  void complete_some_bulk_copy();
   void complete(CpAsync& copy, int thread);
   Mbarrier& mbarrier(uint32_t address, const char* op);
   void end_phase_if_complete(Mbarrier& barrier);
@@ -138,6 +144,7 @@ struct Block {
   const Config& config;
   const int index[3];
   Stats& stats;
+  std::vector<SyncSite>& sync_sites;
   const std::function<void()>& kernel;
   Random random;
   SharedMemory shared;
@@ -153,10 +160,13 @@ struct Block {
   bool aborting = false;
   std::string error;
 
-  // ThreadSanitizer: the emulator's own bookkeeping, and the TMA unit, count as threads.
+  // ThreadSanitizer: the emulator's own bookkeeping counts as a thread, and so does each bulk copy,
+  // because they are not ordered among themselves; a few fibers take turns.
+  static constexpr uint32_t kTmaFibers = 8;
   void* tsan_runtime;
-  void* tsan_tma;
-  char sync_begin = 0, sync_end = 0, sync_tma = 0;
+  void* tsan_tma[kTmaFibers];
+  char sync_begin = 0, sync_end = 0;
+  char sync_tma[kTmaFibers] = {};
 
  private:
   void arrive(Rendezvous& place, const char* op, void* argument);

@@ -31,12 +31,35 @@ struct Buffer {
   bool writable;
 };
 
+/// Instructions that only order others. Leaving one out must be noticed, or it is not needed.
+enum class Sync : uint8_t {
+  kNone,
+  kCpWait,       ///< cp.async.wait_group
+  kBarrier,      ///< bar.sync, bar.arrive
+  kWarpBarrier,  ///< bar.warp.sync
+  kMbarWait,     ///< mbarrier.try_wait
+  kProxyFence,   ///< fence.proxy.async
+  kWgmmaFence,   ///< wgmma.fence
+  kWgmmaWait,    ///< wgmma.wait_group
+};
+
+/// "cp.async.wait_group" and so on.
+const char* to_string(Sync sync);
+
+/// One of them in the kernel's machine code.
+struct SyncSite {
+  Sync sync = Sync::kNone;
+  const void* address = nullptr;
+  friend bool operator==(const SyncSite&, const SyncSite&) = default;
+};
+
 struct Config {
   int threads = 128;        ///< per block; a multiple of 32
   size_t shared_bytes = 0;  ///< dynamic shared memory; at most 227 KiB, as on sm_90
   Async async = Async::kLate;
   uint64_t seed = 0;  ///< of the scheduler, the poison and Async::kRandom
   std::vector<Buffer> buffers = {};
+  SyncSite skip = {};  ///< does nothing in this run
 };
 
 struct Grid {
@@ -60,6 +83,7 @@ struct Report {
   bool ok = true;
   std::string error;  ///< one line when !ok
   Stats stats;
+  std::vector<SyncSite> sync_sites;  ///< executed, by first execution
 };
 
 /// Whether this build finds data races (ThreadSanitizer); the first one ends the run.
