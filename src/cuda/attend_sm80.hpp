@@ -1,7 +1,7 @@
 // SPDX-FileCopyrightText: The attn8 authors
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
-#include "multiply.hpp"
+#include "attend_careful.hpp"
 #include "online_softmax.hpp"
 
 /// Attention with mma.sync: Ampere, Ada, and every later chip without int8 wgmma. Each warp owns 16
@@ -26,7 +26,6 @@ struct AttendSm80 {
   using KTile = SharedTile<kKvBlock, kRowBytes>;
   using VTile = SharedTile<kHeadDim, kKvBlock>;
   using Softmax = OnlineSoftmax<kKvBlock, kWeights>;
-  using Constants = typename Softmax::Constants;
   static_assert(VTile::kSpan == kPanelKeys);
   static constexpr int kConstantBytes = kKvBlock / kKeyGroup * kKeyConstants * 4;
 
@@ -158,8 +157,15 @@ struct AttendSm80 {
       }
       ptx::cp_wait<0>();
     }
-    store_rows<kHeadDim>(p, state.softmax, batch, head, row,
-                         [&](int i) { return state.out[i / 4][i % 4]; });
+    state.softmax.add_quad();
+    const VisibleKeys visible(p, row);
+    if (ptx::any(!state.softmax.fits(0, visible) || !state.softmax.fits(1, visible))) {
+      attend_carefully<kHeadDim, kKvBlock, kWeights>(p, batch, head, block_row + warp * 16);
+    } else {
+      store_rows<kHeadDim>(
+          p, state.softmax, batch, head, row, [](int) { return 0.0f; },
+          [&](int i) { return state.out[i / 4][i % 4]; });
+    }
   }
 
   template <bool kMasked>
@@ -182,7 +188,8 @@ struct AttendSm80 {
     }
 
     float p[Softmax::kElements];  // [16 rows, kKvBlock] weights
-    Constants next = Softmax::load_constants(constants, 0);
+    typename Softmax::Constants next;
+    Softmax::load_scale(constants, 0, next);
     state.softmax.start_block();
     {
       int products[kKvBlock / 8][4];  // [8-key groups][C fragment]
@@ -217,20 +224,7 @@ struct AttendSm80 {
     }
 
     uint32_t packed[kKvBlock / 32][4];  // [k32 steps][A fragment] codes of the weights
-    state.softmax.template codes<kMasked>(
-        params, p, constants, row, block * kKvBlock,
-        [&](int group, float(&products)[8]) {
-          multiply_key_group<QTile, KTile>(shared + kQ, ptx::thread_index() / 32 * 16, k_tile,
-                                           group, products);
-        },
-        [&](const float(&factor)[2]) {
-          ATTN8_UNROLL
-          for (int group = 0; group < kHeadDim / 8; ++group) {
-            ATTN8_UNROLL
-            for (int i = 0; i < 4; ++i) state.out[group][i] *= factor[i >> 1];
-          }
-        },
-        packed);
+    state.softmax.codes(p, packed);
 
     // V of this block has landed; the barrier also ends all reads of the other V stage.
     ptx::cp_wait<1>();

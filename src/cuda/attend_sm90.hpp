@@ -1,7 +1,7 @@
 // SPDX-FileCopyrightText: The attn8 authors
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
-#include "multiply.hpp"
+#include "attend_careful.hpp"
 #include "online_softmax.hpp"
 
 /// Attention on Hopper (sm_90a). One producer warpgroup fetches tiles with bulk copies; two consumer
@@ -170,7 +170,14 @@ struct AttendSm90 {
       }
       masked_end = visited.end;
     }
-    store_rows<kHeadDim>(p, softmax, batch, head, row, [&](int i) { return out[i]; });
+    softmax.add_quad();
+    const VisibleKeys visible(p, row);
+    if (ptx::any(!softmax.fits(0, visible) || !softmax.fits(1, visible))) {
+      attend_carefully<kHeadDim, kKvBlock, kWeights>(p, batch, head, warpgroup_row + warp * 16);
+    } else {
+      store_rows<kHeadDim>(
+          p, softmax, batch, head, row, [](int) { return 0.0f; }, [&](int i) { return out[i]; });
+    }
   }
 
   template <bool kMasked>
@@ -209,7 +216,8 @@ struct AttendSm90 {
         return static_cast<float>(products[i / (kScoreColumns / 2)][i % (kScoreColumns / 2)]);
       };
       constexpr int kPartGroups = kScoreColumns / kKeyGroup;
-      typename Softmax::Constants next = Softmax::load_constants(constants, 0);
+      typename Softmax::Constants next;
+      Softmax::load_scale(constants, 0, next);
       if constexpr (kScoreParts == 2) {
         ptx::wgmma_wait<1>();
         softmax.template weights<0, kPartGroups, kMasked>(params, product, constants, row,
@@ -221,17 +229,7 @@ struct AttendSm90 {
     }
 
     uint32_t packed[kKvBlock / 32][4];  // [k32 steps][A fragment] codes of the weights
-    softmax.template codes<kMasked>(
-        params, p, constants, row, first_key,
-        [&](int group, float(&products)[8]) {
-          multiply_key_group<QTile, KTile>(
-              shared + kQ, q_rows + ptx::thread_index() / 32 % 4 * 16, k_tile, group, products);
-        },
-        [&](const float(&factor)[2]) {
-          ATTN8_UNROLL
-          for (int i = 0; i < kHeadDim / 2; ++i) out[i] *= factor[i >> 1 & 1];
-        },
-        packed);
+    softmax.codes(p, packed);
     release(barriers.k_empty + 8 * stage);
 
     ptx::mbar_wait(barriers.v_full + 8 * stage, parity);

@@ -16,17 +16,16 @@
 ///   row 0 keys 2t, 2t+1; row 1 keys 2t, 2t+1; row 0 keys 2t+8, 2t+9; row 1 keys 2t+8, 2t+9
 /// The four threads of a quad share their rows.
 ///
-/// Exponentials do not wait for the block's maximum: they are taken relative to a reference that is
-/// known before, p = 2^(score - reference) r, and the codes are p * 255 / max(p). The reference is 0
-/// until a row's weights leave [2^-60, 2^60]; then the block is done again with the row's maximum as
-/// the reference, from products multiplied a second time. Scores of that size are rare, and every
-/// value that reaches the codes has the same relative accuracy in both ways.
+/// Exponentials do not wait for the block's maximum: weights are p = 2^score r outright, and the codes
+/// are p * 255 / max(p), which is the same number with the same relative accuracy. That holds while
+/// float holds 2^score, and a row's sum tells in the end whether it did: ordinary scores are far
+/// inside. A warp with a row that is not does its rows again, see attend_careful.hpp.
 namespace attn8::cuda {
 
-/// Range of a block's largest weight, relative to the reference, in which nothing overflows: codes
-/// times keys stay below 2^40, and what underflows is 2^-60 of what is kept.
-inline constexpr float kLargestWeight = 0x1p60f;
-inline constexpr float kSmallestWeight = 0x1p-60f;
+/// Range of a row's sum of weights in which nothing that matters has overflowed or underflowed: codes
+/// times keys stay below 2^100, and what has underflowed is 2^-60 of the sum.
+inline constexpr float kLargestSum = 0x1p60f;
+inline constexpr float kSmallestSum = 0x1p-60f;
 
 /// Adding 2^23 to x in [0, 255] leaves round-half-even(x) in the low byte.
 inline constexpr float kRoundToByte = 8388608.0f;
@@ -49,10 +48,6 @@ struct VisibleKeys {
   }
   ATTN8_DEVICE bool sees(int r, int key) const {
     return static_cast<uint32_t>(key - first[r]) < count[r];
-  }
-  /// Whether row r sees one of keys [key, key + keys).
-  ATTN8_DEVICE bool sees_any(int r, int key, int keys) const {
-    return key + keys > first[r] && key < first[r] + static_cast<int>(count[r]) && count[r] > 0;
   }
 };
 
@@ -81,94 +76,97 @@ ATTN8_DEVICE BlockRange visited_blocks(const AttendParams& p, int row, int rows)
   return range;
 }
 
+/// A key group's constants, of the thread's four keys.
+template <Weights kWeights>
+struct KeyConstants {
+  float4 scale, ratio;
+
+  static ATTN8_DEVICE float element(const float4& four, int key) {
+    return key == 0 ? four.x : key == 1 ? four.y : key == 2 ? four.z : four.w;
+  }
+  /// Key (of the thread's four) of element e of a key group.
+  static ATTN8_DEVICE int key_of(int e) { return (e >> 2) * 2 + (e & 1); }
+
+  ATTN8_DEVICE float score(float product, float score_scale, int e) const {
+    return ptx::mul(ptx::mul(product, element(scale, key_of(e))), score_scale);
+  }
+  /// Weight times r.
+  ATTN8_DEVICE float fold(float weight, int e) const {
+    return kWeights == Weights::kFolded ? ptx::mul(weight, element(ratio, key_of(e))) : weight;
+  }
+};
+
+/// Column, in the block, of element e of a key group.
+ATTN8_DEVICE int key_column(int group, int e) {
+  return group * kKeyGroup + (e >> 2) * 8 + ptx::thread_index() % 4 * 2 + (e & 1);
+}
+
 /// Softmax of two rows over the key blocks of one head.
 template <int kKvBlock, Weights kWeights>
 struct OnlineSoftmax {
   static constexpr int kElements = kKvBlock / 2;  // 2 rows x kKvBlock / 4 keys per thread
   static constexpr float kLevels = kWeights == Weights::kPaper ? 127.0f : 255.0f;
+  using Constants = KeyConstants<kWeights>;
 
   float score_scale[2];  // q_scale * softmax_scale * log2(e)
-  float reference[2];    // out and sums are relative to 2^reference
   float sum[2];          // of this thread's weights before rounding, without r
+  float block_sum[2];    // the same, of one block
   float running[2];      // kPaper: largest weight so far
   float code_sum[2];     // kPaper: of this thread's codes, in weights
-  float block_sum[2];    // the same, of one block
-  bool settled[2];       // the reference suits what the row has seen; until then sums are 0
   float block_scale[2];  // what the block's integer products are multiplied with
 
   ATTN8_DEVICE void start() {
     ATTN8_UNROLL
-    for (int r = 0; r < 2; ++r) {
-      reference[r] = 0;
-      sum[r] = 0;
-      running[r] = 0;
-      code_sum[r] = 0;
-      settled[r] = false;
-    }
+    for (int r = 0; r < 2; ++r) sum[r] = running[r] = code_sum[r] = 0;
   }
+  ATTN8_DEVICE void start_block() { block_sum[0] = block_sum[1] = 0; }
 
-  ATTN8_DEVICE void start_block() {
-    ATTN8_UNROLL
-    for (int r = 0; r < 2; ++r) block_sum[r] = 0;
+  static ATTN8_DEVICE uint32_t constants_address(uint32_t constants, int group) {
+    return constants + group * (kKeyConstants * 4) + ptx::thread_index() % 4 * 16;
   }
-
-  /// A key group's constants, of this thread's four keys.
-  struct Constants {
-    float4 scale, ratio;
-  };
-  static ATTN8_DEVICE Constants load_constants(uint32_t constants, int group) {
-    const uint32_t address =
-        constants + group * (kKeyConstants * 4) + ptx::thread_index() % 4 * 16;
-    Constants c;
-    c.scale = ptx::ld_shared<float4>(address);
+  /// The constants are fetched one key group ahead, in two parts, as registers allow.
+  static ATTN8_DEVICE void load_scale(uint32_t constants, int group, Constants& c) {
+    c.scale = ptx::ld_shared<float4>(constants_address(constants, group));
+  }
+  static ATTN8_DEVICE void load_ratio(uint32_t constants, int group, Constants& c) {
     if constexpr (kWeights == Weights::kFolded) {
-      c.ratio = ptx::ld_shared<float4>(address + kKeyGroup * 4);
+      c.ratio = ptx::ld_shared<float4>(constants_address(constants, group) + kKeyGroup * 4);
     }
-    return c;
-  }
-  static ATTN8_DEVICE float element(const float4& four, int key) {
-    return key == 0 ? four.x : key == 1 ? four.y : key == 2 ? four.z : four.w;
-  }
-
-  /// Column, in the block, of key `key` (of the thread's four) of a key group.
-  static ATTN8_DEVICE int column(int group, int key) {
-    return group * kKeyGroup + (key >> 1) * 8 + ptx::thread_index() % 4 * 2 + (key & 1);
   }
 
   /// Weights p of key groups [kFirst, kLast) of the block, their sums going to block_sum.
   ///   product(i)  integer product of element i of the block, as a float
-  ///   constants   shared address of the block's [kKvBlock / 16][3][16] key constants
-  ///   first_key   of the block
+  ///   constants   shared address of the block's [kKvBlock / 16][2][16] key constants
   ///   row         of the call, the thread's first
+  ///   first_key   of the block
+  ///   next        constants of group kFirst, scale loaded; then those of kLast
   template <int kFirst, int kLast, bool kMasked, class Product>
   ATTN8_DEVICE void weights(const AttendParams& params, const Product& product, uint32_t constants,
                             int row, int first_key, Constants& next, float (&p)[kElements]) {
     const VisibleKeys visible(params, row);
     ATTN8_UNROLL
     for (int group = kFirst; group < kLast; ++group) {
-      const Constants now = next;
-      if (group + 1 < kKvBlock / kKeyGroup) next = load_constants(constants, group + 1);
+      Constants now = next;
+      load_ratio(constants, group, now);
+      if (group + 1 < kKvBlock / kKeyGroup) load_scale(constants, group + 1, next);
       ATTN8_UNROLL
       for (int e = 0; e < 8; ++e) {
         const int r = e >> 1 & 1;
-        const int key = (e >> 2) * 2 + (e & 1);  // of the thread's four
-        const int i = group * 8 + e;
-        float t = ptx::fma(ptx::mul(product(i), element(now.scale, key)), score_scale[r],
-                           -reference[r]);
+        float score = now.score(product(group * 8 + e), score_scale[r], e);
         if constexpr (kMasked) {
-          if (!visible.sees(r, first_key + column(group, key))) t = -INFINITY;
+          if (!visible.sees(r, first_key + key_column(group, e))) score = -INFINITY;
         }
-        p[i] = ptx::ex2(t);
-        block_sum[r] = ptx::add(block_sum[r], p[i]);
-        p[i] = fold(p[i], now, e);
+        const float weight = ptx::ex2(score);
+        block_sum[r] = ptx::add(block_sum[r], weight);
+        p[group * 8 + e] = now.fold(weight, e);
       }
     }
   }
 
-  /// Largest p of row r over the block and the quad; a NaN counts as larger than all. Floats that
-  /// are not negative compare as integers, which sm_90 does three at a time.
+  /// Largest p of row r over the block and the quad. Floats that are not negative compare as
+  /// integers, which sm_90 does three at a time.
   ATTN8_DEVICE float largest_weight(int r, const float (&p)[kElements]) const {
-    int bits = static_cast<int>(ptx::as_uint(p[2 * r]) & 0x7FFFFFFFu);
+    int bits = 0;
     ATTN8_UNROLL
     for (int i = 0; i < kElements; i += 4) {
       bits = ptx::max3(bits, static_cast<int>(ptx::as_uint(p[i + 2 * r])),
@@ -179,40 +177,18 @@ struct OnlineSoftmax {
     return ptx::as_float(static_cast<uint32_t>(bits));
   }
 
-  /// Weights to codes: `packed` receives them as A fragments of k32 steps, in the key order of
-  /// packed V. Sets block_scale.
-  ///   redo(group, products)  integer products of a key group once more, collective over the warp
-  ///   rescale(factor[2])     called when what was accumulated so far changes its reference
-  template <bool kMasked, class Redo, class Rescale>
-  ATTN8_DEVICE void codes(const AttendParams& params, const float (&p)[kElements],
-                          uint32_t constants, int row, int first_key, const Redo& redo,
-                          const Rescale& rescale, uint32_t (&packed)[kKvBlock / 32][4]) {
-    const float largest[2] = {largest_weight(0, p), largest_weight(1, p)};
-    bool fits = true;
+  /// From the largest weights of the block: what weights become codes with, what products are
+  /// multiplied with.
+  ATTN8_DEVICE void finish_block(const float (&largest)[2], float (&factor)[2]) {
     ATTN8_UNROLL
     for (int r = 0; r < 2; ++r) {
-      settled[r] = settled[r] || largest[r] >= kSmallestWeight;
-      fits = fits && largest[r] <= kLargestWeight &&
-             (settled[r] ||
-              (kMasked && !VisibleKeys(params, row).sees_any(r, first_key, kKvBlock)));
+      sum[r] += block_sum[r];
+      float top = largest[r];
+      if constexpr (kWeights == Weights::kPaper) top = running[r] = ptx::max(running[r], top);
+      // A block without a visible key has codes 0.
+      factor[r] = top < FLT_MIN ? 0.0f : kLevels * ptx::rcp(top);
+      block_scale[r] = top * (1.0f / kLevels);
     }
-    if (ptx::any(!fits)) {
-      redo_block(constants, VisibleKeys(params, row), first_key, redo, rescale, packed);
-      return;
-    }
-    float factor[2];
-    finish_block(largest, factor);
-    uint32_t block_codes[2] = {0, 0};
-    ATTN8_UNROLL
-    for (int group = 0; group < kKvBlock / kKeyGroup; ++group) {
-      ATTN8_UNROLL
-      for (int r = 0; r < 2; ++r) {
-        const int i = group * 8 + 2 * r;
-        const float weights[4] = {p[i], p[i + 1], p[i + 4], p[i + 5]};
-        packed[group / 2][group % 2 * 2 + r] = round_to_codes(weights, factor[r], block_codes[r]);
-      }
-    }
-    add_codes(block_codes);
   }
 
   /// Four weights to four codes in packed key order.
@@ -229,20 +205,6 @@ struct OnlineSoftmax {
     return four;
   }
 
-  /// From the largest weights of the block: what weights become codes with, what products are
-  /// multiplied with.
-  ATTN8_DEVICE void finish_block(const float (&largest)[2], float (&factor)[2]) {
-    ATTN8_UNROLL
-    for (int r = 0; r < 2; ++r) {
-      sum[r] += block_sum[r];
-      float top = largest[r];
-      if constexpr (kWeights == Weights::kPaper) top = running[r] = ptx::max(running[r], top);
-      // A block whose weights have all underflowed adds nothing to the products.
-      factor[r] = top < FLT_MIN ? 0.0f : kLevels / top;
-      block_scale[r] = top * (1.0f / kLevels);
-    }
-  }
-
   ATTN8_DEVICE void add_codes(const uint32_t (&block_codes)[2]) {
     if constexpr (kWeights == Weights::kPaper) {
       ATTN8_UNROLL
@@ -252,121 +214,52 @@ struct OnlineSoftmax {
     }
   }
 
-  /// The scores of one key group from products multiplied again. Those beyond float saturate, so
-  /// that the largest stay the largest.
-  template <class Redo>
-  ATTN8_DEVICE void scores_again(const Redo& redo, int group, const Constants& c,
-                                 const VisibleKeys& visible, int first_key, float (&t)[8]) const {
-    redo(group, t);
-    ATTN8_UNROLL
-    for (int e = 0; e < 8; ++e) {
-      const int r = e >> 1 & 1;
-      const int key = (e >> 2) * 2 + (e & 1);
-      t[e] = ptx::mul(ptx::mul(t[e], element(c.scale, key)), score_scale[r]);
-      if (t[e] == INFINITY) t[e] = FLT_MAX;
-      if (t[e] == -INFINITY) t[e] = -FLT_MAX;
-      if (!visible.sees(r, first_key + column(group, key))) t[e] = -INFINITY;
-    }
-  }
-
-  /// codes() relative to the largest score that each row has seen: in three passes over the block,
-  /// each multiplying Q and K again, because the weights of a whole block fit in registers once
-  /// only.
-  template <class Redo, class Rescale>
-  ATTN8_DEVICE void redo_block(uint32_t constants, const VisibleKeys& visible, int first_key,
-                               const Redo& redo, const Rescale& rescale,
-                               uint32_t (&packed)[kKvBlock / 32][4]) {
-    float t[8];
-    float largest[2] = {-INFINITY, -INFINITY};
-    ATTN8_NO_UNROLL
-    for (int group = 0; group < kKvBlock / kKeyGroup; ++group) {
-      scores_again(redo, group, load_constants(constants, group), visible, first_key, t);
-      ATTN8_UNROLL
-      for (int e = 0; e < 8; ++e) largest[e >> 1 & 1] = ptx::max(largest[e >> 1 & 1], t[e]);
-    }
+  /// Weights to codes: `packed` receives them as A fragments of k32 steps, in the key order of
+  /// packed V. Sets block_scale.
+  ATTN8_DEVICE void codes(const float (&p)[kElements], uint32_t (&packed)[kKvBlock / 32][4]) {
+    const float largest[2] = {largest_weight(0, p), largest_weight(1, p)};
     float factor[2];
-    ATTN8_UNROLL
-    for (int r = 0; r < 2; ++r) {
-      largest[r] = quad_maximum(largest[r]);
-      factor[r] = 1;
-      if (largest[r] > reference[r] || (!settled[r] && largest[r] > -INFINITY)) {
-        factor[r] = settled[r] ? ptx::ex2(reference[r] - largest[r]) : 0.0f;
-        reference[r] = largest[r];
-        settled[r] = true;
-      }
-      sum[r] *= factor[r];
-      code_sum[r] *= factor[r];
-      running[r] *= factor[r];
-      largest[r] = 0;
-    }
-    rescale(factor);
-
-    start_block();
-    ATTN8_NO_UNROLL
-    for (int group = 0; group < kKvBlock / kKeyGroup; ++group) {
-      const Constants c = load_constants(constants, group);
-      scores_again(redo, group, c, visible, first_key, t);
-      ATTN8_UNROLL
-      for (int e = 0; e < 8; ++e) {
-        const int r = e >> 1 & 1;
-        const float weight = ptx::ex2(ptx::add(t[e], -reference[r]));
-        block_sum[r] = ptx::add(block_sum[r], weight);
-        largest[r] = ptx::max(largest[r], fold(weight, c, e));
-      }
-    }
-    ATTN8_UNROLL
-    for (int r = 0; r < 2; ++r) largest[r] = quad_maximum(largest[r]);
     finish_block(largest, factor);
-
-    // Indexed at run time, so in local memory: registers belong to the usual path.
-    uint32_t slow[kKvBlock / kKeyGroup][2];
     uint32_t block_codes[2] = {0, 0};
-    ATTN8_NO_UNROLL
+    ATTN8_UNROLL
     for (int group = 0; group < kKvBlock / kKeyGroup; ++group) {
-      const Constants c = load_constants(constants, group);
-      scores_again(redo, group, c, visible, first_key, t);
-      ATTN8_UNROLL
-      for (int e = 0; e < 8; ++e) {
-        t[e] = fold(ptx::ex2(ptx::add(t[e], -reference[e >> 1 & 1])), c, e);
-      }
       ATTN8_UNROLL
       for (int r = 0; r < 2; ++r) {
-        const float weights[4] = {t[2 * r], t[2 * r + 1], t[2 * r + 4], t[2 * r + 5]};
-        slow[group][r] = round_to_codes(weights, factor[r], block_codes[r]);
+        const int i = group * 8 + 2 * r;
+        const float weights[4] = {p[i], p[i + 1], p[i + 4], p[i + 5]};
+        packed[group / 2][group % 2 * 2 + r] = round_to_codes(weights, factor[r], block_codes[r]);
       }
-    }
-    ATTN8_UNROLL
-    for (int group = 0; group < kKvBlock / kKeyGroup; ++group) {
-      ATTN8_UNROLL
-      for (int r = 0; r < 2; ++r) packed[group / 2][group % 2 * 2 + r] = slow[group][r];
     }
     add_codes(block_codes);
   }
 
-  /// Weight times r, of element e of a key group.
-  static ATTN8_DEVICE float fold(float weight, const Constants& c, int e) {
-    return kWeights == Weights::kFolded ? ptx::mul(weight, element(c.ratio, (e >> 2) * 2 + (e & 1)))
-                                        : weight;
+  /// After the last block: adds up the quad. Collective over the quad.
+  ATTN8_DEVICE void add_quad() {
+    ATTN8_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      sum[r] += ptx::shfl_xor(sum[r], 1);
+      sum[r] += ptx::shfl_xor(sum[r], 2);
+      if constexpr (kWeights == Weights::kPaper) {
+        code_sum[r] += ptx::shfl_xor(code_sum[r], 1);
+        code_sum[r] += ptx::shfl_xor(code_sum[r], 2);
+      }
+    }
   }
 
-  static ATTN8_DEVICE float quad_maximum(float x) {
-    x = ptx::max(x, ptx::shfl_xor(x, 1));
-    return ptx::max(x, ptx::shfl_xor(x, 2));
+  /// Whether float held the weights of row r, after add_quad(). False for a NaN.
+  ATTN8_DEVICE bool fits(int r, const VisibleKeys& visible) const {
+    return visible.count[r] == 0 || (sum[r] >= kSmallestSum && sum[r] <= kLargestSum);
   }
 
-  /// After the last block: factor that turns row r's accumulated products into the output, and its
-  /// log-sum-exp. Collective over the quad. A row that saw no key gets 0 and -inf.
-  ATTN8_DEVICE float finish(int r, float* lse) {
-    sum[r] += ptx::shfl_xor(sum[r], 1);
-    sum[r] += ptx::shfl_xor(sum[r], 2);
+  /// After add_quad(): factor that turns row r's accumulated products into the output, and its
+  /// log-sum-exp, both for sums relative to 2^reference. A row that saw no key gets 0 and -inf.
+  ATTN8_DEVICE float normalize(int r, float reference, float* lse) const {
     float normalizer = sum[r];
     if constexpr (kWeights == Weights::kPaper) {
-      code_sum[r] += ptx::shfl_xor(code_sum[r], 1);
-      code_sum[r] += ptx::shfl_xor(code_sum[r], 2);
       normalizer = code_sum[r] + 0.0f * sum[r];  // a NaN among the weights shows in `sum` alone
     }
     const float ln2 = 0.69314718f;
-    *lse = sum[r] == 0 ? -INFINITY : logf(sum[r]) + reference[r] * ln2;
+    *lse = sum[r] == 0 ? -INFINITY : logf(sum[r]) + reference * ln2;
     return normalizer == 0 ? 0.0f : 1.0f / normalizer;
   }
 };
@@ -387,11 +280,12 @@ ATTN8_DEVICE void store_pair(const AttendParams& p, int64_t row_offset, int colu
 }
 
 /// Normalizes a thread's two rows and writes them.
-///   row       of the call, of r = 0; r = 1 is 8 further
-///   value(i)  accumulated products, elements as in a C fragment of packed_head_dim columns
-template <int kHeadDim, class Softmax, class Value>
-ATTN8_DEVICE void store_rows(const AttendParams& p, Softmax& softmax, int batch, int head, int row,
-                             const Value& value) {
+///   row           of the call, of r = 0; r = 1 is 8 further
+///   reference(r)  what the sums are relative to, in log2 units
+///   value(i)      accumulated products, elements as in a C fragment of packed_head_dim columns
+template <int kHeadDim, class Softmax, class Reference, class Value>
+ATTN8_DEVICE void store_rows(const AttendParams& p, const Softmax& softmax, int batch, int head,
+                             int row, const Reference& reference, const Value& value) {
   const int thread = ptx::thread_index() % 4;
   const int kv_head = head / (p.nheads_q / p.nheads_k);
   const float* v_scale = p.v_scale + static_cast<int64_t>(batch * p.nheads_k + kv_head) * kHeadDim;
@@ -399,7 +293,7 @@ ATTN8_DEVICE void store_rows(const AttendParams& p, Softmax& softmax, int batch,
   for (int r = 0; r < 2; ++r) {
     const int r_row = row + 8 * r;
     float lse;
-    const float factor = softmax.finish(r, &lse);
+    const float factor = softmax.normalize(r, reference(r), &lse);
     if (r_row >= p.seqlen_q) continue;
     const int64_t row_offset = batch * p.out_stride_batch + r_row * p.out_stride_row +
                                head * p.out_stride_head;

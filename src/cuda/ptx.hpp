@@ -15,6 +15,7 @@
 #include <cstdint>
 
 #define ATTN8_DEVICE __device__ __forceinline__
+#define ATTN8_DEVICE_NOINLINE __device__ __noinline__
 #define ATTN8_UNROLL _Pragma("unroll")
 #define ATTN8_NO_UNROLL _Pragma("unroll 1")
 
@@ -37,6 +38,12 @@ ATTN8_DEVICE float ex2(float x) {
 ATTN8_DEVICE float lg2(float x) {
   float y;
   asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+/// 1 / x, relative error 2^-23, subnormals flushed.
+ATTN8_DEVICE float rcp(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 /// Rounded once; fma() is never split, add() and mul() are never contracted.

@@ -30,9 +30,9 @@ emulator::Report run_kernel(const AttendParams& params, const Shape& shape, Asyn
 }
 
 template <class Kernel>
-void check(const Shape& shape, Weights weights, Async async) {
+void check(const Shape& shape, Weights weights, Async async, float q_size = 1.0f) {
   SCOPED_TRACE(::testing::Message() << "async " << static_cast<int>(async));
-  const Inputs inputs = random_inputs(shape, 17);
+  const Inputs inputs = random_inputs(shape, 17, q_size);
   const bool smooth = weights != Weights::kPaper;
   const Quantized quantized = quantize(inputs, weights, smooth, Kernel::kKvBlock);
   const Packed packed = pack(inputs, quantized);
@@ -117,6 +117,18 @@ TEST(AttendSm90, FoldedD96And256) {
 TEST(AttendSm90, PlainAndPaper) {
   check_all<AttendSm90<64, 256, Weights::kPlain>>(kCausal, Weights::kPlain);
   check_all<AttendSm90<64, 256, Weights::kPaper>>(kCausal, Weights::kPaper);
+}
+
+/// Scores far beyond what 2^score holds in float, where warps do their rows again.
+TEST(AttendSm80, HugeScores) {
+  using Kernel = AttendSm80<64, 128, 4, Weights::kFolded>;
+  check<Kernel>(kCausal, Weights::kFolded, Async::kRandom, 100.0f);
+  check<Kernel>(kWindow, Weights::kFolded, Async::kRandom, 3000.0f);
+}
+TEST(AttendSm90, HugeScores) {
+  check<AttendSm90<64, 256, Weights::kFolded>>(kCausal, Weights::kFolded, Async::kRandom, 100.0f);
+  check<AttendSm90<64, 256, Weights::kPlain>>(kWindow, Weights::kPlain, Async::kRandom, 3000.0f);
+  check<AttendSm90<64, 256, Weights::kPaper>>(kOdd, Weights::kPaper, Async::kRandom, 100.0f);
 }
 
 /// The quantize and pack kernels against plain loops: codes and scales are equal.

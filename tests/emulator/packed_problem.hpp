@@ -31,7 +31,8 @@ struct Inputs {
   Shape shape;
   std::vector<uint16_t> q, k, v;
 };
-Inputs random_inputs(const Shape& shape, unsigned seed);
+/// q is scaled by `q_size`: large values give scores that 2^score cannot hold.
+Inputs random_inputs(const Shape& shape, unsigned seed, float q_size = 1.0f);
 
 /// Codes, scales and constants by plain loops, unpacked.
 struct Quantized {

@@ -12,6 +12,7 @@
 /// The names of src/cuda/ptx.hpp for a host compiler, forwarded to the emulator. Documented there.
 
 #define ATTN8_DEVICE inline __attribute__((always_inline))
+#define ATTN8_DEVICE_NOINLINE inline __attribute__((noinline))
 #define ATTN8_UNROLL
 #define ATTN8_NO_UNROLL
 
@@ -48,6 +49,7 @@ ATTN8_DEVICE float ex2(float x) {
   return y < FLT_MIN ? 0.0f : y;
 }
 ATTN8_DEVICE float lg2(float x) { return std::log2(x < FLT_MIN && x > 0 ? 0.0f : x); }
+ATTN8_DEVICE float rcp(float x) { return 1.0f / x; }
 ATTN8_DEVICE float fma(float a, float b, float c) { return std::fma(a, b, c); }
 ATTN8_DEVICE float add(float a, float b) { return a + b; }
 ATTN8_DEVICE float mul(float a, float b) { return a * b; }
