@@ -25,6 +25,7 @@ class Fiber {
 
  private:
   struct Stack;
+  static void start();
   Stack* stack_;
 };
 
