@@ -11,7 +11,7 @@
 
 /// layout.hpp exhaustively: every index function is a bijection onto what it describes, and the
 /// parts fit each other. The emulator's own account of the PTX ISA is compared in
-/// emulator_test.cpp.
+/// instructions_test.cpp.
 namespace attn8::cuda {
 namespace {
 
