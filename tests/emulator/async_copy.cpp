@@ -77,7 +77,21 @@ void mbar_init(uint32_t address, uint32_t count) {
   b.shared.make_barrier(address);
   Mbarrier& barrier = b.mbarriers[(address - kSharedBase) / 8];
   barrier.initialized = true;
+  barrier.fenced = false;
+  barrier.init_thread = b.current;
   barrier.count = barrier.pending = count;
+}
+
+void Block::show_barriers_to_async_proxy() {
+  for (Mbarrier& barrier : mbarriers) {
+    if (barrier.init_thread == current) barrier.fenced = true;
+  }
+}
+
+void fence_barrier_init() {
+  Block& b = block();
+  if (b.skips(Sync::kInitFence, __builtin_return_address(0))) return;
+  b.show_barriers_to_async_proxy();
 }
 
 void mbar_arrive(uint32_t address, uint32_t expected_bytes) {
@@ -189,7 +203,10 @@ void start_bulk_copy(Block& b, BulkCopy copy, const char* op) {
   // From at once to long after everything else has come to a halt.
   constexpr uint32_t kLog2MaxDelay = 16;
   copy.due = b.stats.switches + b.random.below(1u << b.random.below(kLog2MaxDelay));
-  b.mbarrier(copy.barrier, op);
+  if (!b.mbarrier(copy.barrier, op).fenced) {
+    fail("%s: no fence.mbarrier_init after the mbarrier at smem+%u was initialized", op,
+         copy.barrier - kSharedBase);
+  }
   copy.tsan_fiber = static_cast<uint32_t>(b.stats.tma % Block::kTmaFibers);
   tsan::release(&b.sync_tma[copy.tsan_fiber]);
   {
@@ -266,6 +283,7 @@ void fence_proxy_async() {
   Block& b = block();
   if (b.skips(Sync::kProxyFence, __builtin_return_address(0))) return;
   ++b.running().proxy_fences;
+  b.show_barriers_to_async_proxy();
 }
 
 }  // namespace attn8::emulator

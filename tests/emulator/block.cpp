@@ -293,6 +293,8 @@ const char* to_string(Sync sync) {
       return "mbarrier.try_wait";
     case Sync::kProxyFence:
       return "fence.proxy.async";
+    case Sync::kInitFence:
+      return "fence.mbarrier_init";
     case Sync::kWgmmaFence:
       return "wgmma.fence";
     case Sync::kWgmmaWait:

@@ -73,6 +73,8 @@ struct NamedBarrier {
 
 struct Mbarrier {
   bool initialized = false;
+  bool fenced = false;  ///< visible to the asynchronous proxy
+  int init_thread = -1;
   uint32_t count = 0;
   uint32_t pending = 0;  ///< arrivals the phase still wants
   int64_t bytes = 0;     ///< and bytes
@@ -140,6 +142,8 @@ struct Block {
   void complete(CpAsync& copy, int thread);
   Mbarrier& mbarrier(uint32_t address, const char* op);
   void end_phase_if_complete(Mbarrier& barrier);
+  /// The running thread's fence: copies may signal the barriers it has initialized.
+  void show_barriers_to_async_proxy();
 
   const Config& config;
   const int index[3];

@@ -47,6 +47,7 @@ struct TensorMap {
   uint32_t swizzle = 0;           ///< span in bytes: 0 (none), 32, 64 or 128
 };
 void mbar_init(uint32_t barrier, uint32_t count);
+void fence_barrier_init();
 void mbar_arrive(uint32_t barrier, uint32_t expected_bytes);
 void mbar_wait(uint32_t barrier, uint32_t parity);
 void tma_load(uint32_t target, const TensorMap* map, uint32_t barrier, int rank, const int* start);

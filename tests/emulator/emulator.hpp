@@ -39,6 +39,7 @@ enum class Sync : uint8_t {
   kWarpBarrier,  ///< bar.warp.sync
   kMbarWait,     ///< mbarrier.try_wait
   kProxyFence,   ///< fence.proxy.async
+  kInitFence,    ///< fence.mbarrier_init
   kWgmmaFence,   ///< wgmma.fence
   kWgmmaWait,    ///< wgmma.wait_group
 };

@@ -223,6 +223,7 @@ std::vector<uint8_t> load_box(const std::vector<uint8_t>& data, int x, int y, in
     const uint32_t barrier = tile + Tile::kBytes;
     if (ptx::thread_index() == 0) {
       ptx::mbar_init(barrier, 1);
+      ptx::fence_barrier_init();
       ptx::mbar_expect_tx(barrier, Tile::kBytes);
       ptx::tma_load3(tile, &map, barrier, x, y, z);
     }
@@ -271,6 +272,7 @@ TEST(Tma, BulkLoadAndItsRules) {
       const uint32_t base = ptx::smem_base();
       if (ptx::thread_index() != 0) return;
       ptx::mbar_init(base + 32, 1);
+      ptx::fence_barrier_init();
       ptx::mbar_expect_tx(base + 32, bytes);
       ptx::bulk_load(base, source, bytes, base + 32);
       ptx::mbar_wait(base + 32, 0);

@@ -214,6 +214,10 @@ TEST(PlantedSm90, NoBarrierInit) {
   const std::string barrier = "mbarrier.arrive: no mbarrier at smem+12288|no mbarrier at smem";
   check_sm90<Sm90Bug::kNoBarrierInit>({barrier, barrier, barrier});
 }
+TEST(PlantedSm90, NoInitFence) {
+  const std::string fence = "tma: no fence.mbarrier_init after the mbarrier at smem+12288";
+  check_sm90<Sm90Bug::kNoInitFence>({fence, fence, fence});
+}
 // Mostly the initializing thread comes first all the same; happens-before knows better.
 TEST(PlantedSm90, NoInitBarrier) {
   const std::string want =

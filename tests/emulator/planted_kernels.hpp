@@ -141,6 +141,7 @@ enum class Sm90Bug {
   kWrongBytes,      ///< expect_tx promises more bytes than the box has
   kOtherSwizzle,    ///< tensor map and descriptor disagree
   kNoBarrierInit,   ///< a barrier is used that nobody initialized
+  kNoInitFence,     ///< no fence between mbarrier.init and the first copy
   kNoInitBarrier,   ///< no block barrier between mbarrier.init and first use
   kForgottenGroup,  ///< the kernel ends with a group in flight
 };
@@ -238,7 +239,7 @@ struct Sm90 {
         if (kBug != Sm90Bug::kNoBarrierInit) ptx::mbar_init(full + 8 * stage, 1);
         ptx::mbar_init(empty + 8 * stage, 1);
       }
-      ptx::fence_barrier_init();
+      if (kBug != Sm90Bug::kNoInitFence) ptx::fence_barrier_init();
     }
     if (kBug != Sm90Bug::kNoInitBarrier) ptx::sync_block();
     if (ptx::thread_index() >= 128) {

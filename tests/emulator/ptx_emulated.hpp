@@ -62,6 +62,7 @@ ATTN8_DEVICE int max3(int a, int b, int c) {
 ATTN8_DEVICE uint32_t sum_bytes(uint32_t a, uint32_t c) {
   return c + (a & 0xFF) + (a >> 8 & 0xFF) + (a >> 16 & 0xFF) + (a >> 24);
 }
+ATTN8_DEVICE uint32_t mad(uint32_t a, uint32_t b, uint32_t c) { return a * b + c; }
 ATTN8_DEVICE uint32_t prmt(uint32_t a, uint32_t b, uint32_t selector) {
   const uint64_t bytes = uint64_t{b} << 32 | a;
   uint32_t result = 0;
@@ -179,7 +180,7 @@ using TensorMap = emulator::TensorMap;
 ATTN8_DEVICE void mbar_init(uint32_t barrier, uint32_t count) {
   emulator::mbar_init(barrier, count);
 }
-ATTN8_DEVICE void fence_barrier_init() {}
+ATTN8_DEVICE void fence_barrier_init() { emulator::fence_barrier_init(); }
 ATTN8_DEVICE void mbar_expect_tx(uint32_t barrier, uint32_t bytes) {
   emulator::mbar_arrive(barrier, bytes);
 }
