@@ -42,11 +42,11 @@ def codes_of(x, scale):
     return torch.round(x / scale)
 
 
-def emulate(q, k, v, mask, *, mode, v_granularity, smooth_k, kv_block, score_error=2.0**-18):
+def emulate(q, k, v, mask, *, mode, v_granularity, smooth_k, kv_block):
     """Codes and rounding of P as the mode defines them, everything else in float64.
 
-    Returns out, lse and how far a float32 kernel may be from out: `score_error` is the error of a
-    score in log2 units; codes within it of a rounding boundary may go either way.
+    Returns out, lse and how far a float32 kernel may be from out: three roundings of a score t cost
+    its weight 1e-6 + 2e-7 |t|, and codes within that of a rounding boundary may go either way.
     """
     group = q.shape[1] // k.shape[1]
     head_dim = q.shape[-1]
@@ -104,9 +104,10 @@ def emulate(q, k, v, mask, *, mode, v_granularity, smooth_k, kv_block, score_err
         a = torch.nan_to_num(torch.exp2(m - m_new))
         b = torch.nan_to_num(torch.exp2(m_used - m_new))
         codes = torch.round(levels * w)
-        near = ((levels * w) % 1 - 0.5).abs() < levels * w * score_error
+        error = 1e-6 + 2e-7 * t.abs().masked_fill(~mask[:, part], 0)
+        near = ((levels * w) % 1 - 0.5).abs() < levels * w * error
         part_v = vc[:, :, part]
-        slack = near.double() @ part_v.abs() + 4e-6 * (codes @ part_v.abs())
+        slack = near.double() @ part_v.abs() + (codes * error) @ part_v.abs() + 2e-6 * (codes @ part_v).abs()
         if mode == "paper":
             slack = slack + 127 * near.double().sum(-1, keepdim=True)
         out = a[..., None] * out + b[..., None] * (codes @ part_v)

@@ -65,9 +65,9 @@ struct CarefulRows {
         uint32_t b[2];
         ATTN8_UNROLL
         for (int i = 0; i < 2; ++i) {
-          b[i] = load_word(k, packed_row_offset(p.rows_k, kRowBytes,
-                                                key + 8 * half + b_column(lane),
-                                                byte + b_byte(lane, i)));
+          b[i] =
+              load_word(k, packed_row_offset(p.rows_k, kRowBytes, key + 8 * half + b_column(lane),
+                                             byte + b_byte(lane, i)));
         }
         ptx::mma_s8(sums[half], a, b);
       }
@@ -164,8 +164,8 @@ struct CarefulRows {
         for (int i = 0; i < 2; ++i) {
           b[i] = load_word(
               v, (key / kPanelKeys * kHeadDim + columns * 8) * kPanelKeys +
-                     swizzle(b_column(lane) * kPanelKeys +
-                                 static_cast<uint32_t>(key % kPanelKeys) + b_byte(lane, i),
+                     swizzle(b_column(lane) * kPanelKeys + static_cast<uint32_t>(key % kPanelKeys) +
+                                 b_byte(lane, i),
                              kPanelKeys));
         }
         ptx::mma_u8(sums, a, b);
@@ -173,8 +173,7 @@ struct CarefulRows {
       ATTN8_UNROLL
       for (int i = 0; i < 4; ++i) {
         float& o = out[columns][i];
-        o = ptx::fma(static_cast<float>(sums[i]), softmax.block_scale[i >> 1],
-                     o * shrink[i >> 1]);
+        o = ptx::fma(static_cast<float>(sums[i]), softmax.block_scale[i >> 1], o * shrink[i >> 1]);
       }
     }
   }
@@ -191,8 +190,8 @@ ATTN8_DEVICE_NOINLINE void attend_carefully(const AttendParams& p, int batch, in
   }
   rows.softmax.add_quad();
   store_rows<kHeadDim>(
-      p, rows.softmax, batch, head, rows.thread_row(),
-      [&](int r) { return rows.reference[r]; }, [&](int i) { return out[i / 4][i % 4]; });
+      p, rows.softmax, batch, head, rows.thread_row(), [&](int r) { return rows.reference[r]; },
+      [&](int i) { return out[i / 4][i % 4]; });
 }
 
 }  // namespace attn8::cuda

@@ -188,8 +188,7 @@ struct AttendSm80 {
     }
 
     float p[Softmax::kElements];  // [16 rows, kKvBlock] weights
-    typename Softmax::Constants next;
-    Softmax::load_scale(constants, 0, next);
+    float4 next_scale = Softmax::load_scale(constants, 0);
     state.softmax.start_block();
     {
       int products[kKvBlock / 8][4];  // [8-key groups][C fragment]
@@ -220,7 +219,7 @@ struct AttendSm80 {
       }
       state.softmax.template weights<0, kKvBlock / kKeyGroup, kMasked>(
           params, [&](int i) { return ptx::add(as_magic(products[i / 4][i % 4]), -kMagic); },
-          constants, row, block * kKvBlock, next, p);
+          constants, row, block * kKvBlock, next_scale, p);
     }
 
     uint32_t packed[kKvBlock / 32][4];  // [k32 steps][A fragment] codes of the weights
@@ -265,7 +264,9 @@ struct AttendSm80 {
     }
   }
 
-  static ATTN8_DEVICE float as_magic(int bits) { return ptx::as_float(static_cast<uint32_t>(bits)); }
+  static ATTN8_DEVICE float as_magic(int bits) {
+    return ptx::as_float(static_cast<uint32_t>(bits));
+  }
 };
 
 }  // namespace attn8::cuda

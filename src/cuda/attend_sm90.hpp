@@ -4,9 +4,9 @@
 #include "attend_careful.hpp"
 #include "online_softmax.hpp"
 
-/// Attention on Hopper (sm_90a). One producer warpgroup fetches tiles with bulk copies; two consumer
-/// warpgroups of 64 query rows each multiply them with wgmma. While one of the two computes weights
-/// the other keeps the tensor cores busy.
+/// Attention on Hopper (sm_90a). One producer warpgroup fetches tiles with bulk copies; two
+/// consumer warpgroups of 64 query rows each multiply them with wgmma. While one of the two
+/// computes weights the other keeps the tensor cores busy.
 ///
 /// Shared memory, every tile at a multiple of 1024 bytes:
 ///   Q [128][row_bytes] | K stages [kKvBlock][row_bytes] | V^T stages [head_dim][kKvBlock]
@@ -30,13 +30,22 @@ struct AttendSm90 {
   using Softmax = OnlineSoftmax<kKvBlock, kWeights>;
   static constexpr int kConstantBytes = kKvBlock / kKeyGroup * kKeyConstants * 4;
 
-  // One wgmma covers at most 128 keys of the scores and 128 channels of the output, so that half of
-  // a block's scores can be read while the other half is still being multiplied.
+  // One wgmma covers 128 keys of the scores, so that half of a block's scores can be read while the
+  // other half is still being multiplied.
   static constexpr int kScoreColumns = 128;
   static constexpr int kScoreParts = kKvBlock / kScoreColumns;
-  static constexpr int kOutColumns = kHeadDim < 128 ? kHeadDim : 128;
+  // Outputs are multiplied 64 channels at a time, two such parts in flight: one is added to the
+  // accumulators while the other is being multiplied.
+  static constexpr int kOutColumns = kHeadDim == 96 ? 96 : 64;
   static constexpr int kOutParts = kHeadDim / kOutColumns;
+  static constexpr int kOutInFlight = kOutParts < 2 ? 1 : 2;
   static_assert(kKvBlock % kScoreColumns == 0 && kHeadDim % kOutColumns == 0);
+
+  /// Key groups of weights after which a warpgroup lets the other start its own. Both compute
+  /// exponentials fastest when they do not compete for them, and left alone they fall into step.
+  /// Measured on an H200 at head_dim 128: 3/4 of the block with folded V scales, all without.
+  static constexpr int kTurnGroups =
+      kKvBlock / kKeyGroup * (kWeights == Weights::kFolded ? 3 : 4) / 4;
 
   static constexpr uint32_t kQ = 0;
   static constexpr uint32_t kK = kQ + QTile::kBytes;
@@ -155,18 +164,17 @@ struct AttendSm90 {
     const BlockRange own = visited_blocks<kKvBlock>(p, warpgroup_row, kWarpgroupRows);
     const int full_begin = clamp_to(own.full_begin, visited.begin, visited.end);
     const int full_end = clamp_to(own.full_end, full_begin, visited.end);
-    const uint32_t q_rows = consumer * kWarpgroupRows;
-
     ptx::mbar_wait(barriers.q_full, 0);
+    if (consumer == 1 && visited.begin < visited.end) give_turn(0);
     int block = visited.begin;
     int masked_end = full_begin;
     while (true) {
       for (; block < masked_end; ++block) {
-        attend_block<true>(p, shared, barriers, block, visited.begin, q_rows, row, softmax, out);
+        attend_block<true>(p, shared, barriers, block, visited, consumer, row, softmax, out);
       }
       if (block >= visited.end) break;
       for (; block < full_end; ++block) {
-        attend_block<false>(p, shared, barriers, block, visited.begin, q_rows, row, softmax, out);
+        attend_block<false>(p, shared, barriers, block, visited, consumer, row, softmax, out);
       }
       masked_end = visited.end;
     }
@@ -180,52 +188,59 @@ struct AttendSm90 {
     }
   }
 
+  /// Consumer warpgroups take turns; named barrier 1 + consumer is the turn of one.
+  static ATTN8_DEVICE void wait_turn(int consumer) { ptx::bar_sync(1 + consumer, 256); }
+  static ATTN8_DEVICE void give_turn(int consumer) { ptx::bar_arrive(1 + consumer, 256); }
+
   template <bool kMasked>
   static ATTN8_DEVICE void attend_block(const AttendParams& params, uint32_t shared,
-                                        const Barriers& barriers, int block, int first_block,
-                                        uint32_t q_rows, int row, Softmax& softmax,
-                                        float (&out)[kHeadDim / 2]) {
-    const uint32_t stage = (block - first_block) % kStages;
-    const uint32_t parity = (block - first_block) / kStages & 1;
-    const uint32_t k_tile = shared + kK + stage * KTile::kBytes;
-    const uint32_t v_tile = shared + kV + stage * VTile::kBytes;
+                                        const Barriers& barriers, int block,
+                                        const BlockRange& visited, int consumer, int row,
+                                        Softmax& softmax, float (&out)[kHeadDim / 2]) {
+    const uint32_t stage = (block - visited.begin) % kStages;
+    const uint32_t parity = (block - visited.begin) / kStages & 1;
     const uint32_t constants = shared + kConstants + stage * kConstantBytes;
-    const int first_key = block * kKvBlock;
 
     float p[Softmax::kElements];  // [16 rows of the warp, kKvBlock] weights
     softmax.start_block();
     {
       int products[kScoreParts][kScoreColumns / 2];  // [parts][16 rows of the warp, 128 keys]
       ptx::mbar_wait(barriers.k_full + 8 * stage, parity);
+      const uint64_t q = matrix_descriptor(
+          shared + kQ + QTile::operand_offset(consumer * kWarpgroupRows, 0), QTile::kSpan);
+      const uint64_t k = matrix_descriptor(shared + kK + stage * KTile::kBytes, KTile::kSpan);
       ptx::wgmma_fence();
-      const uint64_t q_operand =
-          matrix_descriptor(shared + kQ + QTile::operand_offset(q_rows, 0), QTile::kSpan);
-      const uint64_t k_operand = matrix_descriptor(k_tile, KTile::kSpan);
       ATTN8_UNROLL
       for (int part = 0; part < kScoreParts; ++part) {
         ATTN8_UNROLL
         for (int byte = 0; byte < kRowBytes; byte += 32) {
           ptx::wgmma_ss_s8<kScoreColumns>(
-              products[part], advance_descriptor(q_operand, QTile::operand_offset(0, byte)),
-              advance_descriptor(k_operand, KTile::operand_offset(part * kScoreColumns, byte)),
-              byte > 0);
+              products[part], advance_descriptor(q, QTile::operand_offset(0, byte)),
+              advance_descriptor(k, KTile::operand_offset(part * kScoreColumns, byte)), byte > 0);
         }
         ptx::wgmma_commit();
       }
-      const auto product = [&](int i) {
-        return static_cast<float>(products[i / (kScoreColumns / 2)][i % (kScoreColumns / 2)]);
+      float4 next_scale = Softmax::load_scale(constants, 0);
+      wait_turn(consumer);
+      const auto weights = [&]<int kFirst, int kLast>() {
+        softmax.template weights<kFirst, kLast, kMasked>(
+            params,
+            [&](int i) {
+              return static_cast<float>(products[i / (kScoreColumns / 2)][i % (kScoreColumns / 2)]);
+            },
+            constants, row, block * kKvBlock, next_scale, p);
       };
-      constexpr int kPartGroups = kScoreColumns / kKeyGroup;
-      typename Softmax::Constants next;
-      Softmax::load_scale(constants, 0, next);
-      if constexpr (kScoreParts == 2) {
+      constexpr int kGroups = kKvBlock / kKeyGroup;
+      constexpr int kFirstPart = kScoreParts == 2 ? kScoreColumns / kKeyGroup : 0;
+      if constexpr (kFirstPart > 0) {
         ptx::wgmma_wait<1>();
-        softmax.template weights<0, kPartGroups, kMasked>(params, product, constants, row,
-                                                          first_key, next, p);
+        weights.template operator()<0, kFirstPart>();
       }
       ptx::wgmma_wait<0>();
-      softmax.template weights<(kScoreParts - 1) * kPartGroups, kScoreParts * kPartGroups, kMasked>(
-          params, product, constants, row, first_key, next, p);
+      weights.template operator()<kFirstPart, kTurnGroups>();
+      // The last block's turn goes to nobody.
+      if (consumer == 0 || block + 1 < visited.end) give_turn(1 - consumer);
+      if constexpr (kTurnGroups < kGroups) weights.template operator()<kTurnGroups, kGroups>();
     }
 
     uint32_t packed[kKvBlock / 32][4];  // [k32 steps][A fragment] codes of the weights
@@ -233,25 +248,35 @@ struct AttendSm90 {
     release(barriers.k_empty + 8 * stage);
 
     ptx::mbar_wait(barriers.v_full + 8 * stage, parity);
+    const uint64_t v = matrix_descriptor(shared + kV + stage * VTile::kBytes, VTile::kSpan);
     ATTN8_UNROLL
-    for (int part = 0; part < kOutParts; ++part) {
-      int products[kOutColumns / 2];  // [16 rows of the warp, kOutColumns]
-      const uint64_t v_operand = matrix_descriptor(v_tile, VTile::kSpan);
+    for (int first = 0; first < kOutParts; first += kOutInFlight) {
+      int products[kOutInFlight][kOutColumns / 2];  // [parts][16 rows of the warp, kOutColumns]
       ptx::wgmma_fence();
       ATTN8_UNROLL
-      for (int step = 0; step < kKvBlock / 32; ++step) {
-        ptx::wgmma_rs_u8<kOutColumns>(
-            products, packed[step],
-            advance_descriptor(v_operand, VTile::operand_offset(part * kOutColumns, step * 32)),
-            step > 0);
+      for (int part = 0; part < kOutInFlight; ++part) {
+        ATTN8_UNROLL
+        for (int step = 0; step < kKvBlock / 32; ++step) {
+          ptx::wgmma_rs_u8<kOutColumns>(
+              products[part], packed[step],
+              advance_descriptor(v, VTile::operand_offset((first + part) * kOutColumns, step * 32)),
+              step > 0);
+        }
+        ptx::wgmma_commit();
       }
-      ptx::wgmma_commit();
-      ptx::wgmma_wait<0>();
-      if (part == kOutParts - 1) release(barriers.v_empty + 8 * stage);
       ATTN8_UNROLL
-      for (int i = 0; i < kOutColumns / 2; ++i) {
-        float& o = out[part * (kOutColumns / 2) + i];
-        o = ptx::fma(static_cast<float>(products[i]), softmax.block_scale[i >> 1 & 1], o);
+      for (int part = 0; part < kOutInFlight; ++part) {
+        if (part + 1 < kOutInFlight) {
+          ptx::wgmma_wait<1>();
+        } else {
+          ptx::wgmma_wait<0>();
+          if (first + kOutInFlight == kOutParts) release(barriers.v_empty + 8 * stage);
+        }
+        ATTN8_UNROLL
+        for (int i = 0; i < kOutColumns / 2; ++i) {
+          float& o = out[(first + part) * (kOutColumns / 2) + i];
+          o = ptx::fma(static_cast<float>(products[part][i]), softmax.block_scale[i >> 1 & 1], o);
+        }
       }
     }
   }

@@ -26,9 +26,7 @@ std::span<const AttendEntry> entries() {
   return table;
 }
 
-Status unsupported(std::string message) {
-  return {StatusCode::kUnsupported, std::move(message)};
-}
+Status unsupported(std::string message) { return {StatusCode::kUnsupported, std::move(message)}; }
 
 /// Restores the caller's current device.
 class DeviceGuard {
@@ -71,9 +69,9 @@ Status check_memory(const void* data, const char* name, int device) {
     return device_status(error, name);
   }
   if (attributes.type != cudaMemoryTypeDevice && attributes.type != cudaMemoryTypeManaged) {
-    return {StatusCode::kInvalidArgument,
-            std::string(name) + ".data is host memory, want memory of CUDA device " +
-                std::to_string(device)};
+    return {StatusCode::kInvalidArgument, std::string(name) +
+                                              ".data is host memory, want memory of CUDA device " +
+                                              std::to_string(device)};
   }
   if (attributes.type == cudaMemoryTypeDevice && attributes.device != device) {
     return {StatusCode::kInvalidArgument, std::string(name) + ".data is on CUDA device " +
@@ -162,9 +160,8 @@ Result<Kernels> kernels_of(int device) {
                                                 " has compute capability " + std::to_string(major) +
                                                 ".x, the CUDA kernels want 8.0 or later");
   }
-  const bool has_sm90 = std::any_of(entries().begin(), entries().end(), [](const AttendEntry& e) {
-    return e.family == Family::kSm90;
-  });
+  const bool has_sm90 = std::any_of(entries().begin(), entries().end(),
+                                    [](const AttendEntry& e) { return e.family == Family::kSm90; });
   return major == 9 && has_sm90 ? Kernels::kSm90 : Kernels::kSm80;
 }
 
@@ -235,22 +232,23 @@ Result<Plan> Plan::make(const AttentionInputs& inputs, const AttentionOutputs& o
                       " do not fit together");
   }
   if (k.shape[2] <= 0 || q.shape[2] % k.shape[2] != 0) {
-    return Status(StatusCode::kInvalidArgument, "k.shape[2]=" + std::to_string(k.shape[2]) +
-                                                    " must divide q.shape[2]=" +
-                                                    std::to_string(q.shape[2]));
+    return Status(StatusCode::kInvalidArgument,
+                  "k.shape[2]=" + std::to_string(k.shape[2]) +
+                      " must divide q.shape[2]=" + std::to_string(q.shape[2]));
   }
   if (q.shape[3] < 8 || q.shape[3] > 256 || q.shape[3] % 8 != 0) {
     return unsupported("q.shape[3]=" + std::to_string(q.shape[3]) +
                        ", the CUDA kernels want a head_dim that is a multiple of 8 up to 256");
   }
   if (q.shape[1] > kNoLimit / 2 || k.shape[1] > kNoLimit / 2 || q.shape[0] * q.shape[2] > 65535) {
-    return unsupported("q " + shape_text(q.shape) +
-                       ", the CUDA kernels want sequences up to 2^29 and batch * heads up to 65535");
+    return unsupported(
+        "q " + shape_text(q.shape) +
+        ", the CUDA kernels want sequences up to 2^29 and batch * heads up to 65535");
   }
   if (!is_float(outputs.out.dtype)) {
-    return Status(StatusCode::kInvalidArgument, "out.dtype=" +
-                                                    std::string(to_string(outputs.out.dtype)) +
-                                                    ", want float32, float16 or bfloat16");
+    return Status(StatusCode::kInvalidArgument,
+                  "out.dtype=" + std::string(to_string(outputs.out.dtype)) +
+                      ", want float32, float16 or bfloat16");
   }
 
   const auto* v_quantized = std::get_if<QuantizedView>(&inputs.v);
@@ -271,7 +269,8 @@ Result<Plan> Plan::make(const AttentionInputs& inputs, const AttentionOutputs& o
   }
   const auto* k_quantized = std::get_if<QuantizedView>(&inputs.k);
 
-  const int64_t shift = options.mask.align == CausalAlign::kBottomRight ? k.shape[1] - q.shape[1] : 0;
+  const int64_t shift =
+      options.mask.align == CausalAlign::kBottomRight ? k.shape[1] - q.shape[1] : 0;
   int64_t right = options.mask.window_right;
   if (options.mask.causal) right = right < 0 ? 0 : std::min<int64_t>(right, 0);
   s.first_offset =
@@ -279,8 +278,8 @@ Result<Plan> Plan::make(const AttentionInputs& inputs, const AttentionOutputs& o
   s.last_offset = right < 0 ? kNoLimit : clamp_offset(shift + right);
   const int64_t seqlen_k = k.shape[1];
   s.first_key = static_cast<int>(std::clamp<int64_t>(s.first_offset, 0, seqlen_k));
-  s.last_key = static_cast<int>(
-      std::clamp<int64_t>(q.shape[1] + s.last_offset, s.first_key, seqlen_k));
+  s.last_key =
+      static_cast<int>(std::clamp<int64_t>(q.shape[1] + s.last_offset, s.first_key, seqlen_k));
   s.rows_q = static_cast<int>(round_up(q.shape[1], kSequencePad));
   s.rows_k = static_cast<int>(round_up(seqlen_k, kSequencePad));
   s.has_mean = k_quantized != nullptr
@@ -289,7 +288,8 @@ Result<Plan> Plan::make(const AttentionInputs& inputs, const AttentionOutputs& o
   s.softmax_scale = options.softmax_scale.value_or(
       static_cast<float>(1.0 / std::sqrt(static_cast<double>(q.shape[3]))));
 
-  if (kernels == Kernels::kBest) kernels = info.value().family == "sm90a" ? Kernels::kSm90 : Kernels::kSm80;
+  if (kernels == Kernels::kBest)
+    kernels = info.value().family == "sm90a" ? Kernels::kSm90 : Kernels::kSm80;
   const Family family = kernels == Kernels::kSm90 ? Family::kSm90 : Family::kSm80;
   s.entry = nullptr;
   for (const AttendEntry& entry : entries()) {
@@ -299,9 +299,9 @@ Result<Plan> Plan::make(const AttentionInputs& inputs, const AttentionOutputs& o
     }
   }
   if (s.entry == nullptr) {
-    return Status(StatusCode::kUnavailable, "this build has no CUDA kernel for head_dim=" +
-                                                std::to_string(q.shape[3]) + " on " +
-                                                info.value().name);
+    return Status(StatusCode::kUnavailable,
+                  "this build has no CUDA kernel for head_dim=" + std::to_string(q.shape[3]) +
+                      " on " + info.value().name);
   }
   if (options.kv_block != 0 && options.kv_block != s.entry->kv_block) {
     return unsupported("kv_block=" + std::to_string(options.kv_block) + ", " + s.entry->name +

@@ -34,10 +34,10 @@ enum class Kernels : uint8_t { kBest, kSm80, kSm90 };
 /// A validated attention problem on one device. Immutable and cheap to copy; run() may be called
 /// from any thread.
 ///
-/// Tensors are on the device of `outputs.out`; channels contiguous (stride 1), data 16-byte aligned,
-/// other strides multiples of 8 elements, head_dim a multiple of 8 up to 256. Modes kAccurate (V
-/// granularity kToken, kTensor or kChannel) and kPaper. kv_block is the kernel's: 0, or kv_block().
-/// Everything else gives kUnsupported with the argument's name.
+/// Tensors are on the device of `outputs.out`; channels contiguous (stride 1), data 16-byte
+/// aligned, other strides multiples of 8 elements, head_dim a multiple of 8 up to 256. Modes
+/// kAccurate (V granularity kToken, kTensor or kChannel) and kPaper. kv_block is the kernel's: 0,
+/// or kv_block(). Everything else gives kUnsupported with the argument's name.
 class Plan {
  public:
   static Result<Plan> make(const AttentionInputs& inputs, const AttentionOutputs& outputs,

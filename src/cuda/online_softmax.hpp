@@ -8,22 +8,22 @@
 #include "params.hpp"
 #include "ptx.hpp"
 
-/// The CUDA softmax: integer products of one key block in, 8-bit weights and the factor of the block
-/// out. Both kernel families use it; docs/numerics.md defines what it computes.
+/// The CUDA softmax: integer products of one key block in, 8-bit weights and the factor of the
+/// block out. Both kernel families use it; docs/numerics.md defines what it computes.
 ///
 /// Every thread holds two rows of the block, group and group + 8 of its warp's 16, and of each 16
 /// keys the four of its C fragments: elements 0..7 of a key group are
 ///   row 0 keys 2t, 2t+1; row 1 keys 2t, 2t+1; row 0 keys 2t+8, 2t+9; row 1 keys 2t+8, 2t+9
 /// The four threads of a quad share their rows.
 ///
-/// Exponentials do not wait for the block's maximum: weights are p = 2^score r outright, and the codes
-/// are p * 255 / max(p), which is the same number with the same relative accuracy. That holds while
-/// float holds 2^score, and a row's sum tells in the end whether it did: ordinary scores are far
-/// inside. A warp with a row that is not does its rows again, see attend_careful.hpp.
+/// Exponentials do not wait for the block's maximum: weights are p = 2^score r outright, and the
+/// codes are p * 255 / max(p), which is the same number with the same relative accuracy. That holds
+/// while float holds 2^score, and a row's sum tells in the end whether it did: ordinary scores are
+/// far inside. A warp with a row that is not does its rows again, see attend_careful.hpp.
 namespace attn8::cuda {
 
-/// Range of a row's sum of weights in which nothing that matters has overflowed or underflowed: codes
-/// times keys stay below 2^100, and what has underflowed is 2^-60 of the sum.
+/// Range of a row's sum of weights in which nothing that matters has overflowed or underflowed:
+/// codes times keys stay below 2^100, and what has underflowed is 2^-60 of the sum.
 inline constexpr float kLargestSum = 0x1p60f;
 inline constexpr float kSmallestSum = 0x1p-60f;
 
@@ -57,9 +57,7 @@ struct BlockRange {
   int begin, full_begin, full_end, end;
 };
 
-ATTN8_DEVICE int clamp_to(int x, int low, int high) {
-  return x < low ? low : x > high ? high : x;
-}
+ATTN8_DEVICE int clamp_to(int x, int low, int high) { return x < low ? low : x > high ? high : x; }
 
 template <int kKvBlock>
 ATTN8_DEVICE BlockRange visited_blocks(const AttendParams& p, int row, int rows) {
@@ -124,14 +122,12 @@ struct OnlineSoftmax {
   static ATTN8_DEVICE uint32_t constants_address(uint32_t constants, int group) {
     return constants + group * (kKeyConstants * 4) + ptx::thread_index() % 4 * 16;
   }
-  /// The constants are fetched one key group ahead, in two parts, as registers allow.
-  static ATTN8_DEVICE void load_scale(uint32_t constants, int group, Constants& c) {
-    c.scale = ptx::ld_shared<float4>(constants_address(constants, group));
+  static ATTN8_DEVICE float4 load_scale(uint32_t constants, int group) {
+    return ptx::ld_shared<float4>(constants_address(constants, group));
   }
-  static ATTN8_DEVICE void load_ratio(uint32_t constants, int group, Constants& c) {
-    if constexpr (kWeights == Weights::kFolded) {
-      c.ratio = ptx::ld_shared<float4>(constants_address(constants, group) + kKeyGroup * 4);
-    }
+  static ATTN8_DEVICE float4 load_ratio(uint32_t constants, int group) {
+    if constexpr (kWeights != Weights::kFolded) return float4{1, 1, 1, 1};
+    return ptx::ld_shared<float4>(constants_address(constants, group) + kKeyGroup * 4);
   }
 
   /// Weights p of key groups [kFirst, kLast) of the block, their sums going to block_sum.
@@ -139,26 +135,38 @@ struct OnlineSoftmax {
   ///   constants   shared address of the block's [kKvBlock / 16][2][16] key constants
   ///   row         of the call, the thread's first
   ///   first_key   of the block
-  ///   next        constants of group kFirst, scale loaded; then those of kLast
+  ///   next_scale  scales of group kFirst; then those of group kLast
+  /// An exponential takes some 40 cycles and a warp waits for whole batches of them, so each
+  /// group's are used while the next group's are being computed.
   template <int kFirst, int kLast, bool kMasked, class Product>
   ATTN8_DEVICE void weights(const AttendParams& params, const Product& product, uint32_t constants,
-                            int row, int first_key, Constants& next, float (&p)[kElements]) {
+                            int row, int first_key, float4& next_scale, float (&p)[kElements]) {
     const VisibleKeys visible(params, row);
+    Constants now = {};
+    Constants previous = {};
     ATTN8_UNROLL
-    for (int group = kFirst; group < kLast; ++group) {
-      Constants now = next;
-      load_ratio(constants, group, now);
-      if (group + 1 < kKvBlock / kKeyGroup) load_scale(constants, group + 1, next);
+    for (int group = kFirst; group <= kLast; ++group) {
+      previous.ratio = now.ratio;
+      if (group < kLast) {
+        now.scale = next_scale;
+        now.ratio = load_ratio(constants, group);
+        if (group + 1 < kKvBlock / kKeyGroup) next_scale = load_scale(constants, group + 1);
+      }
       ATTN8_UNROLL
       for (int e = 0; e < 8; ++e) {
         const int r = e >> 1 & 1;
-        float score = now.score(product(group * 8 + e), score_scale[r], e);
-        if constexpr (kMasked) {
-          if (!visible.sees(r, first_key + key_column(group, e))) score = -INFINITY;
+        if (group < kLast) {
+          float score = now.score(product(group * 8 + e), score_scale[r], e);
+          if constexpr (kMasked) {
+            if (!visible.sees(r, first_key + key_column(group, e))) score = -INFINITY;
+          }
+          p[group * 8 + e] = ptx::ex2(score);
         }
-        const float weight = ptx::ex2(score);
-        block_sum[r] = ptx::add(block_sum[r], weight);
-        p[group * 8 + e] = now.fold(weight, e);
+        if (group > kFirst) {
+          float& weight = p[(group - 1) * 8 + e];
+          block_sum[r] = ptx::add(block_sum[r], weight);
+          weight = previous.fold(weight, e);
+        }
       }
     }
   }
@@ -199,8 +207,9 @@ struct OnlineSoftmax {
     for (int key = 0; key < 4; ++key) {
       byte[key] = ptx::as_uint(ptx::fma(weights[key], factor, kRoundToByte));
     }
-    const uint32_t four = ptx::prmt(ptx::prmt(byte[0], byte[1], 0x0040),
-                                    ptx::prmt(byte[2], byte[3], 0x0040), 0x5410);
+    // The low halves of b1 * 256 + b0; multiplied, because the pipe of byte permutes is the busier.
+    const uint32_t four =
+        ptx::prmt(ptx::mad(byte[1], 256, byte[0]), ptx::mad(byte[3], 256, byte[2]), 0x5410);
     if constexpr (kWeights == Weights::kPaper) total = ptx::sum_bytes(four, total);
     return four;
   }
@@ -264,7 +273,8 @@ struct OnlineSoftmax {
   }
 };
 
-/// Writes a thread's part of 8-column group `group` of row `row`: columns 8 group + 2 thread + 0, 1.
+/// Writes a thread's part of 8-column group `group` of row `row`: columns 8 group + 2 thread +
+/// 0, 1.
 ATTN8_DEVICE void store_pair(const AttendParams& p, int64_t row_offset, int column, float low,
                              float high) {
   if (column >= p.head_dim) return;
@@ -274,8 +284,8 @@ ATTN8_DEVICE void store_pair(const AttendParams& p, int64_t row_offset, int colu
   } else {
     const uint32_t pair = p.out_type == Element::kFloat16 ? ptx::pack_half2(low, high)
                                                           : ptx::pack_bfloat162(low, high);
-    ptx::st_global(
-        reinterpret_cast<uint32_t*>(static_cast<uint16_t*>(p.out) + row_offset + column), pair);
+    ptx::st_global(reinterpret_cast<uint32_t*>(static_cast<uint16_t*>(p.out) + row_offset + column),
+                   pair);
   }
 }
 
@@ -295,8 +305,8 @@ ATTN8_DEVICE void store_rows(const AttendParams& p, const Softmax& softmax, int 
     float lse;
     const float factor = softmax.normalize(r, reference(r), &lse);
     if (r_row >= p.seqlen_q) continue;
-    const int64_t row_offset = batch * p.out_stride_batch + r_row * p.out_stride_row +
-                               head * p.out_stride_head;
+    const int64_t row_offset =
+        batch * p.out_stride_batch + r_row * p.out_stride_row + head * p.out_stride_head;
     ATTN8_UNROLL
     for (int group = 0; group < kHeadDim / 8; ++group) {
       const int column = group * 8 + thread * 2;
@@ -309,9 +319,9 @@ ATTN8_DEVICE void store_rows(const AttendParams& p, const Softmax& softmax, int 
         lse += ptx::ld_global(p.lse_shift +
                               static_cast<int64_t>(batch * p.nheads_q + head) * p.rows_q + r_row);
       }
-      ptx::st_global(p.lse + batch * p.lse_stride_batch + r_row * p.lse_stride_row +
-                         head * p.lse_stride_head,
-                     lse);
+      ptx::st_global(
+          p.lse + batch * p.lse_stride_batch + r_row * p.lse_stride_row + head * p.lse_stride_head,
+          lse);
     }
   }
 }

@@ -16,8 +16,8 @@ __global__ void __launch_bounds__(FoldV::kThreads)
   FoldV::run(params, packed_dim);
 }
 
-/// result[head][channel] = source[batch, 0, head, channel], zeros past head_dim: scales and means of
-/// operands that were quantized before.
+/// result[head][channel] = source[batch, 0, head, channel], zeros past head_dim: scales and means
+/// of operands that were quantized before.
 struct GatherParams {
   const float* source;
   int64_t stride_batch, stride_head, stride_channel;
@@ -30,17 +30,16 @@ __global__ void gather_kernel(const __grid_constant__ GatherParams p) {
   const int64_t head = blockIdx.x % p.nheads;
   if (channel >= p.packed) return;
   p.result[static_cast<int64_t>(blockIdx.x) * p.packed + channel] =
-      channel < p.head_dim ? p.source[batch * p.stride_batch + head * p.stride_head +
-                                      channel * p.stride_channel]
-                           : 0.0f;
+      channel < p.head_dim
+          ? p.source[batch * p.stride_batch + head * p.stride_head + channel * p.stride_channel]
+          : 0.0f;
 }
 
 template <class Kernel, class Params>
 void launch(const Params& params, int64_t x, int64_t y, cudaStream_t stream) {
   if (x <= 0 || y <= 0) return;
-  pack_kernel<Kernel, Params>
-      <<<dim3(static_cast<unsigned>(x), static_cast<unsigned>(y)), Kernel::kThreads,
-         Kernel::kSharedBytes, stream>>>(params);
+  pack_kernel<Kernel, Params><<<dim3(static_cast<unsigned>(x), static_cast<unsigned>(y)),
+                                Kernel::kThreads, Kernel::kSharedBytes, stream>>>(params);
 }
 
 /// Calls visit(std::integral_constant<Source, ...>).
@@ -102,7 +101,8 @@ void gather(const ConstTensorView& view, int head_dim, int packed, float* result
                             head_dim,
                             packed,
                             result};
-  gather_kernel<<<static_cast<unsigned>(view.shape[0] * view.shape[2]), packed, 0, stream>>>(params);
+  gather_kernel<<<static_cast<unsigned>(view.shape[0] * view.shape[2]), packed, 0, stream>>>(
+      params);
 }
 
 }  // namespace
@@ -188,14 +188,10 @@ Status enqueue_pack(const Plan::State& s, const AttentionInputs& inputs, char* w
       gather(std::get_if<QuantizedView>(&inputs.v)->scale, s.head_dim(), packed_dim,
              floats_at(s.workspace.v_scale), stream);
     } else {
-      const StatisticsParams params{v,
-                                    s.first_key,
-                                    s.last_key,
-                                    at(s.workspace.partial),
-                                    chunks,
-                                    floats_at(s.workspace.v_scale),
-                                    packed_dim,
-                                    s.v_granularity == Granularity::kTensor};
+      const StatisticsParams params{v,          s.first_key,
+                                    s.last_key, at(s.workspace.partial),
+                                    chunks,     floats_at(s.workspace.v_scale),
+                                    packed_dim, s.v_granularity == Granularity::kTensor};
       for_source(s.v_type, [&](auto source) {
         launch<ChannelStatistics<source(), Statistic::kMagnitude>>(params, chunks, kv_heads,
                                                                    stream);

@@ -45,9 +45,9 @@ ATTN8_HOST_DEVICE constexpr int64_t packed_row_offset(int64_t rows, int row_byte
 ///   [keys / 128][packed_head_dim][128] swizzled, keys of each 16 in packed_key() order
 ATTN8_HOST_DEVICE constexpr int64_t packed_v_offset(int packed_dim, int64_t key, int channel) {
   return (key / kPanelKeys * packed_dim + channel / 8 * 8) * kPanelKeys +
-         swizzle(static_cast<uint32_t>(channel % 8 * kPanelKeys +
-                                       packed_position(key) % kPanelKeys),
-                 kPanelKeys);
+         swizzle(
+             static_cast<uint32_t>(channel % 8 * kPanelKeys + packed_position(key) % kPanelKeys),
+             kPanelKeys);
 }
 
 /// Where key `key`'s constant `which` (0 k_scale, 1 v_ratio) lies in its head's [keys / 16][2][16].

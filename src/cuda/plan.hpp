@@ -42,7 +42,8 @@ struct Plan::State {
   [[nodiscard]] int row_bytes() const { return packed_row_bytes(head_dim()); }
 };
 
-/// Ok, or kDeviceError with CUDA's own words (kOutOfMemory, kUnavailable where those are the cause).
+/// Ok, or kDeviceError with CUDA's own words (kOutOfMemory, kUnavailable where those are the
+/// cause).
 Status device_status(cudaError_t error, const char* what);
 
 /// Enqueues the quantize and pack kernels; the operands have been checked against the plan.

@@ -64,6 +64,12 @@ ATTN8_DEVICE int max3(int a, int b, int c) {
 }
 /// c + the four unsigned bytes of a.
 ATTN8_DEVICE uint32_t sum_bytes(uint32_t a, uint32_t c) { return __dp4a(a, 0x01010101u, c); }
+/// a * b + c, low 32 bits, in the pipe of the float multiply-adds.
+ATTN8_DEVICE uint32_t mad(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t d;
+  asm("mad.lo.u32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
 /// Four bytes picked by the nibbles of `selector` from b:a (a holds bytes 0..3).
 ATTN8_DEVICE uint32_t prmt(uint32_t a, uint32_t b, uint32_t selector) {
   return __byte_perm(a, b, selector);
@@ -226,12 +232,12 @@ ATTN8_MMA_INT8(mma_u8, "u8")
 #undef ATTN8_MMA_INT8
 
 /// d = c + a b with every element of c the same: how a first step starts from a constant for free.
-#define ATTN8_MMA_INT8_FROM(name, a_type)                                                        \
-  ATTN8_DEVICE void name(int(&d)[4], const uint32_t(&a)[4], const uint32_t(&b)[2], int c) {      \
-    asm volatile("mma.sync.aligned.m16n8k32.row.col.s32." a_type                                 \
-                 ".s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %10, %10, %10};"   \
-                 : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])                                \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(c));    \
+#define ATTN8_MMA_INT8_FROM(name, a_type)                                                      \
+  ATTN8_DEVICE void name(int(&d)[4], const uint32_t(&a)[4], const uint32_t(&b)[2], int c) {    \
+    asm volatile("mma.sync.aligned.m16n8k32.row.col.s32." a_type                               \
+                 ".s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %10, %10, %10};" \
+                 : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])                              \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(c));  \
   }
 ATTN8_MMA_INT8_FROM(mma_s8_from, "s8")
 ATTN8_MMA_INT8_FROM(mma_u8_from, "u8")

@@ -57,7 +57,8 @@ ATTN8_DEVICE float signed_byte(uint32_t word, int index) {
 template <Source kSource>
 ATTN8_DEVICE void load8(const SourceTensor& x, int64_t offset, float (&values)[8]) {
   if constexpr (kSource == Source::kFloat32) {
-    const float4* source = reinterpret_cast<const float4*>(static_cast<const float*>(x.data) + offset);
+    const float4* source =
+        reinterpret_cast<const float4*>(static_cast<const float*>(x.data) + offset);
     ATTN8_UNROLL
     for (int i = 0; i < 2; ++i) {
       const float4 part = ptx::ld_global(source + i);
@@ -88,8 +89,8 @@ ATTN8_DEVICE void load8(const SourceTensor& x, int64_t offset, float (&values)[8
 template <Source kSource>
 ATTN8_DEVICE void load2(const SourceTensor& x, int64_t offset, float& low, float& high) {
   if constexpr (kSource == Source::kFloat32) {
-    const float2 pair = ptx::ld_global(
-        reinterpret_cast<const float2*>(static_cast<const float*>(x.data) + offset));
+    const float2 pair =
+        ptx::ld_global(reinterpret_cast<const float2*>(static_cast<const float*>(x.data) + offset));
     low = pair.x;
     high = pair.y;
   } else if constexpr (kSource == Source::kCodes) {
@@ -208,14 +209,15 @@ struct ChannelStatistics {
     if (ptx::thread_index() < p.packed) {
       Partial total = 0;
       for (int s = 0; s < tokens; ++s) {
-        total = combine(total, ptx::ld_shared<Partial>(
-                                   shared + (s * p.packed + ptx::thread_index()) * sizeof(Partial)));
+        total =
+            combine(total, ptx::ld_shared<Partial>(shared + (s * p.packed + ptx::thread_index()) *
+                                                                sizeof(Partial)));
       }
-      ptx::st_global(static_cast<Partial*>(p.partial) +
-                         (static_cast<int64_t>(ptx::block_y()) * p.chunks + ptx::block_x()) *
-                             p.packed +
-                         ptx::thread_index(),
-                     total);
+      ptx::st_global(
+          static_cast<Partial*>(p.partial) +
+              (static_cast<int64_t>(ptx::block_y()) * p.chunks + ptx::block_x()) * p.packed +
+              ptx::thread_index(),
+          total);
     }
   }
 };
@@ -356,11 +358,10 @@ struct QuantizeRows {
                                           : code_bits(x[i], scale);
     }
     const int64_t image = static_cast<int64_t>(ptx::block_y()) * p.rows * kRowBytes;
-    ptx::st_global(
-        reinterpret_cast<uint2*>(p.codes + image +
-                                 packed_row_offset(p.rows, kRowBytes, row, lane * 8)),
-        uint2{pack_bytes(code[0], code[1], code[2], code[3]),
-              pack_bytes(code[4], code[5], code[6], code[7])});
+    ptx::st_global(reinterpret_cast<uint2*>(p.codes + image +
+                                            packed_row_offset(p.rows, kRowBytes, row, lane * 8)),
+                   uint2{pack_bytes(code[0], code[1], code[2], code[3]),
+                         pack_bytes(code[4], code[5], code[6], code[7])});
     if (lane != 0) return;
     if (!inside) scale = 0;
     const int64_t head_row = static_cast<int64_t>(ptx::block_y()) * p.rows + row;
@@ -380,12 +381,12 @@ struct PackVParams {
   SourceTensor x;
   int8_t* codes;  ///< [batch * nheads] images of `rows` keys
   int rows;
-  int first, last;      ///< keys [first, last) are visible to a query
-  const float* scale;   ///< per tensor or channel: [batch * nheads][packed_head_dim]; else nullptr
-  float* token_scale;   ///< per token: [batch * nheads][rows]; 0 for tokens of zeros and padding
-  float* panel_scale;   ///< per token: [batch * nheads][rows / 128] largest visible finite scale
-  float* v_scale;       ///< per token: [batch * nheads][packed_head_dim] what FoldV writes
-  float* key_constants; ///< per token: [batch * nheads][rows / 16][2][16] what FoldV completes
+  int first, last;       ///< keys [first, last) are visible to a query
+  const float* scale;    ///< per tensor or channel: [batch * nheads][packed_head_dim]; else nullptr
+  float* token_scale;    ///< per token: [batch * nheads][rows]; 0 for tokens of zeros and padding
+  float* panel_scale;    ///< per token: [batch * nheads][rows / 128] largest visible finite scale
+  float* v_scale;        ///< per token: [batch * nheads][packed_head_dim] what FoldV writes
+  float* key_constants;  ///< per token: [batch * nheads][rows / 16][2][16] what FoldV completes
   int kv_block;
 };
 
@@ -443,8 +444,8 @@ struct PackV {
             token_scale = key[i] < p.x.seqlen ? p.x.token_scale(batch, key[i], head) : 0.0f;
           }
           // A token of zeros, or with a scale too small for a float, has codes 0 throughout.
-          if (magnitude == 0 || (kSource != Source::kCodes && scale[i] == 1.0f &&
-                                 ptx::as_float(magnitude) < 0.5f)) {
+          if (magnitude == 0 ||
+              (kSource != Source::kCodes && scale[i] == 1.0f && ptx::as_float(magnitude) < 0.5f)) {
             if (token_scale == token_scale) token_scale = 0;
           }
           if (key[i] >= p.first && key[i] < p.last) largest = ptx::max(largest, token_scale);
@@ -512,7 +513,8 @@ struct PackV {
 };
 
 /// One block per (kv_block, batch and head): turns token scales into what folds them into P, see
-/// `accurate` in docs/numerics.md. A token of zeros gets 2^-20 times the largest ratio of its block.
+/// `accurate` in docs/numerics.md. A token of zeros gets 2^-20 times the largest ratio of its
+/// block.
 struct FoldV {
   static constexpr int kThreads = 256;
   static constexpr uint32_t kSharedBytes = kThreads / 32 * 4;
