@@ -120,10 +120,14 @@ ATTN8_DEVICE float group_scale(uint32_t magnitude) {
   return scale < FLT_MIN ? 1.0f : scale;
 }
 
-/// round-half-even(x / scale) in the low byte, two's complement; 0 for a scale of NaN.
-ATTN8_DEVICE uint32_t code_bits(float x, float scale) {
+/// round-half-even(x / scale) in the low byte, two's complement; 0 for a scale of NaN. `inverse` is
+/// 1 / scale: one Newton step from x * inverse gives the quotient as a division rounds it, at a
+/// third of its instructions.
+ATTN8_DEVICE uint32_t code_bits(float x, float scale, float inverse) {
+  const float estimate = ptx::mul(x, inverse);
+  const float quotient = ptx::fma(ptx::fma(-estimate, scale, x), inverse, estimate);
   const float magic = 12582912.0f;  // 1.5 * 2^23: the sum's last bit is worth 1
-  return scale == scale ? ptx::as_uint(ptx::add(x / scale, magic)) : 0;
+  return scale == scale ? ptx::as_uint(ptx::add(quotient, magic)) : 0;
 }
 
 ATTN8_DEVICE uint32_t pack_bytes(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
@@ -351,11 +355,12 @@ struct QuantizeRows {
         if constexpr (kSource == Source::kCodes) shift *= scale;
       }
     }
+    const float inverse = 1.0f / scale;
     uint32_t code[8];
     ATTN8_UNROLL
     for (int i = 0; i < 8; ++i) {
       code[i] = kSource == Source::kCodes ? static_cast<uint32_t>(static_cast<int>(x[i]))
-                                          : code_bits(x[i], scale);
+                                          : code_bits(x[i], scale, inverse);
     }
     const int64_t image = static_cast<int64_t>(ptx::block_y()) * p.rows * kRowBytes;
     ptx::st_global(reinterpret_cast<uint2*>(p.codes + image +
@@ -410,7 +415,8 @@ struct PackV {
     for (int pass = 0; pass < 2; ++pass) {
       const int word = pass * 16 + ptx::thread_index() / 16;  // four positions of the panel
       float values[4][kPackedDim / 16];
-      float scale[4];
+      float scale[4] = {1, 1, 1, 1};
+      float inverse[4] = {1, 1, 1, 1};
       int key[4];
       ATTN8_UNROLL
       for (int i = 0; i < 4; ++i) {
@@ -439,6 +445,7 @@ struct PackV {
             magnitude = larger(magnitude, ptx::shfl_xor(magnitude, mask));
           }
           scale[i] = group_scale(magnitude);
+          inverse[i] = 1.0f / scale[i];
           float token_scale = scale[i];
           if constexpr (kSource == Source::kCodes) {
             token_scale = key[i] < p.x.seqlen ? p.x.token_scale(batch, key[i], head) : 0.0f;
@@ -463,12 +470,14 @@ struct PackV {
           channel_scale =
               ptx::ld_global(p.scale + static_cast<int64_t>(ptx::block_y()) * kPackedDim + channel);
         }
+        const float channel_inverse = 1.0f / channel_scale;
         uint32_t code[4];
         ATTN8_UNROLL
         for (int i = 0; i < 4; ++i) {
           code[i] = kSource == Source::kCodes
                         ? static_cast<uint32_t>(static_cast<int>(values[i][c]))
-                        : code_bits(values[i][c], kPerToken ? scale[i] : channel_scale);
+                        : code_bits(values[i][c], kPerToken ? scale[i] : channel_scale,
+                                    kPerToken ? inverse[i] : channel_inverse);
         }
         ptx::st_shared<uint32_t>(shared + (channel * kWords + word) * 4,
                                  pack_bytes(code[0], code[1], code[2], code[3]));
