@@ -307,13 +307,21 @@ Result<Plan> Plan::make(const AttentionInputs& inputs, const AttentionOutputs& o
     return unsupported("kv_block=" + std::to_string(options.kv_block) + ", " + s.entry->name +
                        " has " + std::to_string(s.entry->kv_block));
   }
+  int shared_limit = 0;
+  cudaError_t error =
+      cudaDeviceGetAttribute(&shared_limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, s.device);
+  if (error != cudaSuccess) return device_status(error, "cudaDeviceGetAttribute");
+  if (s.entry->shared_bytes > static_cast<size_t>(shared_limit)) {
+    return unsupported(std::string(s.entry->name) + " wants " +
+                       std::to_string(s.entry->shared_bytes) + " bytes of shared memory, " +
+                       info.value().name + " has " + std::to_string(shared_limit) + " per block");
+  }
   s.workspace = lay_out(s);
 
   const DeviceGuard guard(s.device);
   if (guard.error() != cudaSuccess) return device_status(guard.error(), "cudaSetDevice");
-  const cudaError_t error =
-      cudaFuncSetAttribute(s.entry->function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                           static_cast<int>(s.entry->shared_bytes));
+  error = cudaFuncSetAttribute(s.entry->function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(s.entry->shared_bytes));
   if (error != cudaSuccess) {
     cudaGetLastError();
     return device_status(error, s.entry->name);

@@ -7,7 +7,7 @@
 
 #include "backend.hpp"
 #include "launch.hpp"
-#include "quantize.hpp"
+#include "pack_v.hpp"
 
 /// What backend.cu and pack.cu share.
 namespace attn8::cuda {

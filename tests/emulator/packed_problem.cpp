@@ -9,7 +9,7 @@
 #include <limits>
 #include <random>
 
-#include "cuda/quantize.hpp"
+#include "cuda/pack_v.hpp"
 #include "emulator/float16.hpp"
 
 namespace attn8::cuda::testing {
