@@ -190,7 +190,7 @@ struct Sm90 {
     const int lane = thread % 32;
     constexpr uint32_t kSpan = kBug == Sm90Bug::kOtherSwizzle ? 2 * Tile::kSpan : Tile::kSpan;
     store_q(p, base, thread);
-    int sum[2] = {0, 0};
+    uint32_t sum[2] = {0, 0};  // wraps on the poison that a planted bug may read
     for (int tile = 0; tile < tiles; ++tile) {
       const uint32_t stage = static_cast<uint32_t>(tile % kStages);
       if (kBug != Sm90Bug::kNoFullWait) {
@@ -210,7 +210,7 @@ struct Sm90 {
       for (int i = 0; i < kKvBlock / 2; ++i) {
         const int row = thread / 32 * 16 + c_row(lane, i);
         const int key = tile * kKvBlock + c_column(lane, i);
-        if (visible(p, row, key, 0)) sum[i / 2 % 2] += 1 + s[i];
+        if (visible(p, row, key, 0)) sum[i / 2 % 2] += 1u + static_cast<uint32_t>(s[i]);
       }
       if (kBug == Sm90Bug::kNoWgmmaWait) ptx::wgmma_wait<0>();
       if (kBug != Sm90Bug::kEarlyRelease && thread == 0) ptx::mbar_arrive(empty + 8 * stage);
@@ -225,7 +225,7 @@ struct Sm90 {
       sum[r] += ptx::shfl_xor(sum[r], 1);
       sum[r] += ptx::shfl_xor(sum[r], 2);
       const int row = thread / 32 * 16 + lane / 4 + 8 * r;
-      if (lane % 4 == 0) ptx::st_global(p.out + row, sum[r]);
+      if (lane % 4 == 0) ptx::st_global(p.out + row, static_cast<int>(sum[r]));
     }
   }
 
