@@ -4,6 +4,7 @@
 """Checks and times the CUDA backend on a GPU, beside torch's attention on the same tensors.
 
     cmake -S benchmarks/gpu -B build/gpu && cmake --build build/gpu -j
+    build/gpu/attn8_gpu_probe
     python3 benchmarks/gpu/bench.py build/gpu/libattn8_gpu.so --json result.json
 
 Needs torch. Times are medians of CUDA-event timings, see measure(); clock and power are read beside
