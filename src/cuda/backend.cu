@@ -1,0 +1,411 @@
+// SPDX-FileCopyrightText: The attn8 authors
+// SPDX-License-Identifier: Apache-2.0
+#include "backend.hpp"
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <span>
+
+#include "plan.hpp"
+
+namespace attn8::cuda {
+
+#define ATTN8_CUDA_INSTANCE(name) AttendEntry name();
+#include "instances.inc"
+#undef ATTN8_CUDA_INSTANCE
+
+namespace {
+
+std::span<const AttendEntry> entries() {
+  static const AttendEntry table[] = {
+#define ATTN8_CUDA_INSTANCE(name) name(),
+#include "instances.inc"
+#undef ATTN8_CUDA_INSTANCE
+  };
+  return table;
+}
+
+Status unsupported(std::string message) { return {StatusCode::kUnsupported, std::move(message)}; }
+
+/// Restores the caller's current device.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device) {
+    error_ = cudaGetDevice(&previous_);
+    if (error_ == cudaSuccess && previous_ != device) {
+      error_ = cudaSetDevice(device);
+      changed_ = error_ == cudaSuccess;
+    }
+  }
+  ~DeviceGuard() {
+    if (changed_) cudaSetDevice(previous_);
+  }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+  [[nodiscard]] cudaError_t error() const { return error_; }
+
+ private:
+  int previous_ = 0;
+  bool changed_ = false;
+  cudaError_t error_ = cudaSuccess;
+};
+
+const ConstTensorView& view_of(const Operand& operand) {
+  const auto* quantized = std::get_if<QuantizedView>(&operand);
+  return quantized != nullptr ? quantized->codes : *std::get_if<ConstTensorView>(&operand);
+}
+
+std::string shape_text(const Extents& e) {
+  return "[" + std::to_string(e[0]) + ", " + std::to_string(e[1]) + ", " + std::to_string(e[2]) +
+         ", " + std::to_string(e[3]) + "]";
+}
+
+Status check_memory(const void* data, const char* name, int device) {
+  cudaPointerAttributes attributes{};
+  const cudaError_t error = cudaPointerGetAttributes(&attributes, data);
+  if (error != cudaSuccess) {
+    cudaGetLastError();
+    return device_status(error, name);
+  }
+  if (attributes.type != cudaMemoryTypeDevice && attributes.type != cudaMemoryTypeManaged) {
+    return {StatusCode::kInvalidArgument, std::string(name) +
+                                              ".data is host memory, want memory of CUDA device " +
+                                              std::to_string(device)};
+  }
+  if (attributes.type == cudaMemoryTypeDevice && attributes.device != device) {
+    return {StatusCode::kInvalidArgument, std::string(name) + ".data is on CUDA device " +
+                                              std::to_string(attributes.device) + ", want " +
+                                              std::to_string(device)};
+  }
+  return {};
+}
+
+/// The strides and alignment that the kernels read with 16-byte (inputs) or paired (out) accesses.
+Status check_layout(const ConstTensorView& view, const char* name, int64_t multiple,
+                    uintptr_t alignment) {
+  if (view.shape[3] > 1 && view.strides[3] != 1) {
+    return unsupported(std::string(name) + ".strides[3]=" + std::to_string(view.strides[3]) +
+                       ", the CUDA kernels want 1");
+  }
+  for (int axis = 0; axis < 3; ++axis) {
+    if (view.shape[axis] > 1 && view.strides[axis] % multiple != 0) {
+      return unsupported(std::string(name) + ".strides[" + std::to_string(axis) +
+                         "]=" + std::to_string(view.strides[axis]) +
+                         ", the CUDA kernels want a multiple of " + std::to_string(multiple));
+    }
+  }
+  if (reinterpret_cast<uintptr_t>(view.data) % alignment != 0) {
+    return unsupported(std::string(name) + ".data is not aligned to " + std::to_string(alignment) +
+                       " bytes, which the CUDA kernels want");
+  }
+  return {};
+}
+
+Status check_input(const Operand& operand, const char* name, const Extents& shape, DType dtype,
+                   int device) {
+  const ConstTensorView& view = view_of(operand);
+  if (view.shape != shape || view.dtype != dtype) {
+    return {StatusCode::kInvalidArgument,
+            std::string(name) + " is " + std::string(to_string(view.dtype)) +
+                shape_text(view.shape) + ", want what the plan was made for: " +
+                std::string(to_string(dtype)) + shape_text(shape)};
+  }
+  if (shape[0] * shape[1] * shape[2] * shape[3] == 0) return {};
+  if (const Status status = check_layout(view, name, 8, 16); !status.ok()) return status;
+  return check_memory(view.data, name, device);
+}
+
+int clamp_offset(int64_t offset) {
+  return static_cast<int>(std::clamp<int64_t>(offset, -kNoLimit, kNoLimit));
+}
+
+size_t aligned(size_t bytes) { return (bytes + 255) / 256 * 256; }
+
+Workspace lay_out(const Plan::State& s) {
+  const auto q_heads = static_cast<size_t>(s.batch()) * s.nheads_q();
+  const auto kv_heads = static_cast<size_t>(s.batch()) * s.nheads_k();
+  const size_t row_bytes = s.row_bytes();
+  const size_t packed_dim = packed_head_dim(s.head_dim());
+  const size_t chunks = (s.last_key - s.first_key + 255) / 256;
+  Workspace w{};
+  size_t at = 0;
+  const auto take = [&](size_t bytes) {
+    const size_t offset = at;
+    at += aligned(bytes);
+    return offset;
+  };
+  w.q = take(q_heads * s.rows_q * row_bytes);
+  w.k = take(kv_heads * s.rows_k * row_bytes);
+  w.v = take(kv_heads * s.rows_k * packed_dim);
+  w.q_scale = take(q_heads * s.rows_q * 4);
+  w.key_constants = take(kv_heads * s.rows_k * 2 * 4);
+  w.v_scale = take(kv_heads * packed_dim * 4);
+  w.lse_shift = take(q_heads * s.rows_q * 4);
+  w.k_mean = take(kv_heads * row_bytes * 4);
+  w.token_scale = take(kv_heads * s.rows_k * 4);
+  w.panel_scale = take(kv_heads * (s.rows_k / kPanelKeys) * 4);
+  w.partial = take(kv_heads * chunks * row_bytes * 8);  // doubles
+  w.bytes = at;
+  return w;
+}
+
+Result<Kernels> kernels_of(int device) {
+  int major = 0;
+  const cudaError_t error =
+      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  if (error != cudaSuccess) return device_status(error, "cudaDeviceGetAttribute");
+  if (major < 8) {
+    return Status(StatusCode::kUnavailable, "device " + std::to_string(device) +
+                                                " has compute capability " + std::to_string(major) +
+                                                ".x, the CUDA kernels want 8.0 or later");
+  }
+  const bool has_sm90 = std::any_of(entries().begin(), entries().end(),
+                                    [](const AttendEntry& e) { return e.family == Family::kSm90; });
+  return major == 9 && has_sm90 ? Kernels::kSm90 : Kernels::kSm80;
+}
+
+}  // namespace
+
+Status device_status(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) return {};
+  StatusCode code = StatusCode::kDeviceError;
+  if (error == cudaErrorMemoryAllocation) code = StatusCode::kOutOfMemory;
+  if (error == cudaErrorInsufficientDriver || error == cudaErrorNoDevice ||
+      error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDevice) {
+    code = StatusCode::kUnavailable;
+  }
+  return {code, std::string(what) + ": " + cudaGetErrorString(error)};
+}
+
+Result<int> device_count() noexcept {
+  int count = 0;
+  const cudaError_t error = cudaGetDeviceCount(&count);
+  if (error != cudaSuccess) {
+    cudaGetLastError();
+    return Status(StatusCode::kUnavailable,
+                  std::string("no CUDA device can be used: ") + cudaGetErrorString(error));
+  }
+  return count;
+}
+
+Result<DeviceInfo> device_info(int device) noexcept {
+  const Result<int> count = device_count();
+  if (!count.ok()) return count.status();
+  if (device < 0 || device >= count.value()) {
+    return Status(StatusCode::kUnavailable, "device=" + std::to_string(device) + ", there are " +
+                                                std::to_string(count.value()) + " CUDA devices");
+  }
+  const Result<Kernels> kernels = kernels_of(device);
+  if (!kernels.ok()) return kernels.status();
+  cudaDeviceProp properties{};
+  const cudaError_t error = cudaGetDeviceProperties(&properties, device);
+  if (error != cudaSuccess) return device_status(error, "cudaGetDeviceProperties");
+  return DeviceInfo{properties.name, properties.major, properties.minor,
+                    properties.multiProcessorCount,
+                    kernels.value() == Kernels::kSm90 ? "sm90a" : "sm80"};
+}
+
+Result<Plan> Plan::make(const AttentionInputs& inputs, const AttentionOutputs& outputs,
+                        const AttentionOptions& options, Kernels kernels) noexcept {
+  const ConstTensorView& q = view_of(inputs.q);
+  const ConstTensorView& k = view_of(inputs.k);
+  const ConstTensorView& v = view_of(inputs.v);
+  auto state = std::make_shared<State>();
+  State& s = *state;
+  s.device = outputs.out.device.index;
+  const Result<DeviceInfo> info = device_info(s.device);
+  if (!info.ok()) return info.status();
+
+  s.q_shape = q.shape;
+  s.k_shape = k.shape;
+  s.q_type = q.dtype;
+  s.k_type = k.dtype;
+  s.v_type = v.dtype;
+  s.out_type = outputs.out.dtype;
+  s.has_lse = outputs.lse.has_value();
+  if (v.shape != k.shape || k.shape[0] != q.shape[0] || k.shape[3] != q.shape[3] ||
+      outputs.out.shape != q.shape) {
+    return Status(StatusCode::kInvalidArgument,
+                  "q " + shape_text(q.shape) + ", k " + shape_text(k.shape) + ", v " +
+                      shape_text(v.shape) + " and out " + shape_text(outputs.out.shape) +
+                      " do not fit together");
+  }
+  if (k.shape[2] <= 0 || q.shape[2] % k.shape[2] != 0) {
+    return Status(StatusCode::kInvalidArgument,
+                  "k.shape[2]=" + std::to_string(k.shape[2]) +
+                      " must divide q.shape[2]=" + std::to_string(q.shape[2]));
+  }
+  if (q.shape[3] < 8 || q.shape[3] > 256 || q.shape[3] % 8 != 0) {
+    return unsupported("q.shape[3]=" + std::to_string(q.shape[3]) +
+                       ", the CUDA kernels want a head_dim that is a multiple of 8 up to 256");
+  }
+  if (q.shape[1] > kNoLimit / 2 || k.shape[1] > kNoLimit / 2 || q.shape[0] * q.shape[2] > 65535) {
+    return unsupported(
+        "q " + shape_text(q.shape) +
+        ", the CUDA kernels want sequences up to 2^29 and batch * heads up to 65535");
+  }
+  if (!is_float(outputs.out.dtype)) {
+    return Status(StatusCode::kInvalidArgument,
+                  "out.dtype=" + std::string(to_string(outputs.out.dtype)) +
+                      ", want float32, float16 or bfloat16");
+  }
+
+  const auto* v_quantized = std::get_if<QuantizedView>(&inputs.v);
+  s.v_granularity = options.mode == Mode::kPaper ? Granularity::kTensor
+                    : v_quantized != nullptr     ? v_quantized->spec.granularity
+                                                 : options.v_granularity;
+  Weights weights = Weights::kFolded;
+  if (options.mode == Mode::kPaper) {
+    weights = Weights::kPaper;
+  } else if (options.mode != Mode::kAccurate) {
+    return unsupported("mode=" + std::string(to_string(options.mode)) +
+                       ", the CUDA backend has accurate and paper");
+  } else if (s.v_granularity == Granularity::kTensor || s.v_granularity == Granularity::kChannel) {
+    weights = Weights::kPlain;
+  } else if (s.v_granularity != Granularity::kToken) {
+    return unsupported("v_granularity=" + std::string(to_string(s.v_granularity)) +
+                       ", the CUDA backend has token, tensor and channel");
+  }
+  const auto* k_quantized = std::get_if<QuantizedView>(&inputs.k);
+
+  const int64_t shift =
+      options.mask.align == CausalAlign::kBottomRight ? k.shape[1] - q.shape[1] : 0;
+  int64_t right = options.mask.window_right;
+  if (options.mask.causal) right = right < 0 ? 0 : std::min<int64_t>(right, 0);
+  s.first_offset =
+      options.mask.window_left < 0 ? -kNoLimit : clamp_offset(shift - options.mask.window_left);
+  s.last_offset = right < 0 ? kNoLimit : clamp_offset(shift + right);
+  const int64_t seqlen_k = k.shape[1];
+  s.first_key = static_cast<int>(std::clamp<int64_t>(s.first_offset, 0, seqlen_k));
+  s.last_key =
+      static_cast<int>(std::clamp<int64_t>(q.shape[1] + s.last_offset, s.first_key, seqlen_k));
+  s.rows_q = static_cast<int>(round_up(q.shape[1], kSequencePad));
+  s.rows_k = static_cast<int>(round_up(seqlen_k, kSequencePad));
+  s.has_mean = k_quantized != nullptr
+                   ? k_quantized->mean.has_value()
+                   : options.smooth_k && options.mode != Mode::kPaper && s.last_key > s.first_key;
+  s.softmax_scale = options.softmax_scale.value_or(
+      static_cast<float>(1.0 / std::sqrt(static_cast<double>(q.shape[3]))));
+
+  if (kernels == Kernels::kBest)
+    kernels = info.value().family == "sm90a" ? Kernels::kSm90 : Kernels::kSm80;
+  const Family family = kernels == Kernels::kSm90 ? Family::kSm90 : Family::kSm80;
+  s.entry = nullptr;
+  for (const AttendEntry& entry : entries()) {
+    if (entry.family == family && entry.weights == weights &&
+        entry.head_dim == packed_head_dim(s.head_dim())) {
+      s.entry = &entry;
+    }
+  }
+  if (s.entry == nullptr) {
+    return Status(StatusCode::kUnavailable,
+                  "this build has no CUDA kernel for head_dim=" + std::to_string(q.shape[3]) +
+                      " on " + info.value().name);
+  }
+  if (options.kv_block != 0 && options.kv_block != s.entry->kv_block) {
+    return unsupported("kv_block=" + std::to_string(options.kv_block) + ", " + s.entry->name +
+                       " has " + std::to_string(s.entry->kv_block));
+  }
+  int shared_limit = 0;
+  cudaError_t error =
+      cudaDeviceGetAttribute(&shared_limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, s.device);
+  if (error != cudaSuccess) return device_status(error, "cudaDeviceGetAttribute");
+  if (s.entry->shared_bytes > static_cast<size_t>(shared_limit)) {
+    return unsupported(std::string(s.entry->name) + " wants " +
+                       std::to_string(s.entry->shared_bytes) + " bytes of shared memory, " +
+                       info.value().name + " has " + std::to_string(shared_limit) + " per block");
+  }
+  s.workspace = lay_out(s);
+
+  const DeviceGuard guard(s.device);
+  if (guard.error() != cudaSuccess) return device_status(guard.error(), "cudaSetDevice");
+  error = cudaFuncSetAttribute(s.entry->function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(s.entry->shared_bytes));
+  if (error != cudaSuccess) {
+    cudaGetLastError();
+    return device_status(error, s.entry->name);
+  }
+  return Plan(std::move(state));
+}
+
+size_t Plan::workspace_bytes() const noexcept { return state_->workspace.bytes; }
+std::string_view Plan::kernel() const noexcept { return state_->entry->name; }
+int32_t Plan::kv_block() const noexcept { return state_->entry->kv_block; }
+
+Status Plan::pack(const AttentionInputs& inputs, void* workspace, void* stream) const noexcept {
+  const State& s = *state_;
+  const DeviceGuard guard(s.device);
+  if (guard.error() != cudaSuccess) return device_status(guard.error(), "cudaSetDevice");
+  const Status checks[] = {check_input(inputs.q, "q", s.q_shape, s.q_type, s.device),
+                           check_input(inputs.k, "k", s.k_shape, s.k_type, s.device),
+                           check_input(inputs.v, "v", s.k_shape, s.v_type, s.device)};
+  for (const Status& check : checks) {
+    if (!check.ok()) return check;
+  }
+  return enqueue_pack(s, inputs, static_cast<char*>(workspace), static_cast<cudaStream_t>(stream));
+}
+
+Status Plan::attend(const AttentionOutputs& outputs, void* workspace, void* stream) const noexcept {
+  const State& s = *state_;
+  if (s.q_shape[0] * s.q_shape[1] * s.q_shape[2] == 0) return {};
+  const DeviceGuard guard(s.device);
+  if (guard.error() != cudaSuccess) return device_status(guard.error(), "cudaSetDevice");
+  const ConstTensorView out(outputs.out);
+  if (out.shape != s.q_shape || out.dtype != s.out_type || outputs.lse.has_value() != s.has_lse) {
+    return {StatusCode::kInvalidArgument, "outputs differ from those the plan was made for"};
+  }
+  const Status checks[] = {check_layout(out, "out", 2, 2 * dtype_bytes(out.dtype)),
+                           check_memory(out.data, "out", s.device),
+                           s.has_lse ? check_memory(outputs.lse->data, "lse", s.device) : Status()};
+  for (const Status& check : checks) {
+    if (!check.ok()) return check;
+  }
+
+  char* base = static_cast<char*>(workspace);
+  const auto floats_at = [&](size_t offset) { return reinterpret_cast<float*>(base + offset); };
+  AttendParams p{};
+  p.q = reinterpret_cast<int8_t*>(base + s.workspace.q);
+  p.k = reinterpret_cast<int8_t*>(base + s.workspace.k);
+  p.v = reinterpret_cast<int8_t*>(base + s.workspace.v);
+  p.q_scale = floats_at(s.workspace.q_scale);
+  p.key_constants = floats_at(s.workspace.key_constants);
+  p.v_scale = floats_at(s.workspace.v_scale);
+  p.lse_shift = s.has_mean && s.has_lse ? floats_at(s.workspace.lse_shift) : nullptr;
+  p.out = outputs.out.data;
+  p.out_stride_batch = out.strides[0];
+  p.out_stride_row = out.strides[1];
+  p.out_stride_head = out.strides[2];
+  if (s.has_lse) {
+    p.lse = static_cast<float*>(outputs.lse->data);
+    p.lse_stride_batch = outputs.lse->strides[0];
+    p.lse_stride_row = outputs.lse->strides[1];
+    p.lse_stride_head = outputs.lse->strides[2];
+  }
+  p.nheads_q = s.nheads_q();
+  p.nheads_k = s.nheads_k();
+  p.rows_q = s.rows_q;
+  p.rows_k = s.rows_k;
+  p.seqlen_q = s.seqlen_q();
+  p.seqlen_k = s.seqlen_k();
+  p.head_dim = s.head_dim();
+  p.first_offset = s.first_offset;
+  p.last_offset = s.last_offset;
+  p.out_type = out.dtype == DType::kFloat32   ? Element::kFloat32
+               : out.dtype == DType::kFloat16 ? Element::kFloat16
+                                              : Element::kBFloat16;
+  p.score_scale = static_cast<float>(static_cast<double>(s.softmax_scale) * 1.4426950408889634);
+  const dim3 grid((s.seqlen_q() + s.entry->rows - 1) / s.entry->rows, s.batch() * s.nheads_q());
+  void* arguments[] = {&p};
+  return device_status(cudaLaunchKernel(s.entry->function, grid, dim3(s.entry->threads), arguments,
+                                        s.entry->shared_bytes, static_cast<cudaStream_t>(stream)),
+                       s.entry->name);
+}
+
+Status Plan::run(const AttentionInputs& inputs, const AttentionOutputs& outputs, void* workspace,
+                 void* stream) const noexcept {
+  const Status status = pack(inputs, workspace, stream);
+  return status.ok() ? attend(outputs, workspace, stream) : status;
+}
+
+}  // namespace attn8::cuda

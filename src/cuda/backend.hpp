@@ -1,0 +1,70 @@
+// SPDX-FileCopyrightText: The attn8 authors
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+#include <string_view>
+
+#include "attn8/attention.hpp"
+#include "attn8/status.hpp"
+
+/// The CUDA backend. Nothing here touches CUDA until the first call; without a driver or a device
+/// every call says so with kUnavailable.
+namespace attn8::cuda {
+
+/// What a device of this process can run.
+struct DeviceInfo {
+  std::string name;
+  int major = 0, minor = 0;  ///< compute capability
+  int multiprocessors = 0;
+  std::string_view family;  ///< "sm90a" or "sm80": which kernels it uses
+};
+
+/// Devices there are; kUnavailable with the driver's reason when CUDA cannot start.
+Result<int> device_count() noexcept;
+/// kUnavailable when there is no such device or no kernel for it.
+Result<DeviceInfo> device_info(int device) noexcept;
+
+/// Kernels other than the device's own, for tests.
+enum class Kernels : uint8_t { kBest, kSm80, kSm90 };
+
+/// A validated attention problem on one device. Immutable and cheap to copy; run() may be called
+/// from any thread.
+///
+/// Tensors are on the device of `outputs.out`; channels contiguous (stride 1), data 16-byte
+/// aligned, other strides multiples of 8 elements, head_dim a multiple of 8 up to 256. Modes
+/// kAccurate (V granularity kToken, kTensor or kChannel) and kPaper. kv_block is the kernel's: 0,
+/// or kv_block(). Everything else gives kUnsupported with the argument's name.
+class Plan {
+ public:
+  static Result<Plan> make(const AttentionInputs& inputs, const AttentionOutputs& outputs,
+                           const AttentionOptions& options,
+                           Kernels kernels = Kernels::kBest) noexcept;
+
+  /// Device memory that the calls below need.
+  [[nodiscard]] size_t workspace_bytes() const noexcept;
+  [[nodiscard]] std::string_view kernel() const noexcept;
+  [[nodiscard]] int32_t kv_block() const noexcept;
+
+  /// Quantizes what is float and packs Q, K and V into `workspace`, then attends. `workspace`:
+  /// workspace_bytes() of device memory, 256-byte aligned, not shared with a call that may still be
+  /// running. Enqueues on `stream` (a cudaStream_t) and returns; nothing synchronizes or allocates,
+  /// so that the calls can be captured into a CUDA graph. The same data give the same bits.
+  Status run(const AttentionInputs& inputs, const AttentionOutputs& outputs, void* workspace,
+             void* stream) const noexcept;
+
+  /// The two halves of run(): K and V that stay the same need packing once.
+  Status pack(const AttentionInputs& inputs, void* workspace, void* stream) const noexcept;
+  Status attend(const AttentionOutputs& outputs, void* workspace, void* stream) const noexcept;
+
+  struct State;  ///< private to the backend
+
+ private:
+  explicit Plan(std::shared_ptr<const State> state) noexcept : state_(std::move(state)) {}
+  std::shared_ptr<const State> state_;
+};
+
+}  // namespace attn8::cuda

@@ -1,0 +1,95 @@
+// SPDX-FileCopyrightText: The attn8 authors
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+#include <cstdint>
+
+#include "layout.hpp"
+
+/// What the pack kernels write and the attention kernels read. One packed form serves both kernel
+/// families; every tile of it is contiguous and lies in memory as it lies in shared memory, so that
+/// a tile is one bulk copy and needs no tensor map.
+namespace attn8::cuda {
+
+/// Packed sequences are padded with zero codes to whole tiles of 256, the largest tile there is.
+inline constexpr int kSequencePad = 256;
+/// Keys of a panel of packed V: 128 bytes, the widest swizzle.
+inline constexpr int kPanelKeys = 128;
+/// Rows of queries share their keys' constants in groups of 16 keys, in packed order.
+inline constexpr int kKeyGroup = 16;
+/// Floats per key group: [k_scale | v_ratio][16], v_ratio the r of docs/numerics.md.
+inline constexpr int kKeyConstants = 2 * kKeyGroup;
+
+ATTN8_HOST_DEVICE constexpr int64_t round_up(int64_t n, int64_t multiple) {
+  return (n + multiple - 1) / multiple * multiple;
+}
+
+/// Bytes of a packed row of Q or K: head_dim with zeros up to a whole swizzle span.
+ATTN8_HOST_DEVICE constexpr int packed_row_bytes(int head_dim) {
+  return head_dim <= 64 ? 64 : head_dim <= 128 ? 128 : 256;
+}
+/// Rows of packed V^T: head_dim with zero rows up to the next kernel's.
+ATTN8_HOST_DEVICE constexpr int packed_head_dim(int head_dim) {
+  return head_dim <= 64 ? 64 : head_dim <= 96 ? 96 : head_dim <= 128 ? 128 : 256;
+}
+
+/// Where byte `byte` of row `row` of packed Q or K lies in its head's image
+///   [row_bytes / span][rows][span] swizzled, span = min(row_bytes, 128)
+ATTN8_HOST_DEVICE constexpr int64_t packed_row_offset(int64_t rows, int row_bytes, int64_t row,
+                                                      int byte) {
+  const uint32_t span = row_bytes < 128 ? 64 : 128;
+  return (byte / span * rows + (row & ~int64_t{7})) * span +
+         swizzle(static_cast<uint32_t>((row & 7) * span + byte % span), span);
+}
+
+/// Where key `key` of channel `channel` of packed V^T lies in its head's image
+///   [keys / 128][packed_head_dim][128] swizzled, keys of each 16 in packed_key() order
+ATTN8_HOST_DEVICE constexpr int64_t packed_v_offset(int packed_dim, int64_t key, int channel) {
+  return (key / kPanelKeys * packed_dim + channel / 8 * 8) * kPanelKeys +
+         swizzle(
+             static_cast<uint32_t>(channel % 8 * kPanelKeys + packed_position(key) % kPanelKeys),
+             kPanelKeys);
+}
+
+/// Where key `key`'s constant `which` (0 k_scale, 1 v_ratio) lies in its head's [keys / 16][2][16].
+ATTN8_HOST_DEVICE constexpr int64_t key_constant_offset(int64_t key, int which) {
+  return key / kKeyGroup * kKeyConstants + which * kKeyGroup + packed_position(key) % kKeyGroup;
+}
+
+/// Element types of float tensors on the device.
+enum class Element : int32_t { kFloat32, kFloat16, kBFloat16 };
+
+/// How scores become 8-bit weights; one kernel instance each.
+enum class Weights : int32_t {
+  kFolded,  ///< accurate, V scales per token folded into P
+  kPlain,   ///< accurate, V scales per tensor or per channel
+  kPaper,   ///< Algorithm 1 of arXiv:2409.16997
+};
+
+/// One attention call. Plain value, passed to the kernel. `rows` stands for the packed lengths,
+/// multiples of kSequencePad.
+struct AttendParams {
+  const int8_t* q;             ///< [batch * nheads_q] images of rows_q rows
+  const int8_t* k;             ///< [batch * nheads_k] images of rows_k rows
+  const int8_t* v;             ///< [batch * nheads_k] images of rows_k keys
+  const float* q_scale;        ///< [batch * nheads_q][rows_q]
+  const float* key_constants;  ///< [batch * nheads_k][rows_k / 16][2][16]
+  const float* v_scale;        ///< [batch * nheads_k][packed_head_dim], multiplies the output
+  const float* lse_shift;      ///< [batch * nheads_q][rows_q], added to the LSE; or nullptr
+  void* out;                   ///< out_type, channels contiguous
+  float* lse;                  ///< or nullptr
+  int64_t out_stride_batch, out_stride_row, out_stride_head;
+  int64_t lse_stride_batch, lse_stride_row, lse_stride_head;
+  int nheads_q, nheads_k;
+  int rows_q, rows_k;
+  int seqlen_q, seqlen_k;
+  int head_dim;
+  int first_offset;  ///< row i sees keys from i + first_offset
+  int last_offset;   ///< row i sees keys to i + last_offset
+  Element out_type;
+  float score_scale;  ///< float(softmax_scale * log2(e))
+};
+
+/// Mask offsets that stand for "unlimited": beyond any length, and safe to add to one.
+inline constexpr int kNoLimit = 1 << 30;
+
+}  // namespace attn8::cuda

@@ -1,0 +1,53 @@
+// SPDX-FileCopyrightText: The attn8 authors
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+#include <cuda_runtime.h>
+
+#include <string>
+
+#include "backend.hpp"
+#include "launch.hpp"
+#include "pack_v.hpp"
+
+/// What backend.cu and pack.cu share.
+namespace attn8::cuda {
+
+/// Byte offsets into the workspace, multiples of 256.
+struct Workspace {
+  size_t q, k, v, q_scale, key_constants, v_scale, lse_shift, k_mean, token_scale, panel_scale,
+      partial, bytes;
+};
+
+struct Plan::State {
+  const AttendEntry* entry;
+  int device;
+  Extents q_shape, k_shape;
+  DType q_type, k_type, v_type;  ///< kInt8: quantized operands
+  DType out_type;
+  bool has_lse;
+  bool has_mean;  ///< K is smoothed here, or came with a mean
+  Granularity v_granularity;
+  float softmax_scale;
+  int first_offset, last_offset;  ///< of the mask, see AttendParams
+  int first_key, last_key;        ///< keys visible to a query: [first_key, last_key)
+  int rows_q, rows_k;
+  Workspace workspace;
+
+  [[nodiscard]] int batch() const { return static_cast<int>(q_shape[0]); }
+  [[nodiscard]] int seqlen_q() const { return static_cast<int>(q_shape[1]); }
+  [[nodiscard]] int nheads_q() const { return static_cast<int>(q_shape[2]); }
+  [[nodiscard]] int seqlen_k() const { return static_cast<int>(k_shape[1]); }
+  [[nodiscard]] int nheads_k() const { return static_cast<int>(k_shape[2]); }
+  [[nodiscard]] int head_dim() const { return static_cast<int>(q_shape[3]); }
+  [[nodiscard]] int row_bytes() const { return packed_row_bytes(head_dim()); }
+};
+
+/// Ok, or kDeviceError with CUDA's own words (kOutOfMemory, kUnavailable where those are the
+/// cause).
+Status device_status(cudaError_t error, const char* what);
+
+/// Enqueues the quantize and pack kernels; the operands have been checked against the plan.
+Status enqueue_pack(const Plan::State& state, const AttentionInputs& inputs, char* workspace,
+                    cudaStream_t stream);
+
+}  // namespace attn8::cuda

@@ -1,0 +1,383 @@
+// SPDX-FileCopyrightText: The attn8 authors
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+#include <cfloat>
+#include <cmath>
+#include <cstdint>
+#include <type_traits>
+
+#include "params.hpp"
+#include "ptx.hpp"
+
+/// From float tensors (or codes that were quantized before) to the packed form of params.hpp, the
+/// rules of docs/numerics.md. Memory-bound: 16-byte loads, several in flight, each input read once
+/// (K twice when it is smoothed, V twice when its scale is not per token).
+///
+/// Order of launches: ChannelStatistics and FinishStatistics of K (mean) and V (scales), then
+/// QuantizeRows of K and Q, PackV and FoldV (pack_v.hpp).
+namespace attn8::cuda {
+
+/// A [batch, seqlen, nheads, head_dim] tensor on the device; channels contiguous, rows at multiples
+/// of 8 elements from a 16-byte aligned start, head_dim a multiple of 8.
+struct SourceTensor {
+  const void* data;
+  int64_t stride_batch, stride_row, stride_head;  // elements
+  const float* scale;                             // of codes: one per token; else nullptr
+  int64_t scale_stride_batch, scale_stride_row, scale_stride_head;
+  int seqlen, nheads, head_dim;
+
+  ATTN8_DEVICE int64_t offset(int batch, int row, int head) const {
+    return batch * stride_batch + row * stride_row + head * stride_head;
+  }
+  ATTN8_DEVICE float token_scale(int batch, int row, int head) const {
+    return ptx::ld_global(scale + batch * scale_stride_batch + row * scale_stride_row +
+                          head * scale_stride_head);
+  }
+};
+
+/// What a source holds.
+enum class Source : int32_t { kFloat32, kFloat16, kBFloat16, kCodes };
+
+template <Source kSource>
+ATTN8_DEVICE void widen_pair(uint32_t bits, float& low, float& high) {
+  if constexpr (kSource == Source::kFloat16) {
+    low = ptx::half_to_float(bits & 0xFFFF);
+    high = ptx::half_to_float(bits >> 16);
+  } else {
+    low = ptx::bfloat16_to_float(bits & 0xFFFF);
+    high = ptx::as_float(bits & 0xFFFF0000u);
+  }
+}
+
+ATTN8_DEVICE float signed_byte(uint32_t word, int index) {
+  return static_cast<float>(static_cast<int8_t>(word >> 8 * index));
+}
+
+/// Eight channels from `offset` on, as floats (codes as integers).
+template <Source kSource>
+ATTN8_DEVICE void load8(const SourceTensor& x, int64_t offset, float (&values)[8]) {
+  if constexpr (kSource == Source::kFloat32) {
+    const float4* source =
+        reinterpret_cast<const float4*>(static_cast<const float*>(x.data) + offset);
+    ATTN8_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      const float4 part = ptx::ld_global(source + i);
+      values[4 * i] = part.x;
+      values[4 * i + 1] = part.y;
+      values[4 * i + 2] = part.z;
+      values[4 * i + 3] = part.w;
+    }
+  } else if constexpr (kSource == Source::kCodes) {
+    const uint2 bits =
+        ptx::ld_global(reinterpret_cast<const uint2*>(static_cast<const int8_t*>(x.data) + offset));
+    ATTN8_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      values[i] = signed_byte(bits.x, i);
+      values[4 + i] = signed_byte(bits.y, i);
+    }
+  } else {
+    const uint4 bits = ptx::ld_global(
+        reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(x.data) + offset));
+    widen_pair<kSource>(bits.x, values[0], values[1]);
+    widen_pair<kSource>(bits.y, values[2], values[3]);
+    widen_pair<kSource>(bits.z, values[4], values[5]);
+    widen_pair<kSource>(bits.w, values[6], values[7]);
+  }
+}
+
+/// Two channels from `offset` on.
+template <Source kSource>
+ATTN8_DEVICE void load2(const SourceTensor& x, int64_t offset, float& low, float& high) {
+  if constexpr (kSource == Source::kFloat32) {
+    const float2 pair =
+        ptx::ld_global(reinterpret_cast<const float2*>(static_cast<const float*>(x.data) + offset));
+    low = pair.x;
+    high = pair.y;
+  } else if constexpr (kSource == Source::kCodes) {
+    const uint16_t bits = ptx::ld_global(
+        reinterpret_cast<const uint16_t*>(static_cast<const int8_t*>(x.data) + offset));
+    low = signed_byte(bits, 0);
+    high = signed_byte(bits, 1);
+  } else {
+    const uint32_t bits = ptx::ld_global(
+        reinterpret_cast<const uint32_t*>(static_cast<const uint16_t*>(x.data) + offset));
+    widen_pair<kSource>(bits, low, high);
+  }
+}
+
+/// |x| in a form whose unsigned maximum keeps a NaN or an infinity.
+ATTN8_DEVICE uint32_t magnitude_bits(float x) { return ptx::as_uint(x) & 0x7FFFFFFFu; }
+
+ATTN8_DEVICE uint32_t larger(uint32_t a, uint32_t b) { return a > b ? a : b; }
+
+inline constexpr uint32_t kNotFinite = 0x7F800000u;
+
+/// Scale of a group from the largest magnitude_bits() in it: NaN when one is not finite, 1 when
+/// the scale would be no normal number. Its low 3 bits are clear.
+ATTN8_DEVICE float group_scale(uint32_t magnitude) {
+  if (magnitude >= kNotFinite) return ptx::as_float(0x7FC00000u);
+  const float scale = ptx::as_float(ptx::as_uint(ptx::as_float(magnitude) / 127.0f) & ~7u);
+  return scale < FLT_MIN ? 1.0f : scale;
+}
+
+/// round-half-even(x / scale) in the low byte, two's complement; 0 for a scale of NaN. `inverse` is
+/// 1 / scale: one Newton step from x * inverse gives the quotient as a division rounds it, at a
+/// third of its instructions.
+ATTN8_DEVICE uint32_t code_bits(float x, float scale, float inverse) {
+  const float estimate = ptx::mul(x, inverse);
+  const float quotient = ptx::fma(ptx::fma(-estimate, scale, x), inverse, estimate);
+  const float magic = 12582912.0f;  // 1.5 * 2^23: the sum's last bit is worth 1
+  return scale == scale ? ptx::as_uint(ptx::add(quotient, magic)) : 0;
+}
+
+ATTN8_DEVICE uint32_t pack_bytes(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  return ptx::prmt(ptx::prmt(a, b, 0x0040), ptx::prmt(c, d, 0x0040), 0x5410);
+}
+
+// ---- Statistics over tokens ---------------------------------------------------------------------
+
+struct StatisticsParams {
+  SourceTensor x;
+  int first, last;  ///< tokens [first, last) count
+  /// [batch * nheads][chunks][packed] partial results: sums (double) or magnitude bits (uint32)
+  void* partial;
+  int chunks;
+  float* result;    ///< [batch * nheads][packed]: mean, or scale
+  int packed;       ///< channels of `partial` and `result`, a multiple of 32
+  bool per_tensor;  ///< magnitudes: one scale for all channels
+};
+
+enum class Statistic : int32_t { kSum, kMagnitude };
+
+/// One block per (chunk of 256 tokens, batch and head). Sums are in double: exact for float16 data
+/// in any order, so that they equal those of docs/numerics.md.
+template <Source kSource, Statistic kStatistic>
+struct ChannelStatistics {
+  using Partial = std::conditional_t<kStatistic == Statistic::kSum, double, uint32_t>;
+  static constexpr int kThreads = 256;
+  static constexpr int kChunk = 256;
+  static constexpr uint32_t kSharedBytes = kThreads * 8 * sizeof(Partial);
+
+  static ATTN8_DEVICE Partial combine(Partial a, Partial b) {
+    if constexpr (kStatistic == Statistic::kSum) {
+      return a + b;
+    } else {
+      return larger(a, b);
+    }
+  }
+
+  static ATTN8_DEVICE void run(const StatisticsParams& p) {
+    const int lanes = p.packed / 8;  // threads that share a token
+    const int tokens = kThreads / lanes;
+    const int lane = ptx::thread_index() % lanes;
+    const int slot = ptx::thread_index() / lanes;
+    const int head = ptx::block_y() % p.x.nheads;
+    const int batch = ptx::block_y() / p.x.nheads;
+    const int begin = p.first + ptx::block_x() * kChunk;
+    const int end = begin + kChunk < p.last ? begin + kChunk : p.last;
+
+    Partial sums[8] = {};
+    if (slot < tokens && lane * 8 < p.x.head_dim) {
+      for (int row = begin + slot; row < end; row += 4 * tokens) {
+        float values[4][8];
+        ATTN8_UNROLL
+        for (int u = 0; u < 4; ++u) {
+          ATTN8_UNROLL
+          for (int i = 0; i < 8; ++i) values[u][i] = 0;
+          if (row + u * tokens < end) {
+            load8<kSource>(p.x, p.x.offset(batch, row + u * tokens, head) + lane * 8, values[u]);
+          }
+        }
+        ATTN8_UNROLL
+        for (int u = 0; u < 4; ++u) {
+          ATTN8_UNROLL
+          for (int i = 0; i < 8; ++i) {
+            if constexpr (kStatistic == Statistic::kSum) {
+              sums[i] += static_cast<double>(values[u][i]);
+            } else {
+              sums[i] = larger(sums[i], magnitude_bits(values[u][i]));
+            }
+          }
+        }
+      }
+    }
+    const uint32_t shared = ptx::smem_base();
+    if (slot < tokens) {
+      ATTN8_UNROLL
+      for (int i = 0; i < 8; ++i) {
+        ptx::st_shared<Partial>(shared + ((slot * lanes + lane) * 8 + i) * sizeof(Partial),
+                                sums[i]);
+      }
+    }
+    ptx::sync_block();
+    if (ptx::thread_index() < p.packed) {
+      Partial total = 0;
+      for (int s = 0; s < tokens; ++s) {
+        total =
+            combine(total, ptx::ld_shared<Partial>(shared + (s * p.packed + ptx::thread_index()) *
+                                                                sizeof(Partial)));
+      }
+      ptx::st_global(
+          static_cast<Partial*>(p.partial) +
+              (static_cast<int64_t>(ptx::block_y()) * p.chunks + ptx::block_x()) * p.packed +
+              ptx::thread_index(),
+          total);
+    }
+  }
+};
+
+/// One block per batch and head: partial results to the mean or the scales.
+template <Statistic kStatistic>
+struct FinishStatistics {
+  static constexpr int kThreads = 256;
+  static constexpr uint32_t kSharedBytes = kThreads * 4;
+
+  static ATTN8_DEVICE void run(const StatisticsParams& p) {
+    using Partial = std::conditional_t<kStatistic == Statistic::kSum, double, uint32_t>;
+    const int channel = ptx::thread_index();
+    const int64_t head = ptx::block_x();
+    Partial total = 0;
+    if (channel < p.packed) {
+      const Partial* partial =
+          static_cast<const Partial*>(p.partial) + head * p.chunks * p.packed + channel;
+      for (int chunk = 0; chunk < p.chunks; ++chunk) {
+        const Partial value = ptx::ld_global(partial + static_cast<int64_t>(chunk) * p.packed);
+        if constexpr (kStatistic == Statistic::kSum) {
+          total += value;
+        } else {
+          total = larger(total, value);
+        }
+      }
+    }
+    float result = 0;
+    if constexpr (kStatistic == Statistic::kSum) {
+      result = static_cast<float>(total / static_cast<double>(p.last - p.first));
+    } else {
+      if (p.per_tensor) {
+        const uint32_t shared = ptx::smem_base();
+        ptx::st_shared<uint32_t>(shared + channel * 4, total);
+        ptx::sync_block();
+        for (int c = 0; c < p.packed; ++c) {
+          total = larger(total, ptx::ld_shared<uint32_t>(shared + c * 4));
+        }
+      }
+      result = group_scale(total);
+    }
+    if (channel < p.packed) ptx::st_global(p.result + head * p.packed + channel, result);
+  }
+};
+
+// ---- Q and K ------------------------------------------------------------------------------------
+
+struct RowsParams {
+  SourceTensor x;
+  int8_t* codes;         ///< [batch * nheads] images of `rows` rows
+  int rows;              ///< packed length
+  float* q_scale;        ///< Q: [batch * nheads][rows]
+  float* key_constants;  ///< K: [batch * nheads][rows / 16][2][16]
+  /// [batch * nheads / heads_per_mean][mean_channels] or nullptr. K: subtracted first. Q: the mean
+  /// of its K, whose product with the row goes to lse_shift.
+  const float* mean;
+  int heads_per_mean, mean_channels;
+  float* lse_shift;  ///< Q: [batch * nheads][rows] or nullptr
+  float softmax_scale;
+};
+
+/// One row of kRowBytes codes per kRowBytes / 8 threads, four rows each.
+template <Source kSource, int kRowBytes, bool kQuery>
+struct QuantizeRows {
+  static constexpr int kThreads = 256;
+  static constexpr int kLanes = kRowBytes / 8;
+  static constexpr int kUnroll = 4;
+  static constexpr int kTokens = kThreads / kLanes;
+  static constexpr int kBlockTokens = kTokens * kUnroll;
+  static constexpr uint32_t kSharedBytes = 0;
+
+  static ATTN8_DEVICE void run(const RowsParams& p) {
+    const int lane = ptx::thread_index() % kLanes;
+    const int head = ptx::block_y() % p.x.nheads;
+    const int batch = ptx::block_y() / p.x.nheads;
+    const int first = ptx::block_x() * kBlockTokens + ptx::thread_index() / kLanes;
+
+    float values[kUnroll][8];
+    ATTN8_UNROLL
+    for (int u = 0; u < kUnroll; ++u) {
+      ATTN8_UNROLL
+      for (int i = 0; i < 8; ++i) values[u][i] = 0;
+      const int row = first + u * kTokens;
+      if (row < p.x.seqlen && lane * 8 < p.x.head_dim) {
+        load8<kSource>(p.x, p.x.offset(batch, row, head) + lane * 8, values[u]);
+      }
+    }
+    float mean[8] = {};
+    if (p.mean != nullptr && lane * 8 < p.x.head_dim) {
+      const int64_t mean_head = ptx::block_y() / p.heads_per_mean;
+      ATTN8_UNROLL
+      for (int i = 0; i < 8; ++i) {
+        mean[i] = ptx::ld_global(p.mean + mean_head * p.mean_channels + lane * 8 + i);
+      }
+    }
+    ATTN8_UNROLL
+    for (int u = 0; u < kUnroll; ++u) {
+      const int row = first + u * kTokens;
+      quantize_row(p, values[u], mean, batch, head, row, lane);
+    }
+  }
+
+  static ATTN8_DEVICE void quantize_row(const RowsParams& p, float (&x)[8], const float (&mean)[8],
+                                        int batch, int head, int row, int lane) {
+    const bool inside = row < p.x.seqlen;
+    float scale = 0;
+    float shift = 0;
+    if constexpr (kSource == Source::kCodes) {
+      if (inside) scale = p.x.token_scale(batch, row, head);
+    } else {
+      uint32_t magnitude = 0;
+      ATTN8_UNROLL
+      for (int i = 0; i < 8; ++i) {
+        if constexpr (!kQuery) {
+          if (p.mean != nullptr && inside) x[i] = ptx::add(x[i], -mean[i]);
+        }
+        magnitude = larger(magnitude, magnitude_bits(x[i]));
+      }
+      ATTN8_UNROLL
+      for (int mask = 1; mask < kLanes; mask *= 2) {
+        magnitude = larger(magnitude, ptx::shfl_xor(magnitude, mask));
+      }
+      scale = group_scale(magnitude);
+    }
+    if constexpr (kQuery) {
+      if (p.lse_shift != nullptr) {
+        ATTN8_UNROLL
+        for (int i = 0; i < 8; ++i) shift = ptx::fma(x[i], mean[i], shift);
+        ATTN8_UNROLL
+        for (int mask = 1; mask < kLanes; mask *= 2) shift += ptx::shfl_xor(shift, mask);
+        if constexpr (kSource == Source::kCodes) shift *= scale;
+      }
+    }
+    const float inverse = 1.0f / scale;
+    uint32_t code[8];
+    ATTN8_UNROLL
+    for (int i = 0; i < 8; ++i) {
+      code[i] = kSource == Source::kCodes ? static_cast<uint32_t>(static_cast<int>(x[i]))
+                                          : code_bits(x[i], scale, inverse);
+    }
+    const int64_t image = static_cast<int64_t>(ptx::block_y()) * p.rows * kRowBytes;
+    ptx::st_global(reinterpret_cast<uint2*>(p.codes + image +
+                                            packed_row_offset(p.rows, kRowBytes, row, lane * 8)),
+                   uint2{pack_bytes(code[0], code[1], code[2], code[3]),
+                         pack_bytes(code[4], code[5], code[6], code[7])});
+    if (lane != 0) return;
+    if (!inside) scale = 0;
+    const int64_t head_row = static_cast<int64_t>(ptx::block_y()) * p.rows + row;
+    if constexpr (kQuery) {
+      ptx::st_global(p.q_scale + head_row, scale);
+      if (p.lse_shift != nullptr) ptx::st_global(p.lse_shift + head_row, shift * p.softmax_scale);
+    } else {
+      const int64_t constants = static_cast<int64_t>(ptx::block_y()) * p.rows * 2;
+      ptx::st_global(p.key_constants + constants + key_constant_offset(row, 0), scale);
+    }
+  }
+};
+
+}  // namespace attn8::cuda

@@ -1,0 +1,73 @@
+// SPDX-FileCopyrightText: The attn8 authors
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "cuda/params.hpp"
+#include "emulator/emulator.hpp"
+
+/// A small attention problem for kernel tests: float16 inputs, the quantize and pack kernels run in
+/// the emulator, and a float64 account of docs/numerics.md written a second time in plain loops.
+namespace attn8::cuda::testing {
+
+struct Shape {
+  int batch = 1, nheads_q = 1, nheads_k = 1, seqlen_q = 1, seqlen_k = 1, head_dim = 64;
+  bool causal = false;
+  bool top_left = false;
+  int window_left = -1;
+  int window_right = -1;
+
+  [[nodiscard]] int first_offset() const;  ///< row i sees keys from i + first_offset()
+  [[nodiscard]] int last_offset() const;   ///< row i sees keys to i + last_offset()
+  [[nodiscard]] bool sees(int row, int key) const;
+  /// Keys visible to at least one row: [first, last).
+  [[nodiscard]] std::pair<int, int> visible_keys() const;
+};
+
+/// Float16 inputs, dense [batch, seqlen, nheads, head_dim].
+struct Inputs {
+  Shape shape;
+  std::vector<uint16_t> q, k, v;
+};
+/// q is scaled by `q_size`: large values give scores that 2^score cannot hold.
+Inputs random_inputs(const Shape& shape, unsigned seed, float q_size = 1.0f);
+
+/// Codes, scales and constants by plain loops, unpacked.
+struct Quantized {
+  std::vector<int8_t> q, k, v;          // as the inputs
+  std::vector<float> q_scale, k_scale;  // [batch][seqlen][nheads]
+  std::vector<float> v_token_scale;     // [batch][seqlen][nheads]; 0: a token of zeros
+  std::vector<float> v_scale;           // [batch][nheads][head_dim] multiplies the output
+  std::vector<float> ratio;             // [batch][seqlen][nheads] r of docs/numerics.md
+  std::vector<float> k_mean;            // [batch][nheads][head_dim]
+};
+Quantized quantize(const Inputs& inputs, Weights weights, bool smooth_k, int kv_block);
+
+/// Packed arrays as the kernels read them.
+struct Packed {
+  std::vector<int8_t> q, k, v;
+  std::vector<float> q_scale, key_constants, v_scale, lse_shift;
+  int rows_q = 0, rows_k = 0;
+};
+/// Packs by the layout functions, without kernels.
+Packed pack(const Inputs& inputs, const Quantized& quantized);
+/// Quantizes and packs with the kernels, in the emulator; "" or what went wrong.
+std::string pack_with_kernels(const Inputs& inputs, Weights weights, bool smooth_k, int kv_block,
+                              emulator::Async async, Packed& packed);
+
+/// Attention kernel parameters over `packed`, writing float32 out and lse (dense, in the order of
+/// the inputs).
+AttendParams attend_params(const Shape& shape, const Packed& packed, std::vector<float>& out,
+                           std::vector<float>& lse);
+
+/// What the kernel must produce, and how far it may be off: float32 rounding, and every code so
+/// close to a rounding boundary that float32 scores may round it the other way.
+struct Expected {
+  std::vector<double> out, bound;  // [batch, seqlen_q, nheads_q, head_dim]
+  std::vector<double> lse;         // [batch, seqlen_q, nheads_q]
+};
+Expected expected(const Shape& shape, const Quantized& quantized, Weights weights, int kv_block);
+
+}  // namespace attn8::cuda::testing
