@@ -161,7 +161,7 @@ void add_run(CLI::App& root) {
       ->type_name("N")
       ->capture_default_str();
   command.add_flag("--json", flags->json, "One JSON object on stdout");
-  // Named by the contract, not implemented: refused by name instead of "unknown argument".
+  // Stable names of features the kernels lack: refused by name instead of "unknown argument".
   command.add_option("--softcap", flags->softcap)->group("");
   command.add_option("--alibi", flags->alibi)->group("");
   command.add_option("--bias", flags->bias)->group("");

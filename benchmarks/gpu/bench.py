@@ -247,7 +247,7 @@ def print_row(row):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("library")
+    parser.add_argument("shared_object")
     parser.add_argument("--json")
     parser.add_argument("--skip-check", action="store_true")
     parser.add_argument("--skip-time", action="store_true")
@@ -257,7 +257,7 @@ def main():
     parser.add_argument("--quick", action="store_true", help="non-causal token-folded only")
     arguments = parser.parse_args()
     started = time.time()
-    library = Library(arguments.library)
+    library = Library(arguments.shared_object)
     result = {"machine": machine(), "command": " ".join(sys.argv)}
     print(result["machine"])
     if not arguments.skip_check:

@@ -28,7 +28,8 @@ constexpr bool codes_are_zero(uint32_t max_abs_bits) noexcept {
 /// Tokens per partial sum of the K mean.
 inline constexpr int64_t kMeanChunk = 4096;
 
-/// Largest scale of K that scores are computed with: times a dot product, below 2^23, it stays finite.
+/// Largest scale of K that scores are computed with: times a dot product, below 2^23, it stays
+/// finite.
 inline constexpr float kMaxKeyScale = 0x1p104f;
 
 /// r of a V token of zeros, relative to the largest of its key block.
