@@ -73,8 +73,8 @@ struct KernelTable {
                  int32_t* correction);
   /// 64 rows of codes [64][row_stride], zero-padded to padded_v_dim, into one packed V group.
   void (*pack_v)(const int8_t* codes, int row_stride, int padded_dim, std::byte* group);
-  /// sums[i] = sum over 64 rows of codes [64][row_stride] of column i.
-  void (*sum_rows)(const int8_t* codes, int row_stride, int n, int32_t* sums);
+  /// sums[d] = sum of channel d over the 64 keys of a packed V group; [padded_v_dim].
+  void (*sum_v)(const std::byte* group, int padded_dim, int32_t* sums);
   /// Bytes of scratch that attend() needs for this kv_block.
   size_t (*scratch_bytes)(int kv_block);
   void (*attend)(const AttendTile& tile);

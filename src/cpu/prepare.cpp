@@ -257,8 +257,9 @@ class Preparation {
       // The scale itself for now, 0 for a token of zeros: finish_head() needs the largest first.
       record.inv_ratio[slot] = zero ? 0.0f : scale;
     }
-    table_.pack_v(codes, padded, padded, work_.v(head) + group * kKeyGroup * padded);
-    table_.sum_rows(codes, padded, padded, work_.v_sums(head) + group * padded);
+    std::byte* packed = work_.v(head) + group * kKeyGroup * padded;
+    table_.pack_v(codes, padded, padded, packed);
+    table_.sum_v(packed, padded, work_.v_sums(head) + group * padded);
   }
 
   void encode_v_coarse(int64_t head, int64_t key, int8_t* row) const noexcept {

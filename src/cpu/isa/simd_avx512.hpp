@@ -32,6 +32,7 @@ struct I32 {
 ATTN8_INLINE F32 load(const float* p) { return {_mm512_loadu_ps(p)}; }
 ATTN8_INLINE I32 load(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
 ATTN8_INLINE void store(float* p, F32 a) { _mm512_storeu_ps(p, a.v); }
+ATTN8_INLINE void store(int32_t* p, I32 a) { _mm512_storeu_si512(p, a.v); }
 ATTN8_INLINE F32 broadcast(float x) { return {_mm512_set1_ps(x)}; }
 ATTN8_INLINE I32 zero_i32() { return {_mm512_setzero_si512()}; }
 

@@ -54,6 +54,7 @@ constexpr Int16Lanes kLane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 
 ATTN8_INLINE F32 load(const float* p) { return load_lanes<F32>(p); }
 ATTN8_INLINE I32 load(const int32_t* p) { return load_lanes<I32>(p); }
 ATTN8_INLINE void store(float* p, const F32& a) { std::memcpy(p, &a.v, 64); }
+ATTN8_INLINE void store(int32_t* p, const I32& a) { std::memcpy(p, &a.v, 64); }
 ATTN8_INLINE F32 broadcast(float x) { return {Float16Lanes{} + x}; }
 ATTN8_INLINE I32 zero_i32() { return {Int16Lanes{}}; }
 

@@ -97,17 +97,25 @@ inline void encode(const float* x, int n, const float* scale, int scale_step, in
   }
 }
 
+/// Four codes of 1: a product with them is a sum.
+inline constexpr std::byte kOnes[4] = {std::byte{1}, std::byte{1}, std::byte{1}, std::byte{1}};
+
 inline void pack_k(const int8_t* codes, int row_stride, int padded_dim, std::byte* group,
                    int32_t* correction) {
   for (int key = 0; key < kKeyGroup; ++key) {
     const int8_t* row = codes + key * row_stride;
-    int32_t sum = 0;
-    for (int dim = 0; dim < padded_dim; ++dim) sum += row[dim];
-    correction[key] = -128 * sum;
     for (int dim = 0; dim < padded_dim; dim += 4) {
       std::memcpy(group + packed_k_offset(key, dim), row + dim, 4);
     }
   }
+  for (int key = 0; key < kKeyGroup; key += 16) {
+    I32 sum = zero_i32();
+    for (int dim = 0; dim < padded_dim; dim += 4) {
+      dot4_u8_s8(sum, broadcast4(kOnes), load_bytes(group + packed_k_offset(key, dim)));
+    }
+    store(correction + key, sum);
+  }
+  for (int key = 0; key < kKeyGroup; ++key) correction[key] *= -128;
 }
 
 inline void pack_v(const int8_t* codes, int row_stride, int padded_dim, std::byte* group) {
@@ -130,12 +138,15 @@ inline void pack_v(const int8_t* codes, int row_stride, int padded_dim, std::byt
   }
 }
 
-inline void sum_rows(const int8_t* codes, int row_stride, int n, int32_t* sums) {
-  // 64 codes of at most 127 stay within 16 bits.
-  int16_t total[256] = {};
-  for (int row = 0; row < kKeyGroup; ++row) {
-    for (int i = 0; i < n; ++i)
-      total[i] = static_cast<int16_t>(total[i] + codes[row * row_stride + i]);
+inline void sum_v(const std::byte* group, int padded_dim, int32_t* sums) {
+  for (int channel = 0; channel < padded_dim; channel += 16) {
+    const int slab = channel / 64 * 64;
+    const int64_t quad_stride = slab_width(padded_dim, slab) * 4;
+    const std::byte* v = group + slab * kKeyGroup + (channel - slab) * 4;
+    I32 sum = zero_i32();
+    for (int quad = 0; quad < 16; ++quad) {
+      dot4_u8_s8(sum, broadcast4(kOnes), load_bytes(v + quad * quad_stride));
+    }
+    store(sums + channel, sum);
   }
-  for (int i = 0; i < n; ++i) sums[i] = total[i];
 }

@@ -36,7 +36,7 @@ inline constexpr KernelTable kTable = {
     .encode = encode,
     .pack_k = pack_k,
     .pack_v = pack_v,
-    .sum_rows = sum_rows,
+    .sum_v = sum_v,
     .scratch_bytes = scratch_bytes,
     .attend = attend,
 };
