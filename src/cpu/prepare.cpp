@@ -155,8 +155,8 @@ class Preparation {
   /// Makes the scales of the visible blocks relative to their largest, which scales the output
   /// instead: the sums of a row stay in range whatever the magnitude of V. A NaN stays where it is.
   void take_out_largest(float* block_scale, float* out_scale) const noexcept {
-    if (!plan_.int8_values() || (plan_.v_granularity != Granularity::kBlock &&
-                                 plan_.v_granularity != Granularity::kBlockChannel)) {
+    if (plan_.v_granularity != Granularity::kBlock &&
+        plan_.v_granularity != Granularity::kBlockChannel) {
       return;
     }
     const int64_t kv_block = plan_.options.kv_block;
