@@ -153,7 +153,8 @@ TEST(Study, GridsHoldTheDefaultOnce) {
     const auto a = config.options;
     const auto b = default_config().options;
     return a.v_granularity == b.v_granularity && a.p_scale == b.p_scale &&
-           a.normalizer == b.normalizer && a.smooth_k == b.smooth_k && a.kv_block == b.kv_block;
+           a.normalizer == b.normalizer && a.smooth_k == b.smooth_k && a.kv_block == b.kv_block &&
+           a.residual_mean == b.residual_mean;
   };
   for (const auto& grid : {main_grid(), full_grid()}) {
     EXPECT_EQ(std::count_if(grid.begin(), grid.end(), is_default), 1);
