@@ -17,10 +17,7 @@ class Problem(ctypes.Structure):
 
     _fields_ = [
         (name, ctypes.c_int32)
-        for name in (
-            "batch seqlen_q seqlen_k nheads_q nheads_k head_dim dtype out_dtype mode "
-            "v_granularity causal top_left window_left window_right smooth_k kernels"
-        ).split()
+        for name in ["batch", "seqlen_q", "seqlen_k", "nheads_q", "nheads_k", "head_dim", "dtype", "out_dtype", "mode", "v_granularity", "causal", "top_left", "window_left", "window_right", "smooth_k", "kernels"]
     ]
 
 
@@ -36,9 +33,23 @@ class Library:
 class Attention:
     """A plan over fixed tensors; pack() quantizes, attend() computes, both on torch's stream."""
 
-    def __init__(self, library, q, k, v, *, mode="accurate", v_granularity="token", causal=False,
-                 top_left=False, window=(-1, -1), smooth_k=True, kernels="best", lse=False,
-                 out_dtype=None):
+    def __init__(
+        self,
+        library,
+        q,
+        k,
+        v,
+        *,
+        mode="accurate",
+        v_granularity="token",
+        causal=False,
+        top_left=False,
+        window=(-1, -1),
+        smooth_k=True,
+        kernels="best",
+        lse=False,
+        out_dtype=None,
+    ):
         self.lib = library.lib
         self.tensors = (q, k, v)
         batch, nheads_q, seqlen_q, head_dim = q.shape
@@ -46,17 +57,35 @@ class Attention:
         out_dtype = out_dtype or q.dtype
         self.out = torch.full(q.shape, float("nan"), dtype=out_dtype, device=q.device)
         self.lse = torch.full(q.shape[:3], float("nan"), device=q.device) if lse else None
-        problem = Problem(batch, seqlen_q, seqlen_k, nheads_q, nheads_k, head_dim, DTYPES[q.dtype],
-                          DTYPES[out_dtype], MODES[mode], GRANULARITIES[v_granularity], causal,
-                          top_left, window[0], window[1], smooth_k, KERNELS[kernels])
+        problem = Problem(
+            batch,
+            seqlen_q,
+            seqlen_k,
+            nheads_q,
+            nheads_k,
+            head_dim,
+            DTYPES[q.dtype],
+            DTYPES[out_dtype],
+            MODES[mode],
+            GRANULARITIES[v_granularity],
+            causal,
+            top_left,
+            window[0],
+            window[1],
+            smooth_k,
+            KERNELS[kernels],
+        )
         error = ctypes.create_string_buffer(512)
-        pointers = [ctypes.c_void_p(t.data_ptr()) if t is not None else None
-                    for t in (q, k, v, self.out, self.lse)]
+        pointers = [
+            ctypes.c_void_p(t.data_ptr()) if t is not None else None
+            for t in (q, k, v, self.out, self.lse)
+        ]
         self.handle = self.lib.attn8_gpu_plan(ctypes.byref(problem), *pointers, error, 512)
         if not self.handle:
             raise RuntimeError(error.value.decode())
-        self.workspace = torch.empty(self.lib.attn8_gpu_workspace_bytes(self.handle),
-                                     dtype=torch.uint8, device=q.device)
+        self.workspace = torch.empty(
+            self.lib.attn8_gpu_workspace_bytes(self.handle), dtype=torch.uint8, device=q.device
+        )
         self.kv_block = self.lib.attn8_gpu_kv_block(self.handle)
         name = ctypes.create_string_buffer(128)
         self.lib.attn8_gpu_kernel(ctypes.c_void_p(self.handle), name, 128)
@@ -69,8 +98,13 @@ class Attention:
     def _call(self, function):
         error = ctypes.create_string_buffer(512)
         stream = torch.cuda.current_stream().cuda_stream
-        code = function(ctypes.c_void_p(self.handle), ctypes.c_void_p(self.workspace.data_ptr()),
-                        ctypes.c_void_p(stream), error, 512)
+        code = function(
+            ctypes.c_void_p(self.handle),
+            ctypes.c_void_p(self.workspace.data_ptr()),
+            ctypes.c_void_p(stream),
+            error,
+            512,
+        )
         if code != 0:
             raise RuntimeError(error.value.decode())
 

@@ -22,10 +22,10 @@ import time
 
 import torch
 import torch.nn.functional as F
+from attn8_gpu import Attention, Library
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import reference
-from attn8_gpu import Attention, Library
 
 TOTAL_TOKENS = 16384  # batch * seqlen, so that every length does comparable work
 HEADS = {64: 32, 128: 16, 256: 8}  # head_dim * heads = 2048, as the FlashAttention papers have it
@@ -33,8 +33,12 @@ HEADS = {64: 32, 128: 16, 256: 8}  # head_dim * heads = 2048, as the FlashAttent
 
 def smi(fields):
     try:
-        text = subprocess.run(["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"],
-                              capture_output=True, text=True, check=True).stdout
+        text = subprocess.run(
+            ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
         return [x.strip() for x in text.splitlines()[0].split(",")]
     except (OSError, subprocess.CalledProcessError, IndexError):
         return ["?"] * len(fields.split(","))
@@ -42,9 +46,16 @@ def smi(fields):
 
 def machine():
     name, driver, clock_max, power = smi("name,driver_version,clocks.max.sm,power.limit")
-    return {"device": name, "driver": driver, "max_sm_clock_mhz": clock_max, "power_limit_w": power,
-            "torch": torch.__version__, "cuda": torch.version.cuda,
-            "cudnn": torch.backends.cudnn.version(), "python": platform.python_version()}
+    return {
+        "device": name,
+        "driver": driver,
+        "max_sm_clock_mhz": clock_max,
+        "power_limit_w": power,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "python": platform.python_version(),
+    }
 
 
 def inputs(batch, heads_q, heads_k, seqlen_q, seqlen_k, head_dim, dtype=torch.float16, kind="iid"):
@@ -77,21 +88,43 @@ CASES = [
 def check(library):
     failures, worst, count = [], 0.0, 0
     for kernels in ("sm90", "sm80"):
-        for mode, granularity in (("accurate", "token"), ("accurate", "channel"),
-                                  ("accurate", "tensor"), ("paper", "tensor")):
+        for mode, granularity in (
+            ("accurate", "token"),
+            ("accurate", "channel"),
+            ("accurate", "tensor"),
+            ("paper", "tensor"),
+        ):
             for head_dim in (64, 96, 128, 256):
                 for number, case in enumerate(CASES):
                     b, hq, hk, sq, sk, causal, top_left, window = case
                     torch.manual_seed(1000 * head_dim + number)
                     dtype = (torch.float16, torch.bfloat16, torch.float32)[number % 3]
-                    q, k, v = inputs(b, hq, hk, sq, sk, head_dim, dtype,
-                                     ("iid", "uneven", "huge")[(number + head_dim) % 3])
+                    q, k, v = inputs(
+                        b,
+                        hq,
+                        hk,
+                        sq,
+                        sk,
+                        head_dim,
+                        dtype,
+                        ("iid", "uneven", "huge")[(number + head_dim) % 3],
+                    )
                     label = f"{kernels} {mode} {granularity} d{head_dim} case {number}"
                     try:
-                        attention = Attention(library, q, k, v, mode=mode, kernels=kernels,
-                                              v_granularity=granularity, causal=causal,
-                                              top_left=top_left, window=window, lse=True,
-                                              out_dtype=torch.float32)
+                        attention = Attention(
+                            library,
+                            q,
+                            k,
+                            v,
+                            mode=mode,
+                            kernels=kernels,
+                            v_granularity=granularity,
+                            causal=causal,
+                            top_left=top_left,
+                            window=window,
+                            lse=True,
+                            out_dtype=torch.float32,
+                        )
                         attention.run()
                         torch.cuda.synchronize()
                     except RuntimeError as error:
@@ -99,8 +132,15 @@ def check(library):
                         continue
                     mask = reference.visible(sq, sk, causal, top_left, window, "cuda")
                     want, lse, bound = reference.emulate(
-                        q, k, v, mask, mode=mode, v_granularity=granularity, smooth_k=True,
-                        kv_block=attention.kv_block)
+                        q,
+                        k,
+                        v,
+                        mask,
+                        mode=mode,
+                        v_granularity=granularity,
+                        smooth_k=True,
+                        kv_block=attention.kv_block,
+                    )
                     got = attention.out.double()
                     excess = ((got - want).abs() - bound - 1e-6 * want.abs()).max().item()
                     seen = torch.isfinite(lse)
@@ -111,12 +151,20 @@ def check(library):
                     quality = ((got - exact).norm() / exact.norm().clamp(min=1e-30)).item()
                     worst = max(worst, rel)
                     count += 1
-                    if not excess <= 1e-6 * want.abs().max().item() or not lse_error < 1e-3 + 1e-6 * lse[seen].abs().max().item() or not same_rows:
-                        failures.append(f"{label}: beyond the bound by {excess:.3g}, rel_l2 against "
-                                        f"emulation {rel:.3g}, against exact {quality:.3g}, lse "
-                                        f"{lse_error:.3g}, empty rows agree {same_rows}")
-    print(f"check: {count} cases, {len(failures)} failures, worst rel_l2 against the emulation "
-          f"{worst:.2e}")
+                    if (
+                        not excess <= 1e-6 * want.abs().max().item()
+                        or not lse_error < 1e-3 + 1e-6 * lse[seen].abs().max().item()
+                        or not same_rows
+                    ):
+                        failures.append(
+                            f"{label}: beyond the bound by {excess:.3g}, rel_l2 against "
+                            f"emulation {rel:.3g}, against exact {quality:.3g}, lse "
+                            f"{lse_error:.3g}, empty rows agree {same_rows}"
+                        )
+    print(
+        f"check: {count} cases, {len(failures)} failures, worst rel_l2 against the emulation "
+        f"{worst:.2e}"
+    )
     for line in failures[:20]:
         print("  " + line)
     return {"cases": count, "failures": failures, "worst_rel_l2_to_emulation": worst}
@@ -145,8 +193,9 @@ class ClockReader:
 
     def poll(self):
         while self.nvml is not None and not self.stop:
-            self.clocks.append(self.nvml.nvmlDeviceGetClockInfo(self.handle,
-                                                                self.nvml.NVML_CLOCK_SM))
+            self.clocks.append(
+                self.nvml.nvmlDeviceGetClockInfo(self.handle, self.nvml.NVML_CLOCK_SM)
+            )
             self.watts.append(self.nvml.nvmlDeviceGetPowerUsage(self.handle) / 1000)
             time.sleep(0.01)
 
@@ -178,8 +227,12 @@ def measure(call, clock, milliseconds=200.0):
             end.record()
         torch.cuda.synchronize()
     times = [begin.elapsed_time(end) for begin, end in events]
-    result = {"ms": statistics.median(times), "min_ms": min(times), "repeats": repeats,
-              "cool_ms": statistics.median(times[:max(3, repeats // 5)])}
+    result = {
+        "ms": statistics.median(times),
+        "min_ms": min(times),
+        "repeats": repeats,
+        "cool_ms": statistics.median(times[: max(3, repeats // 5)]),
+    }
     if clock.clocks:
         result["sm_clock_mhz"] = statistics.median(clock.clocks)
         result["watts"] = max(clock.watts)
@@ -187,11 +240,15 @@ def measure(call, clock, milliseconds=200.0):
 
 
 def peers(q, k, v, causal):
-    for name, backend in (("torch_flash", SDPBackend.FLASH_ATTENTION),
-                          ("torch_cudnn", SDPBackend.CUDNN_ATTENTION)):
+    for name, backend in (
+        ("torch_flash", SDPBackend.FLASH_ATTENTION),
+        ("torch_cudnn", SDPBackend.CUDNN_ATTENTION),
+    ):
+
         def call(backend=backend):
             with sdpa_kernel(backend):
                 return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+
         yield name, call
 
 
@@ -203,8 +260,14 @@ def time_shape(library, head_dim, seqlen, causal, kernels, configurations, clock
     torch.manual_seed(seqlen)
     q, k, v = inputs(batch, heads, heads, seqlen, seqlen, head_dim)
     tera = 4.0e-12 * batch * heads * head_dim * seqlen * seqlen * (0.5 if causal else 1.0)
-    row = {"head_dim": head_dim, "seqlen": seqlen, "batch": batch, "heads": heads,
-           "causal": causal, "tera_operations": tera}
+    row = {
+        "head_dim": head_dim,
+        "seqlen": seqlen,
+        "batch": batch,
+        "heads": heads,
+        "causal": causal,
+        "tera_operations": tera,
+    }
     for name, call in peers(q, k, v, causal):
         try:
             row[name] = measure(call, clock)
@@ -212,15 +275,20 @@ def time_shape(library, head_dim, seqlen, causal, kernels, configurations, clock
         except RuntimeError as error:
             row[name] = {"error": str(error).splitlines()[0]}
     for mode, granularity in configurations:
-        attention = Attention(library, q, k, v, mode=mode, v_granularity=granularity, causal=causal,
-                              kernels=kernels)
+        attention = Attention(
+            library, q, k, v, mode=mode, v_granularity=granularity, causal=causal, kernels=kernels
+        )
         attention.run()
         attend = measure(attention.attend, clock)
         total = measure(attention.run, clock)
         row[f"attn8_{mode}_{granularity}"] = {
-            "kernel": attention.kernel, "attend": attend, "with_quantization": total,
+            "kernel": attention.kernel,
+            "attend": attend,
+            "with_quantization": total,
             "quantization": measure(attention.pack, clock, 50.0),
-            "tops": tera / attend["ms"] * 1e3, "tops_with_quantization": tera / total["ms"] * 1e3}
+            "tops": tera / attend["ms"] * 1e3,
+            "tops_with_quantization": tera / total["ms"] * 1e3,
+        }
     rivals = [row[p] for p in ("torch_flash", "torch_cudnn") if "ms" in row[p]]
     for key, value in row.items():
         if key.startswith("attn8_") and rivals:
@@ -233,15 +301,19 @@ def time_shape(library, head_dim, seqlen, causal, kernels, configurations, clock
 
 
 def print_row(row):
-    text = f"d{row['head_dim']:<3} {row['seqlen']:>6} b{row['batch']:<2} h{row['heads']:<2} " \
-           f"{'causal' if row['causal'] else 'full  '}"
+    text = (
+        f"d{row['head_dim']:<3} {row['seqlen']:>6} b{row['batch']:<2} h{row['heads']:<2} "
+        f"{'causal' if row['causal'] else 'full  '}"
+    )
     for peer in ("torch_flash", "torch_cudnn"):
         text += f"  {peer[6:]} {row[peer].get('tops', float('nan')):4.0f}"
     for key, value in row.items():
         if key.startswith("attn8_"):
-            text += (f"  {key[6:]} {value['tops']:4.0f}/{value['tops_with_quantization']:4.0f} "
-                     f"({value.get('speedup', 0):.2f}x/{value.get('speedup_with_quantization', 0):.2f}x"
-                     f" cool {value.get('speedup_cool', 0):.2f}x)")
+            text += (
+                f"  {key[6:]} {value['tops']:4.0f}/{value['tops_with_quantization']:4.0f} "
+                f"({value.get('speedup', 0):.2f}x/{value.get('speedup_with_quantization', 0):.2f}x"
+                f" cool {value.get('speedup_cool', 0):.2f}x)"
+            )
     print(text, flush=True)
 
 
@@ -268,13 +340,16 @@ def main():
         configurations = configurations[:2]
     if not arguments.skip_time:
         result["timings"] = []
-        print("Tera-operations/s (4 seqlen^2 head_dim per head, half when causal); attn8: without / "
-              "with quantization, and the speed-up over the faster of torch's two")
+        print(
+            "Tera-operations/s (4 seqlen^2 head_dim per head, half when causal); attn8: without / "
+            "with quantization, and the speed-up over the faster of torch's two"
+        )
         for head_dim in (int(x) for x in arguments.head_dims.split(",")):
             for seqlen in (int(x) for x in arguments.lengths.split(",")):
                 for causal in (False,) if arguments.quick else (False, True):
-                    row = time_shape(library, head_dim, seqlen, causal, arguments.kernels,
-                                     configurations, clock)
+                    row = time_shape(
+                        library, head_dim, seqlen, causal, arguments.kernels, configurations, clock
+                    )
                     result["timings"].append(row)
                     print_row(row)
     result["seconds"] = time.time() - started

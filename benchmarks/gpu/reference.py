@@ -107,7 +107,11 @@ def emulate(q, k, v, mask, *, mode, v_granularity, smooth_k, kv_block):
         error = 1e-6 + 2e-7 * t.abs().masked_fill(~mask[:, part], 0)
         near = ((levels * w) % 1 - 0.5).abs() < levels * w * error
         part_v = vc[:, :, part]
-        slack = near.double() @ part_v.abs() + (codes * error) @ part_v.abs() + 2e-6 * (codes @ part_v).abs()
+        slack = (
+            near.double() @ part_v.abs()
+            + (codes * error) @ part_v.abs()
+            + 2e-6 * (codes @ part_v).abs()
+        )
         if mode == "paper":
             slack = slack + 127 * near.double().sum(-1, keepdim=True)
         out = a[..., None] * out + b[..., None] * (codes @ part_v)
