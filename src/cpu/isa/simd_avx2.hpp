@@ -59,6 +59,10 @@ ATTN8_INLINE F32 divide(F32 a, F32 b) {
 ATTN8_INLINE F32 multiply_add(F32 a, F32 b, F32 c) {
   return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)};
 }
+/// a * b + c rounded once: the same bits on every ISA.
+ATTN8_INLINE F32 fused(F32 a, F32 b, F32 c) {
+  return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)};
+}
 /// The larger; b where either is NaN.
 ATTN8_INLINE F32 max(F32 a, F32 b) {
   return {_mm256_max_ps(a.lo, b.lo), _mm256_max_ps(a.hi, b.hi)};

@@ -42,6 +42,8 @@ ATTN8_INLINE F32 operator*(F32 a, F32 b) { return {_mm512_mul_ps(a.v, b.v)}; }
 ATTN8_INLINE F32 divide(F32 a, F32 b) { return {_mm512_div_ps(a.v, b.v)}; }
 /// a * b + c, rounded once where the ISA can; only for modes that need no bit-equality.
 ATTN8_INLINE F32 multiply_add(F32 a, F32 b, F32 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+/// a * b + c rounded once: the same bits on every ISA.
+ATTN8_INLINE F32 fused(F32 a, F32 b, F32 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 /// The larger; b where either is NaN.
 ATTN8_INLINE F32 max(F32 a, F32 b) { return {_mm512_max_ps(a.v, b.v)}; }
 /// The smaller; b where either is NaN.

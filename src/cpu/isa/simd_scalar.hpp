@@ -66,6 +66,12 @@ ATTN8_INLINE F32 divide(const F32& a, const F32& b) { return {a.v / b.v}; }
 ATTN8_INLINE F32 multiply_add(const F32& a, const F32& b, const F32& c) {
   return {a.v * b.v + c.v};
 }
+/// a * b + c rounded once: the same bits on every ISA.
+ATTN8_INLINE F32 fused(const F32& a, const F32& b, const F32& c) {
+  F32 result;
+  for (int i = 0; i < 16; ++i) result.v[i] = __builtin_fmaf(a.v[i], b.v[i], c.v[i]);
+  return result;
+}
 /// The larger; b where either is NaN.
 ATTN8_INLINE F32 max(const F32& a, const F32& b) { return {a.v > b.v ? a.v : b.v}; }
 /// The smaller; b where either is NaN.

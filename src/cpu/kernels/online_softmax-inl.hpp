@@ -24,8 +24,8 @@ ATTN8_INLINE F32 exp2_scaled(F32 x) {
   const F32 f = x - (shifted - magic);  // in [-0.5, 0.5]
   F32 y = broadcast(c[kDegree - 1] * scale);
 #pragma GCC unroll 8
-  for (int i = kDegree - 2; i >= 0; --i) y = y * f + broadcast(c[i] * scale);
-  y = y * f + broadcast(scale);
+  for (int i = kDegree - 2; i >= 0; --i) y = fused(y, f, broadcast(c[i] * scale));
+  y = fused(y, f, broadcast(scale));
   return scale_by_power(y, shifted);
 }
 
