@@ -5,7 +5,18 @@
 #include <cstdint>
 #include <limits>
 
+#include "attn8/quantize.hpp"
+
 namespace attn8 {
+
+/// Whether groups end at multiples of a block of tokens.
+constexpr bool by_block(Granularity granularity) noexcept {
+  return granularity == Granularity::kBlock || granularity == Granularity::kBlockChannel;
+}
+/// Whether every channel has a scale of its own.
+constexpr bool by_channel(Granularity granularity) noexcept {
+  return granularity == Granularity::kChannel || granularity == Granularity::kBlockChannel;
+}
 
 /// Bits of |x| order as the values do, with Inf and NaN above every finite one: one unsigned
 /// maximum finds both the largest magnitude and whether anything was not finite.

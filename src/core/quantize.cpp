@@ -41,13 +41,10 @@ class Quantizer {
     if (mean_use_ == Mean::kCompute) compute_mean(batch, head);
     const int64_t seqlen = x_.shape[1];
     const int64_t dim = x_.shape[3];
-    const bool per_channel = spec_.granularity == Granularity::kChannel ||
-                             spec_.granularity == Granularity::kBlockChannel;
+    const bool per_channel = by_channel(spec_.granularity);
     const int64_t step = spec_.granularity == Granularity::kToken ? 1
-                         : spec_.granularity == Granularity::kBlock ||
-                                 spec_.granularity == Granularity::kBlockChannel
-                             ? spec_.block
-                             : std::max<int64_t>(seqlen, 1);
+                         : by_block(spec_.granularity)            ? spec_.block
+                                                                  : std::max<int64_t>(seqlen, 1);
     // A tensor without tokens still has scales for its tensor or channels: those of zeros.
     const int64_t groups = scale_.shape[1];
     for (int64_t g = 0; g < groups; ++g) {
@@ -199,17 +196,14 @@ Status dequantize(const QuantizedView& x, const TensorView& out, const Context& 
   if (table == nullptr) return failure(StatusCode::kInternal, "no kernel table");
   const Extents& shape = x.codes.shape;
   const Granularity granularity = x.spec.granularity;
-  const bool per_channel =
-      granularity == Granularity::kChannel || granularity == Granularity::kBlockChannel;
+  const bool per_channel = by_channel(granularity);
   cpu::for_each_task(context, shape[0] * shape[2], [&](int64_t task, int64_t) {
     const int64_t b = task / shape[2];
     const int64_t h = task % shape[2];
     for (int64_t s = 0; s < shape[1]; ++s) {
-      const int64_t group =
-          granularity == Granularity::kToken ? s
-          : granularity == Granularity::kBlock || granularity == Granularity::kBlockChannel
-              ? s / x.spec.block
-              : 0;
+      const int64_t group = granularity == Granularity::kToken ? s
+                            : by_block(granularity)            ? s / x.spec.block
+                                                               : 0;
       for (int64_t d0 = 0; d0 < shape[3]; d0 += kPiece) {
         const int64_t n = std::min(kPiece, shape[3] - d0);
         float row[kPiece];

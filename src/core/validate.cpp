@@ -8,6 +8,7 @@
 #include "core/element.hpp"
 #include "core/kernel_table.hpp"
 #include "core/message.hpp"
+#include "core/quant_math.hpp"
 
 namespace attn8 {
 namespace {
@@ -92,9 +93,8 @@ Status check_spec(std::string_view name, const QuantSpec& spec) {
   if (static_cast<int>(spec.granularity) > static_cast<int>(Granularity::kBlockChannel)) {
     return invalid(name, ".granularity is not a value of attn8::Granularity");
   }
-  const bool blocks =
-      spec.granularity == Granularity::kBlock || spec.granularity == Granularity::kBlockChannel;
-  if (blocks && spec.block <= 0) return invalid(name, ".block got ", spec.block, ", wants > 0");
+  if (by_block(spec.granularity) && spec.block <= 0)
+    return invalid(name, ".block got ", spec.block, ", wants > 0");
   return {};
 }
 
@@ -140,10 +140,8 @@ Status check_operand(const std::string& name, const Operand& operand,
   if (is_v && mode == Mode::kPaper && granularity != Granularity::kTensor) {
     return invalid("v.spec.granularity got ", to_string(granularity), ", mode paper wants tensor");
   }
-  const bool blocks =
-      granularity == Granularity::kBlock || granularity == Granularity::kBlockChannel;
   const int32_t kv_block = options.kv_block == 0 ? kDefaultKvBlock : options.kv_block;
-  if (is_v && blocks && quantized->spec.block != kv_block) {
+  if (is_v && by_block(granularity) && quantized->spec.block != kv_block) {
     return invalid("v.spec.block got ", quantized->spec.block, ", wants kv_block=", kv_block);
   }
   return {};

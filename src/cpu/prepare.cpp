@@ -155,10 +155,7 @@ class Preparation {
   /// Makes the scales of the visible blocks relative to their largest, which scales the output
   /// instead: the sums of a row stay in range whatever the magnitude of V. A NaN stays where it is.
   void take_out_largest(float* block_scale, float* out_scale) const noexcept {
-    if (plan_.v_granularity != Granularity::kBlock &&
-        plan_.v_granularity != Granularity::kBlockChannel) {
-      return;
-    }
+    if (!by_block(plan_.v_granularity)) return;
     const int64_t kv_block = plan_.options.kv_block;
     const int64_t step = work_.v_block_scale_step();
     const int64_t begin = plan_.keys.lo / kv_block * step;
@@ -266,12 +263,10 @@ class Preparation {
     float values[kMaxDim];
     load(v_, head, key, values);
     const int64_t block = key / plan_.options.kv_block;
-    const bool per_channel = plan_.v_granularity == Granularity::kChannel ||
-                             plan_.v_granularity == Granularity::kBlockChannel;
-    const bool per_block = plan_.v_granularity == Granularity::kBlock ||
-                           plan_.v_granularity == Granularity::kBlockChannel;
-    const float* scale = per_block ? work_.v_block_scale(head) + block * work_.v_block_scale_step()
-                                   : work_.v_out_scale(head);
+    const bool per_channel = by_channel(plan_.v_granularity);
+    const float* scale = by_block(plan_.v_granularity)
+                             ? work_.v_block_scale(head) + block * work_.v_block_scale_step()
+                             : work_.v_out_scale(head);
     for (int d = 0; d < dim(); ++d) {
       // The scale's NaN reaches the output; the codes stay clean.
       if (std::isnan(scale[per_channel ? d : 0])) values[d] = 0;

@@ -104,10 +104,9 @@ class TileRunner {
     tile.kv.fold_v = plan_.fold_v();
     if (plan_.int8_values()) tile.kv.v_mean = work_.v_mean(head);
     if (plan_.int8_scores()) tile.kv.records = work_.records(head);
-    if (plan_.v_granularity == Granularity::kBlock ||
-        plan_.v_granularity == Granularity::kBlockChannel) {
+    if (plan_.int8_values() && by_block(plan_.v_granularity)) {
       tile.kv.v_block_scale = work_.v_block_scale(head);
-      tile.kv.v_block_scale_per_channel = plan_.v_granularity == Granularity::kBlockChannel;
+      tile.kv.v_block_scale_per_channel = by_channel(plan_.v_granularity);
     }
     Row rows[kQueryTile];
     bool good = true;
