@@ -255,6 +255,7 @@ void peers_section(HtmlPage& page, const std::string& text) {
   const auto json = nlohmann::json::parse(text, nullptr, false);
   if (!json.is_object() || !json.contains("records") || !json["records"].is_array()) return;
   const auto records = peer_records(json["records"]);
+  if (records.empty()) return;
   page.section("Beside other libraries");
   page.paragraph(fmt::format(
       "The same tensors, N(0, 1), in turns in one run of benchmarks/peers on {}: the committed "

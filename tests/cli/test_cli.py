@@ -334,7 +334,9 @@ def test_bench_json(tmp_path: Path) -> None:
     assert decode["bytes_per_s"] > 0
     assert 0 < prefill["rel_l2"] < 0.05
     both = json.loads(
-        succeed("bench", "--shape", "1,1,1,32,32,32", "--repeats", "1", "--threads", "1,2", "--json")
+        succeed(
+            "bench", "--shape", "1,1,1,32,32,32", "--repeats", "1", "--threads", "1,2", "--json"
+        )
     )
     assert [result["threads"] for result in both["results"]] == [1, 2]
     assert [one["threads"] for one in both["ceilings"]] == [1, 2]

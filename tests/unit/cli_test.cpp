@@ -16,6 +16,7 @@
 #include "measure.hpp"
 #include "parallel.hpp"
 #include "peak.hpp"
+#include "report_speed.hpp"
 #include "study.hpp"
 #include "verify.hpp"
 
@@ -237,6 +238,26 @@ TEST(Ceilings, NameEveryMultiplyAddOnce) {
     if (exact) {
       EXPECT_TRUE(names.contains(exact->name));
     }
+  }
+}
+
+TEST(Report, PeersAreShownFromTheirJsonOnly) {
+  const auto page_of = [](const std::string& text) {
+    HtmlPage page("t");
+    peers_section(page, text);
+    return page.str();
+  };
+  const std::string page = page_of(
+      R"({"machine": {"cpu": "a CPU"}, "records": [
+        {"library": "other", "variant": "v", "case": "c", "threads": 1, "median_ms": 20,
+         "ratio": 2.5, "rel_l2": 0.01},
+        {"library": "attn8", "variant": "accurate", "case": "c", "threads": 1, "median_ms": 8,
+         "ratio": 1, "rel_l2": 0.02}]})");
+  EXPECT_NE(page.find("20.0 ms (2.50; 1.00 %)"), std::string::npos);
+  EXPECT_NE(page.find("8.00 ms (1.00; 2.00 %)"), std::string::npos);
+  EXPECT_NE(page.find("a CPU"), std::string::npos);
+  for (const char* nothing : {"", "{", "[]", "{}", R"({"records": 1})", R"({"records": []})"}) {
+    EXPECT_EQ(page_of(nothing), page_of("")) << nothing;
   }
 }
 
