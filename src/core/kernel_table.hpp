@@ -53,9 +53,9 @@ struct AttendTile {
   KeyRange visible[kQueryTile];    ///< per row
   float score_factor[kQueryTile];  ///< c_i of docs/numerics.md; softmax_scale * log2 e in kExact
   float query_norm[kQueryTile];    ///< length of the codes of the row
-  const std::byte* q = nullptr;  ///< codes [rows][padded_dim] (s8, or u8 = code + 128 where the ISA
-                                 ///< wants it), or floats [rows][head_dim] in kExact; rows up to
-                                 ///< the next multiple of kRowGroup are readable
+  const std::byte* q = nullptr;  ///< codes at packed_q_offset() (s8, or u8 = code + 128 where the
+                                 ///< ISA wants it), rows up to the next multiple of kRowGroup; or
+                                 ///< floats [rows][head_dim] in kExact
   // Results, unnormalised: the caller divides.
   float* out = nullptr;          ///< [kQueryTile][padded_dim]
   float* normalizer = nullptr;   ///< [kQueryTile] l

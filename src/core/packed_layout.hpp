@@ -19,6 +19,14 @@ constexpr int64_t key_groups(int64_t keys) noexcept { return (keys + kKeyGroup -
 /// the inner loops take at a time.
 constexpr int64_t padded_dim(int64_t head_dim) noexcept { return round_up(head_dim, 16); }
 
+// Codes of Q: four rows at a time, for each quad of dims the rows' bytes side by side, as one step
+// of a dot product takes them.
+
+/// Byte of (row, dim) in the Q codes of a tile.
+constexpr int64_t packed_q_offset(int64_t row, int64_t dim, int64_t padded) noexcept {
+  return row / 4 * 4 * padded + dim / 4 * 16 + row % 4 * 4 + dim % 4;
+}
+
 // Packed K, one group, int8 (D16 = padded_dim):
 //
 //   byte 0                     256                     512        64 * D16

@@ -123,9 +123,9 @@ class TileRunner {
 
   /// Rows of zeros that see nothing up to the next multiple of kRowGroup.
   void pad_queries(std::byte* q, AttendTile& tile) const noexcept {
-    const auto padded = static_cast<size_t>(padded_dim(plan_.head_dim));
+    const int64_t padded = padded_dim(plan_.head_dim);
     for (int64_t r = tile.rows; r < round_up(tile.rows, kRowGroup); ++r) {
-      std::memset(q + static_cast<size_t>(r) * padded, 0, padded);
+      for (int64_t d = 0; d < padded; ++d) q[packed_q_offset(r, d, padded)] = std::byte{0};
       tile.visible[r] = {};
       tile.score_factor[r] = 0;
       tile.query_norm[r] = 0;
@@ -171,9 +171,13 @@ class TileRunner {
     int32_t squares = 0;
     for (int d = 0; d < dim; ++d) squares += codes[d] * codes[d];
     tile.query_norm[r] = std::sqrt(static_cast<float>(squares));
-    auto* out = reinterpret_cast<uint8_t*>(q) + r * padded;
-    const int offset = plan_.table->query_codes_offset ? 128 : 0;
-    for (int d = 0; d < padded; ++d) out[d] = static_cast<uint8_t>(codes[d] + offset);
+    const uint32_t flip = plan_.table->query_codes_offset ? 0x80808080u : 0;  // + 128 in each byte
+    for (int d = 0; d < padded; d += 4) {
+      uint32_t quad = 0;
+      std::memcpy(&quad, codes + d, 4);
+      quad ^= flip;
+      std::memcpy(q + packed_q_offset(r, d, padded), &quad, 4);
+    }
     if (plan_.with_lse) row.mean_score = mean_score(head, values);
     return good;
   }

@@ -6,6 +6,7 @@
 #include <bit>
 #include <cstring>
 #include <limits>
+#include <utility>
 
 #include "core/element.hpp"
 #include "core/kernel_table.hpp"
@@ -14,6 +15,7 @@
 #include "cpu/isa/simd_avx512.hpp"
 #include "cpu/isa_tables.hpp"
 
+#define ATTN8_HAS_SKEWED
 namespace attn8::avx512_vnni {
 namespace {
 // Order matters: each file uses the ones above it.
@@ -24,6 +26,7 @@ namespace {
 #include "cpu/kernels/online_softmax-inl.hpp"
 #include "cpu/kernels/score_grid-inl.hpp"
 #include "cpu/kernels/attend_accurate-inl.hpp"
+#include "cpu/isa/attend_skewed_avx512-inl.hpp"
 #include "cpu/kernels/attend_paper-inl.hpp"
 #include "cpu/kernels/attend_float-inl.hpp"
 #include "cpu/kernels/table-inl.hpp"

@@ -100,7 +100,8 @@ ATTN8_KERNEL_INLINE void attend_block_accurate(const AttendTile& tile, const Til
   for (int r = 0; r < kRows; ++r) {
     const int row = rows.first_row + r;
     advance_reference(block_max[r], &scratch.ref[row], &step.weight[r], &step.rescale[r]);
-    step.value_weight[r] = step.weight[r] * value_scale;
+    // A row that sees none of the block stays as it is, also where a V scale is NaN.
+    step.value_weight[r] = step.weight[r] == 0 ? 0.0f : step.weight[r] * value_scale;
     const GridSums sums = grid_weights(tile, rows, scores + r * tile.kv_block, block_max[r],
                                        scratch.codes + r * tile.kv_block);
     step.residual[r] =
@@ -115,9 +116,6 @@ ATTN8_KERNEL_INLINE void attend_block_accurate(const AttendTile& tile, const Til
       reinterpret_cast<const float*>(tile.kv.blocks[rows.block] + tile.kv.layout.channel_scale);
   value_products<kRows>(
       tile, rows, scratch.codes, [&](int r, int channel, const auto& sum) ATTN8_INLINE_LAMBDA {
-        // A row that sees none of the block stays as it is, also where a V scale is NaN.
-        if (step.weight[r] == 0) [[unlikely]]
-          return;
         float* out = tile.out + (rows.first_row + r) * padded + channel;  // [16 * vectors]
         constexpr int kCount = sizeof(sum) / sizeof(sum[0]);
 #pragma GCC unroll 4

@@ -11,7 +11,7 @@ ATTN8_INLINE void query_products(const AttendTile& tile, const RowGroup& rows, i
   const int padded = static_cast<int>(padded_dim(tile.head_dim));
   const std::byte* k = tile.kv.k(rows.block, group);  // [padded / 4][64][4] s8
   const KeyRecord& record = tile.kv.records(rows.block)[group];
-  const std::byte* q = tile.q + rows.first_row * padded;  // [kRows][padded]
+  const std::byte* q = tile.q + packed_q_offset(rows.first_row, 0, padded);  // [padded / 4][4][4]
   for (int half = 0; half < 4; half += kVectors) {
     I32 sum[kRows][kVectors];
 #pragma GCC unroll 4
@@ -27,7 +27,7 @@ ATTN8_INLINE void query_products(const AttendTile& tile, const RowGroup& rows, i
       for (int c = 0; c < kVectors; ++c) b[c] = load_bytes(column + 64 * c);
 #pragma GCC unroll 4
       for (int r = 0; r < kRows; ++r) {
-        const I32 a = broadcast4(q + r * padded + dim);
+        const I32 a = broadcast4(q + 4 * dim + 4 * r);
 #pragma GCC unroll 4
         for (int c = 0; c < kVectors; ++c) dot4_query(sum[r][c], a, b[c]);
       }

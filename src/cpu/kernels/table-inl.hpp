@@ -12,6 +12,9 @@ inline size_t scratch_bytes(int kv_block) {
 inline void attend(const AttendTile& tile) {
   switch (tile.mode) {
     case Mode::kAccurate:
+#ifdef ATTN8_HAS_SKEWED
+      if (fits_skewed(tile)) return attend_skewed(tile);
+#endif
       return attend_accurate(tile);
     case Mode::kPaper:
       return attend_paper(tile);
