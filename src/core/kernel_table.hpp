@@ -84,6 +84,10 @@ struct KernelTable {
   void (*subtract)(float* x, const float* mean, int n);
   /// codes[i] = round-half-even(x[i] / scale[i * scale_step]); scale_step 0 or 1; x finite.
   void (*encode)(const float* x, int n, const float* scale, int scale_step, int8_t* codes);
+  /// Sum of the squares of n codes; those up to the next multiple of 64 are readable and 0.
+  int32_t (*squared_length)(const int8_t* codes, int n);
+  /// x[i] = x[i] / divisor, times scale[i] unless that is nullptr; up to the next multiple of 16.
+  void (*normalize)(float* x, int n, float divisor, const float* scale);
   /// 64 rows of codes [64][row_stride], zero-padded to padded_dim, into one packed K group; the
   /// corrections and the sums of the squared codes of its 64 keys.
   void (*pack_k)(const int8_t* codes, int row_stride, int padded, std::byte* group,

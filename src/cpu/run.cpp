@@ -152,7 +152,9 @@ class TileRunner {
     if (const auto* quantized = std::get_if<QuantizedView>(&inputs_.q)) {
       scale = float_at(quantized->scale, batch, row.seq, row.head);
       good = !load_codes(q_, batch, row.seq, row.head, codes);
-      for (int d = 0; d < dim; ++d) values[d] = static_cast<float>(codes[d]) * scale;
+      if (plan_.with_lse) {
+        for (int d = 0; d < dim; ++d) values[d] = static_cast<float>(codes[d]) * scale;
+      }
     } else {
       plan_.table->load_row(element(q_, batch, row.seq, row.head), q_.dtype, q_.strides[3], dim,
                             values);
@@ -168,9 +170,7 @@ class TileRunner {
     constexpr float kHuge = std::numeric_limits<float>::max();
     const float grid = plan_.options.mode == Mode::kAccurate ? 64.0f : 1.0f;
     tile.score_factor[r] = std::clamp(grid * scale * log2_scale, -kHuge, kHuge);
-    int32_t squares = 0;
-    for (int d = 0; d < dim; ++d) squares += codes[d] * codes[d];
-    tile.query_norm[r] = std::sqrt(static_cast<float>(squares));
+    tile.query_norm[r] = std::sqrt(static_cast<float>(plan_.table->squared_length(codes, dim)));
     const uint32_t flip = plan_.table->query_codes_offset ? 0x80808080u : 0;  // + 128 in each byte
     for (int d = 0; d < padded; d += 4) {
       uint32_t quad = 0;
@@ -217,10 +217,7 @@ class TileRunner {
       lse = kNan;
     } else {
       const float* scale = plan_.int8_values() ? work_.v_out_scale(head) : nullptr;
-      for (int d = 0; d < dim; ++d) {
-        out[d] /= tile.normalizer[r];
-        if (scale != nullptr) out[d] *= scale[d];
-      }
+      plan_.table->normalize(out, dim, tile.normalizer[r], scale);
       const float top = tile.mode == Mode::kAccurate ? 255.0f
                         : tile.mode == Mode::kPaper  ? 127.0f
                                                      : 1.0f;

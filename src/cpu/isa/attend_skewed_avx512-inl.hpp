@@ -101,7 +101,7 @@ struct SkewedItem {
   const float* mean = nullptr;  ///< [padded_dim]
   float value_scale = 1;
   bool any_high = false;
-  bool sees_block[kRowGroup] = {};
+  alignas(16) float sees_block[kRowGroup] = {};  ///< all bits set where the row sees the block whole
 };
 
 /// What an item leaves for its P V and for the update of O.
@@ -109,9 +109,9 @@ struct SkewedState {
   float* out = nullptr;  ///< [kRowGroup][padded]
   std::byte* codes = nullptr;  ///< [groups][kRowGroup][64] u8
   bool rescales = false;
-  float rescale[kRowGroup] = {1, 1, 1, 1};
+  alignas(16) float rescale[kRowGroup] = {1, 1, 1, 1};
   float value_weight[kRowGroup] = {};
-  float residual[kRowGroup] = {};
+  alignas(16) float residual[kRowGroup] = {};
 };
 
 /// Exact sums over one group and row as they leave the registers; every lane of 32 bits holds two
@@ -190,7 +190,7 @@ struct Skewed {
   std::byte* codes[2];  ///< [groups][kRowGroup][64]
   GroupSums sums[kMaxGroups * kRowGroup];  // NOLINT: filled before they are read
   int32_t top[kRowGroup] = {};             ///< maxima, in both halves of a word
-  float weight[kRowGroup] = {};        ///< beta
+  alignas(16) float weight[kRowGroup] = {};  ///< beta
   alignas(64) float nothing[kRowGroup * 256];  ///< where the O of no item goes
 };
 
@@ -352,51 +352,84 @@ ATTN8_INLINE void advance_rows(Skewed& work, const SkewedItem& item, const Vecto
   }
 }
 
-/// sum_j h_j (W_j >> 12) of one row, from the scores: for the few blocks whose V scales differ by
-/// more than 16.
-inline __attribute__((noinline)) int64_t high_weights(const Skewed& work, const SkewedItem& item,
-                                                      int r) {
-  int64_t total = 0;
-  for (int group = 0; group < item.groups; ++group) {
+/// 2^12 sum_j h_j (W_j >> 12) of the rows, from the scores: for the few blocks whose V scales differ
+/// by more than 16.
+inline __attribute__((noinline)) __m256i high_weights(const Skewed& work, const SkewedItem& item) {
+  alignas(32) int64_t total[kRowGroup] = {};
+  for (int half = 0; half < 2 * kRowGroup * item.groups; ++half) {
+    const int piece = half / 2;
+    const int r = piece % kRowGroup;
+    const Vector d = _mm512_sub_epi16(_mm512_set1_epi32(work.top[r]),
+                                      load_vector(work.scores + 32 * half));
+    const Vector e = _mm512_permutex2var_epi16(load_vector(kGridWeight16), d,
+                                               load_vector(kGridWeight16 + 32));
+    const Vector y = _mm512_srlv_epi16(e, _mm512_srli_epi16(d, 6));
+    const Vector h = _mm512_avg_epu16(y, _mm512_setzero_si512());
     Vector sum = _mm512_setzero_si512();
-    for (int part = 0; part < 2; ++part) {
-      const int16_t* scores = work.scores + (group * kRowGroup + r) * 64 + 32 * part;
-      const Vector d = _mm512_sub_epi16(_mm512_set1_epi32(work.top[r]), load_vector(scores));
-      const Vector e = _mm512_permutex2var_epi16(load_vector(kGridWeight16), d,
-                                                 load_vector(kGridWeight16 + 32));
-      const Vector y = _mm512_srlv_epi16(e, _mm512_srli_epi16(d, 6));
-      const Vector h = _mm512_avg_epu16(y, _mm512_setzero_si512());
-      dot_pairs(sum, h, item.records[group].inv_high + 32 * part);
-    }
-    total += reduce_add(I32{sum});
+    dot_pairs(sum, h, item.records[piece / kRowGroup].inv_high + half % 2 * 32);
+    total[r] += reduce_add(I32{sum}) * 4096;
   }
-  return total;
+  return _mm256_load_si256(reinterpret_cast<const __m256i*>(total));
+}
+
+/// Sums of the lanes of four vectors: int32 and int64.
+ATTN8_INLINE __m128i add_lanes_i32(Vector a, Vector b, Vector c, Vector d) {
+  const Vector ab = _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+  const Vector cd = _mm512_add_epi32(_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
+  // a b a b of every quarter and c d c d of every quarter to a b c d of every quarter
+  const Vector sum = _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
+  const __m256i half =
+      _mm256_add_epi32(_mm512_castsi512_si256(sum), _mm512_extracti64x4_epi64(sum, 1));
+  return _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+}
+ATTN8_INLINE __m256i add_lanes_i64(Vector a, Vector b, Vector c, Vector d) {
+  const Vector ab = _mm512_add_epi64(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
+  const Vector cd = _mm512_add_epi64(_mm512_unpacklo_epi64(c, d), _mm512_unpackhi_epi64(c, d));
+  // a b in each of four quarters, c d likewise: quarters 0, 2 and 1, 3 of both, then across
+  const Vector even = _mm512_shuffle_i64x2(ab, cd, 0x88);
+  const Vector odd = _mm512_shuffle_i64x2(ab, cd, 0xdd);
+  const Vector sum = _mm512_add_epi64(even, odd);  // ab ab cd cd
+  const Vector swapped = _mm512_shuffle_i64x2(sum, sum, 0xb1);
+  const Vector total = _mm512_add_epi64(sum, swapped);
+  return _mm512_castsi512_si256(_mm512_shuffle_i64x2(total, total, 0x08));
 }
 
 /// l and rho of an item's rows from the sums that its weights left.
 ATTN8_INLINE void finish_sums(Skewed& work, const SkewedItem& item, SkewedState& state) {
+  Vector weights[kRowGroup];  // 8 x int64
+  Vector rest[kRowGroup];     // 32 x uint16: 8 groups of two bytes fit
+  const Vector low_half = _mm512_set1_epi64(0xffffffff);
+#pragma GCC unroll 4
   for (int r = 0; r < kRowGroup; ++r) {
-    Vector weights = _mm512_setzero_si512();  // 8 x int64
-    Vector rest = _mm512_setzero_si512();     // 32 x uint16: 8 groups of two bytes fit
-    for (int group = 0; group < item.groups; ++group) {
-      const GroupSums& sums = work.sums[group * kRowGroup + r];
-      const Vector x = load_vector(sums.weights);
-      weights = _mm512_add_epi64(
-          weights, _mm512_add_epi64(_mm512_and_si512(x, _mm512_set1_epi64(0xffffffff)),
-                                    _mm512_srli_epi64(x, 32)));
-      rest = _mm512_add_epi16(rest, load_vector(sums.rest));
-    }
-    auto total = static_cast<int64_t>(_mm512_reduce_add_epi64(weights));
-    if (item.any_high) [[unlikely]]
-      total += high_weights(work, item, r) * 4096;
-    const int32_t residual =
-        _mm512_reduce_add_epi32(_mm512_madd_epi16(rest, _mm512_set1_epi16(1))) -
-        128 * 64 * item.groups;
-    float* normalizer = work.tile.normalizer + item.first_row + r;
-    *normalizer = __builtin_fmaf(work.weight[r], static_cast<float>(total),
-                                 *normalizer * state.rescale[r]);
-    state.residual[r] = item.sees_block[r] ? static_cast<float>(residual) * 0x1p-8f : 0.0f;
+    const Vector x = load_vector(work.sums[r].weights);
+    weights[r] = _mm512_add_epi64(_mm512_and_si512(x, low_half), _mm512_srli_epi64(x, 32));
+    rest[r] = load_vector(work.sums[r].rest);
   }
+  const GroupSums* sums = work.sums + kRowGroup;
+  for (int group = 1; group < item.groups; ++group, sums += kRowGroup) {
+#pragma GCC unroll 4
+    for (int r = 0; r < kRowGroup; ++r) {
+      const Vector x = load_vector(sums[r].weights);
+      const Vector wide =
+          _mm512_add_epi64(_mm512_and_si512(x, low_half), _mm512_srli_epi64(x, 32));
+      weights[r] = _mm512_add_epi64(weights[r], wide);
+      rest[r] = _mm512_add_epi16(rest[r], load_vector(sums[r].rest));
+    }
+  }
+  const Vector ones = _mm512_set1_epi16(1);
+  const __m128i residual = _mm_sub_epi32(
+      add_lanes_i32(_mm512_madd_epi16(rest[0], ones), _mm512_madd_epi16(rest[1], ones),
+                    _mm512_madd_epi16(rest[2], ones), _mm512_madd_epi16(rest[3], ones)),
+      _mm_set1_epi32(128 * 64 * item.groups));
+  __m256i total = add_lanes_i64(weights[0], weights[1], weights[2], weights[3]);
+  if (item.any_high) [[unlikely]]
+    total = _mm256_add_epi64(total, high_weights(work, item));
+  float* normalizer = work.tile.normalizer + item.first_row;
+  _mm_storeu_ps(normalizer, _mm_fmadd_ps(_mm_load_ps(work.weight), _mm256_cvtepi64_ps(total),
+                                         _mm_mul_ps(_mm_loadu_ps(normalizer),
+                                                    _mm_load_ps(state.rescale))));
+  const __m128 rho = _mm_mul_ps(_mm_cvtepi32_ps(residual), _mm_set1_ps(0x1p-8f));
+  _mm_store_ps(state.residual, _mm_and_ps(rho, _mm_load_ps(item.sees_block)));
 }
 
 /// The items of a tile, block by block.
@@ -405,10 +438,19 @@ class SkewedWalk {
   explicit SkewedWalk(const AttendTile& tile) : tile_(tile) {
     int64_t lo = std::numeric_limits<int64_t>::max();
     int64_t hi = 0;
-    for (int r = 0; r < tile.rows; ++r) {
-      if (tile.visible[r].empty()) continue;
-      lo = tile.visible[r].lo < lo ? tile.visible[r].lo : lo;
-      hi = tile.visible[r].hi > hi ? tile.visible[r].hi : hi;
+    for (int first = 0; first < tile.rows; first += kRowGroup) {
+      Rows& rows = rows_[first / kRowGroup];
+      rows = {std::numeric_limits<int64_t>::max(), 0, 0, std::numeric_limits<int64_t>::max()};
+      for (int r = first; r < first + kRowGroup; ++r) {
+        const KeyRange range = tile.visible[r];
+        rows.full_lo = range.lo > rows.full_lo ? range.lo : rows.full_lo;
+        rows.full_hi = range.hi < rows.full_hi ? range.hi : rows.full_hi;
+        if (range.empty()) continue;
+        rows.lo = range.lo < rows.lo ? range.lo : rows.lo;
+        rows.hi = range.hi > rows.hi ? range.hi : rows.hi;
+      }
+      lo = rows.lo < lo ? rows.lo : lo;
+      hi = rows.hi > hi ? rows.hi : hi;
     }
     block_ = lo < hi ? lo / tile.kv_block : 0;
     end_ = lo < hi ? (hi + tile.kv_block - 1) / tile.kv_block : 0;
@@ -417,11 +459,16 @@ class SkewedWalk {
   /// The next item that sees anything; false after the last.
   bool next(SkewedItem& item) {
     for (; block_ < end_; ++block_, row_ = 0) {
-      for (; row_ < tile_.rows; row_ += kRowGroup) {
-        const RowGroup rows = row_group(tile_, row_, kRowGroup, block_);
-        if (rows.group_lo >= rows.group_hi) continue;
-        fill(item, rows);
+      const int64_t block_lo = block_ * tile_.kv_block;
+      const int64_t block_hi = block_lo + tile_.kv_block;
+      while (row_ < tile_.rows) {
+        const Rows& rows = rows_[row_ / kRowGroup];
+        const int64_t lo = rows.lo > block_lo ? rows.lo : block_lo;
+        const int64_t hi = rows.hi < block_hi ? rows.hi : block_hi;
+        item.first_row = row_;
         row_ += kRowGroup;
+        if (lo >= hi) continue;
+        fill(item, rows, lo, hi);
         return true;
       }
     }
@@ -429,32 +476,38 @@ class SkewedWalk {
   }
 
  private:
-  void fill(SkewedItem& item, const RowGroup& rows) const {
+  /// Of four rows: the keys any of them sees, and the keys all of them see.
+  struct Rows {
+    int64_t lo, hi;
+    int64_t full_lo, full_hi;
+  };
+
+  void fill(SkewedItem& item, const Rows& rows, int64_t lo, int64_t hi) const {
     const PackedKv& kv = tile_.kv;
-    const BlockHeader& header = kv.header(rows.block);
-    item.first_row = rows.first_row;
-    item.groups = static_cast<int>(rows.group_hi - rows.group_lo);
-    item.first_key = rows.block * tile_.kv_block + rows.group_lo * kKeyGroup;
-    item.k = kv.k(rows.block, rows.group_lo);
-    item.v = kv.v(rows.block, rows.group_lo);
-    item.records = kv.records(rows.block) + rows.group_lo;
-    item.mean = kv.mean(rows.block);
+    const BlockHeader& header = kv.header(block_);
+    const int64_t block_lo = block_ * tile_.kv_block;
+    const int64_t group_lo = (lo - block_lo) / kKeyGroup;
+    const int64_t group_hi = (hi - block_lo + kKeyGroup - 1) / kKeyGroup;
+    item.groups = static_cast<int>(group_hi - group_lo);
+    item.first_key = block_lo + group_lo * kKeyGroup;
+    item.k = kv.k(block_, group_lo);
+    item.v = kv.v(block_, group_lo);
+    item.records = kv.records(block_) + group_lo;
+    item.mean = kv.mean(block_);
     item.value_scale = header.v_scale / kv.v_ref;
     item.any_high = header.any_high != 0;
-    int64_t lo = 0;
-    int64_t hi = std::numeric_limits<int64_t>::max();
+    item.masked =
+        rows.full_lo > item.first_key || rows.full_hi < item.first_key + item.groups * kKeyGroup;
+    const RowGroup group = {item.first_row, block_, group_lo, group_hi};
     for (int r = 0; r < kRowGroup; ++r) {
-      const KeyRange range = tile_.visible[rows.first_row + r];
-      lo = range.lo > lo ? range.lo : lo;
-      hi = range.hi < hi ? range.hi : hi;
-      item.sees_block[r] = sees_block(tile_, rows, r);
+      item.sees_block[r] = std::bit_cast<float>(sees_block(tile_, group, r) ? ~0u : 0u);
     }
-    item.masked = lo > item.first_key || hi < item.first_key + item.groups * kKeyGroup;
   }
 
   const AttendTile& tile_;
   int64_t block_ = 0, end_ = 0;
   int row_ = 0;
+  Rows rows_[kQueryTile / kRowGroup];
 };
 
 /// Whether 16-bit scores hold every score of the tile.

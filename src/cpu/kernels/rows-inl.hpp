@@ -97,6 +97,28 @@ inline void encode(const float* x, int n, const float* scale, int scale_step, in
   }
 }
 
+inline int32_t squared_length(const int8_t* codes, int n) {
+  I32 sum = zero_i32();
+  for (int i = 0; i < n; i += 64) {
+    const I32 x = absolute_bytes(load_bytes(reinterpret_cast<const std::byte*>(codes + i)));
+    dot4_u8_s8(sum, x, x);
+  }
+  int32_t lanes[16];
+  store(lanes, sum);
+  int32_t total = 0;
+  for (const int32_t lane : lanes) total += lane;
+  return total;
+}
+
+inline void normalize(float* x, int n, float divisor, const float* scale) {
+  const F32 l = broadcast(divisor);
+  for (int i = 0; i < n; i += 16) {
+    F32 y = divide(load(x + i), l);
+    if (scale != nullptr) y = y * load(scale + i);
+    store(x + i, y);
+  }
+}
+
 /// Four codes of 1: a product with them is a sum.
 inline constexpr std::byte kOnes[4] = {std::byte{1}, std::byte{1}, std::byte{1}, std::byte{1}};
 
