@@ -96,7 +96,10 @@ std::vector<Task> real_tasks(const RealTensors& tensors, const std::string& path
     const RealEntry entry = tensors.read(i);
     const Shape shape = entry.qkv.shape();
     const std::string model = model_name(path, entry.name);
-    const std::string name = flags.by_entry ? model + " " + entry.name : model;
+    const bool named = entry.name.starts_with(model);
+    const std::string name = !flags.by_entry ? model
+                             : named         ? entry.name
+                                             : model + " " + entry.name;
     Task& task = groups[{name, shape.seqlen_k, entry.mask.causal, entry.softmax_scale.value_or(0)}];
     task.name = "real " + name;
     task.seqlen_k = shape.seqlen_k;
