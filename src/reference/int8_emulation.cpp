@@ -21,7 +21,7 @@ namespace {
 constexpr double kFloatMax = std::numeric_limits<float>::max();
 
 // Whether attention() computes `accurate` on the score grid.
-constexpr bool kAccurateOnScoreGrid = false;
+constexpr bool kAccurateOnScoreGrid = true;
 
 bool on_grid(const EmulationOptions& options) {
   return options.mode == Mode::kAccurate && options.score_grid;

@@ -48,6 +48,7 @@ TEST(EmulationOptions, FollowTheModes) {
   EXPECT_EQ(accurate.v_granularity, Granularity::kToken);
   EXPECT_EQ(accurate.kv_block, kDefaultKvBlock);
   EXPECT_TRUE(accurate.smooth_k);
+  EXPECT_TRUE(accurate.score_grid);
   const EmulationOptions paper = mode_options(Mode::kPaper);
   EXPECT_EQ(paper.p_scale, PScale::kRunningMax127);
   EXPECT_EQ(paper.normalizer, Normalizer::kCodes);
