@@ -60,8 +60,8 @@ check-format:
 	  xargs clang-format --dry-run -Werror
 
 check-python: setup-python
-	.venv/bin/ruff check tools tests
-	.venv/bin/ruff format --check tools tests
+	.venv/bin/ruff check tools tests benchmarks/peers
+	.venv/bin/ruff format --check tools tests benchmarks/peers
 	.venv/bin/mypy
 
 # The library; `make lint` adds the command line, which takes minutes for the headers it includes.

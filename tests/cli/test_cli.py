@@ -334,6 +334,15 @@ def test_bench_json(tmp_path: Path) -> None:
     assert prefill["bytes_per_s"] is None
     assert decode["bytes_per_s"] > 0
     assert 0 < prefill["rel_l2"] < 0.05
+    both = json.loads(
+        succeed(
+            "bench", "--shape", "1,1,1,32,32,32", "--repeats", "1", "--threads", "1,2", "--json"
+        )
+    )
+    assert [result["threads"] for result in both["results"]] == [1, 2]
+    assert [one["threads"] for one in both["ceilings"]] == [1, 2]
+    assert all(one["stream_bytes_per_s"] > 0 for one in both["ceilings"])
+    assert "--threads" in refuse(2, "bench", "--shape", "1,1,1,8,8,32", "--threads", "1,0")
     shapes.write_text("1,1,1,1,1\n")
     assert "line 1" in refuse(2, "bench", "--shapes", shapes)
     shapes.write_text("# none\n")
