@@ -131,7 +131,8 @@ std::string study_plots(const std::vector<StudyRecord>& records) {
       }
       if (!record.config.name.empty() || o.smooth_k != chosen.options.smooth_k ||
           rounding_name(o) != rounding_name(chosen.options) ||
-          o.kv_block != chosen.options.kv_block) {
+          o.kv_block != chosen.options.kv_block ||
+          (o.p_scale == chosen.options.p_scale && o.score_grid != chosen.options.score_grid)) {
         continue;
       }
       const std::string granularity(to_string(o.v_granularity));
@@ -167,6 +168,7 @@ std::string committed_plots(const std::string& text) {
     const bool level = mode == "half" || mode == "fp8_e4m3";
     const bool chosen = mode.empty() && record.value("p_scale", "") == to_string(usual.p_scale) &&
                         record.value("rounding", "") == rounding_name(usual) &&
+                        record.value("scores", "float") == scores_name(usual) &&
                         record.value("smooth_k", false) == usual.smooth_k &&
                         record.value("kv_block", 0) == usual.kv_block;
     if (!level && !chosen) continue;

@@ -157,7 +157,7 @@ TEST(Study, GridsHoldTheDefaultOnce) {
     const auto b = default_config().options;
     return a.v_granularity == b.v_granularity && a.p_scale == b.p_scale &&
            a.normalizer == b.normalizer && a.smooth_k == b.smooth_k && a.kv_block == b.kv_block &&
-           a.residual_mean == b.residual_mean;
+           a.residual_mean == b.residual_mean && a.score_grid == b.score_grid;
   };
   for (const auto& grid : {main_grid(), full_grid()}) {
     EXPECT_EQ(std::count_if(grid.begin(), grid.end(), is_default), 1);
