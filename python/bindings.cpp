@@ -322,6 +322,11 @@ std::vector<std::tuple<std::string, bool, std::string>> isas() {
   return found;
 }
 
+/// Where the first element of an array lies as the library sees it: proves that nothing is copied.
+uintptr_t address(nb::handle array) {
+  return reinterpret_cast<uintptr_t>(import_array(array, "array", 4, false).data);
+}
+
 /// Adds a function all of whose arguments may be None: the checks above say what they want.
 template <class Returned, class... Arguments>
 void add(nb::module_& module, const char* name, Returned (*function)(Arguments...)) {
@@ -339,6 +344,7 @@ NB_MODULE(_core, module) {
   add(module, "dequantize", &dequantize);
   add(module, "reference_attention", &reference_attention);
   module.def("error_report", &error_report);
+  add(module, "address", &address);
   module.def("isas", &isas);
   module.def("best_isa", [] { return std::string(attn8::to_string(attn8::best_isa())); });
   module.def("version", [] { return std::string(attn8::version()); });
