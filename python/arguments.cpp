@@ -295,8 +295,8 @@ void check_apart(const TensorView& written, const char* name, const Arrays& read
     int64_t high = static_cast<int64_t>(bytes);
     for (size_t i = 0; i < rank; ++i) {
       if (shape(i) == 0) return Range{start, start};
-      const int64_t reach = (static_cast<int64_t>(shape(i)) - 1) * stride(i) *
-                            static_cast<int64_t>(bytes);
+      const int64_t reach =
+          (static_cast<int64_t>(shape(i)) - 1) * stride(i) * static_cast<int64_t>(bytes);
       (reach < 0 ? low : high) += reach;
     }
     return Range{start + static_cast<uintptr_t>(low), start + static_cast<uintptr_t>(high)};
@@ -328,8 +328,7 @@ AttentionOptions to_options(nb::handle mode, nb::handle softmax_scale, nb::handl
   if (align_name != "bottom_right" && align_name != "top_left") {
     raise_value_error("align", describe(align), "'bottom_right' or 'top_left'");
   }
-  options.mask.align =
-      align_name == "top_left" ? CausalAlign::kTopLeft : CausalAlign::kBottomRight;
+  options.mask.align = align_name == "top_left" ? CausalAlign::kTopLeft : CausalAlign::kBottomRight;
   if (!PyTuple_Check(window_size.ptr()) && !PyList_Check(window_size.ptr())) {
     raise_type_error("window_size", describe(window_size), "(left, right)");
   }

@@ -86,17 +86,16 @@ std::vector<int64_t> to_starts(nb::handle object, const char* name, size_t total
   if (count == 0) raise_value_error(name, "no element", "batch + 1 of them");
   std::vector<int64_t> starts(count);
   for (size_t i = 0; i < count; ++i) {
-    starts[i] = static_cast<const int32_t*>(
-        array.data)[static_cast<int64_t>(i) * array.handle.stride(0)];
+    starts[i] =
+        static_cast<const int32_t*>(array.data)[static_cast<int64_t>(i) * array.handle.stride(0)];
     if (starts[i] < (i == 0 ? 0 : starts[i - 1])) {
       raise_value_error(name, std::to_string(starts[i]) + " at " + std::to_string(i),
                         "numbers from 0 that do not fall");
     }
   }
   if (starts.front() != 0 || starts.back() != static_cast<int64_t>(total)) {
-    raise_value_error(
-        name, std::to_string(starts.front()) + " to " + std::to_string(starts.back()),
-        "0 to " + std::to_string(total) + ", the number of tokens");
+    raise_value_error(name, std::to_string(starts.front()) + " to " + std::to_string(starts.back()),
+                      "0 to " + std::to_string(total) + ", the number of tokens");
   }
   return starts;
 }
@@ -151,7 +150,10 @@ void attention_varlen(nb::handle q, nb::handle k, nb::handle v, nb::handle out, 
       if (lse_array.has_value()) {
         const AnyArray& handle = lse_array->handle;  // [nheads_q, total_q]
         TensorView view{static_cast<float*>(lse_array->data) + q_starts[i] * handle.stride(1),
-                        lse_array->dtype, lse_array->device, {}, {}};
+                        lse_array->dtype,
+                        lse_array->device,
+                        {},
+                        {}};
         view.shape = {1, q_starts[i + 1] - q_starts[i], static_cast<int64_t>(handle.shape(0)), 1};
         view.strides = {0, handle.stride(1), handle.stride(0), 1};
         outputs.lse = view;
@@ -224,11 +226,9 @@ void dequantize(nb::handle x, nb::handle out, nb::handle layout_name, nb::handle
 /// A new NumPy array that owns `values`.
 nb::object to_numpy(std::vector<double>&& values, const std::vector<size_t>& shape) {
   auto* held = new std::vector<double>(std::move(values));
-  const nb::capsule owner(held, [](void* p) noexcept {
-    delete static_cast<std::vector<double>*>(p);
-  });
-  return nb::cast(
-      nb::ndarray<nb::numpy, double>(held->data(), shape.size(), shape.data(), owner));
+  const nb::capsule owner(held,
+                          [](void* p) noexcept { delete static_cast<std::vector<double>*>(p); });
+  return nb::cast(nb::ndarray<nb::numpy, double>(held->data(), shape.size(), shape.data(), owner));
 }
 
 /// Sequence positions of queries, an int32 array; None: all.
@@ -238,8 +238,8 @@ std::vector<int64_t> to_rows(nb::handle rows) {
   if (array.dtype != DType::kInt32) raise_type_error("rows", describe(rows), "dtype int32");
   std::vector<int64_t> values(array.handle.shape(0));
   for (size_t i = 0; i < values.size(); ++i) {
-    values[i] = static_cast<const int32_t*>(
-        array.data)[static_cast<int64_t>(i) * array.handle.stride(0)];
+    values[i] =
+        static_cast<const int32_t*>(array.data)[static_cast<int64_t>(i) * array.handle.stride(0)];
   }
   if (values.empty()) raise_value_error("rows", "no row", "at least one, or None for all");
   return values;
@@ -255,9 +255,8 @@ const Extents& shape_of(const Operand& operand) {
 nb::tuple reference_attention(nb::handle q, nb::handle k, nb::handle v, nb::handle layout_name,
                               nb::handle rows, nb::handle exact, nb::handle mode,
                               nb::handle softmax_scale, nb::handle causal, nb::handle align,
-                              nb::handle window_size, nb::handle kv_block,
-                              nb::handle v_granularity, nb::handle smooth_k,
-                              nb::handle fp8_format) {
+                              nb::handle window_size, nb::handle kv_block, nb::handle v_granularity,
+                              nb::handle smooth_k, nb::handle fp8_format) {
   const Layout layout = to_layout(layout_name);
   const bool is_exact = to_bool(exact, "exact");
   const AttentionOptions options =
@@ -286,11 +285,10 @@ nb::tuple reference_attention(nb::handle q, nb::handle k, nb::handle v, nb::hand
   {
     const nb::gil_scoped_release release;
     status = is_exact
-                 ? reference::exact_attention(std::get<ConstTensorView>(inputs.q),
-                                              std::get<ConstTensorView>(inputs.k),
-                                              std::get<ConstTensorView>(inputs.v),
-                                              options.softmax_scale, options.mask, out, lse,
-                                              positions)
+                 ? reference::exact_attention(
+                       std::get<ConstTensorView>(inputs.q), std::get<ConstTensorView>(inputs.k),
+                       std::get<ConstTensorView>(inputs.v), options.softmax_scale, options.mask,
+                       out, lse, positions)
                  : reference::emulation(inputs, reference::emulation_options(options), out, lse,
                                         bound, positions);
   }
@@ -308,8 +306,8 @@ std::tuple<double, double, double, double, double> error_report(const Doubles& o
     raise_value_error("reference", std::to_string(reference.size()) + " elements",
                       std::to_string(out.size()) + ", as out");
   }
-  const reference::ErrorReport report = reference::error_report(
-      {out.data(), out.size()}, {reference.data(), reference.size()});
+  const reference::ErrorReport report =
+      reference::error_report({out.data(), out.size()}, {reference.data(), reference.size()});
   return {report.rel_l2, report.mean_rel, report.max_abs, report.cosine, report.mre};
 }
 

@@ -18,7 +18,8 @@ Operand = Any
 """An :data:`attn8.arrays.Array` or a :class:`attn8.QuantizedTensor`."""
 
 
-def _operand(x: Operand, name: str, layout: str) -> Any:
+def operand(x: Operand, name: str, layout: str) -> Any:
+    """Return an operand as the extension module takes it."""
     if not isinstance(x, QuantizedTensor):
         return without_grad(x, name)
     if x.layout != layout:
@@ -128,7 +129,7 @@ def attention(
         )  # fmt: skip
     if not isinstance(return_lse, bool):
         raise TypeError(f"return_lse: got {type(return_lse).__name__}, want a bool")
-    operands = [_operand(x, name, layout) for x, name in ((q, "q"), (k, "k"), (v, "v"))]
+    operands = operand(q, "q", layout), operand(k, "k", layout), operand(v, "v", layout)
     float_type = "float32" if isinstance(q, QuantizedTensor) else None
     written = empty(first, shape, float_type) if out is None else without_grad(out, "out")
     lse = None
@@ -140,11 +141,8 @@ def attention(
         v_granularity, smooth_k, check_finite, fp8_format, threads_for(first, threads),
         isa_for(isa),
     )  # fmt: skip
-    if out is None:
-        written = finish(first, written, keep_dtype=float_type is not None)
-    else:
-        written = out
-    return (written, finish(first, lse, keep_dtype=True)) if return_lse else written
+    result = finish(first, written, keep_dtype=float_type is not None) if out is None else out
+    return (result, finish(first, lse, keep_dtype=True)) if return_lse else result
 
 
 def attention_varlen(
@@ -193,7 +191,7 @@ check_finite, fp8_format, return_lse, threads, isa
     shape = shape_of(q, "q", 3)
     if not isinstance(return_lse, bool):
         raise TypeError(f"return_lse: got {type(return_lse).__name__}, want a bool")
-    operands = [without_grad(x, name) for x, name in ((q, "q"), (k, "k"), (v, "v"))]
+    operands = without_grad(q, "q"), without_grad(k, "k"), without_grad(v, "v")
     written = empty(q, shape)
     lse = empty(q, (shape[1], shape[0]), "float32") if return_lse else None
     _core.attention_varlen(

@@ -34,7 +34,8 @@ class _Int8Layer(DynamicLayer):  # type: ignore[misc]
         self.tokens = 0
         self.buffers: list[torch.Tensor] = []  # K codes, K scale, V codes, V scale
         self.mean: torch.Tensor | None = None
-        self.keys = self.values = None
+        self.keys: Any = None
+        self.values: Any = None
         self.is_initialized = False
 
     def lazy_initialization(
@@ -101,8 +102,9 @@ class _Int8Layer(DynamicLayer):  # type: ignore[misc]
 
     def _expose(self) -> None:
         """Make keys and values views of the codes that know where their scales are."""
-        self.keys, _, self.values, _ = self._views(0, self.tokens)
-        self.keys.attn8_layer = self.values.attn8_layer = self
+        keys, _, values, _ = self._views(0, self.tokens)
+        keys.attn8_layer = values.attn8_layer = self
+        self.keys, self.values = keys, values
 
     def operands(self) -> tuple[QuantizedTensor, QuantizedTensor]:
         """Return K and V of all tokens, layout "bshd"."""
@@ -169,10 +171,11 @@ class Int8Cache(Cache):  # type: ignore[misc]
 def quantized_of(key: Array, value: Array) -> tuple[Any, Any]:
     """Return K and V as attention takes them in layout "bshd"; codes with their scales."""
     layer = getattr(key, "attn8_layer", None)
-    if layer is None:
+    if not isinstance(layer, _Int8Layer):
         if key.dtype == torch.int8:
             raise ValueError("key: got int8 codes that belong to no Int8Cache, want floats")
         return key.transpose(1, 2), value.transpose(1, 2)
     if getattr(value, "attn8_layer", None) is not layer or key.shape[2] != layer.tokens:
         raise ValueError("value: got codes of another layer or length than key, want the same")
-    return layer.operands()
+    k, v = layer.operands()
+    return k, v

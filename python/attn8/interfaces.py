@@ -242,8 +242,7 @@ def scaled_dot_product_attention(
     if rank not in (3, 4):
         raise ValueError(f"query: got {rank} dimensions, want 3 or 4")
     shapes = [
-        shape_of(x, name, rank)
-        for x, name in ((query, "query"), (key, "key"), (value, "value"))
+        shape_of(x, name, rank) for x, name in ((query, "query"), (key, "key"), (value, "value"))
     ]
     if shapes[0][-3] != shapes[1][-3] and not enable_gqa:
         raise ValueError(

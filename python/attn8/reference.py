@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attn8 import _core
-from attn8.arrays import Array, without_grad
-from attn8.quantization import QuantizedTensor
+from attn8.arrays import Array
+from attn8.functional import operand
 
 Doubles = NDArray[np.float64]
 
@@ -64,14 +64,6 @@ class ErrorReport:
     mre: float
 
 
-def _operand(x: Any, name: str, layout: str) -> Any:
-    if not isinstance(x, QuantizedTensor):
-        return without_grad(x, name)
-    if x.layout != layout:
-        raise ValueError(f"{name}.layout: got {x.layout!r}, want layout={layout!r}")
-    return x.fields()
-
-
 def _rows(rows: Any) -> Any:
     return None if rows is None else np.ascontiguousarray(rows, np.int32)
 
@@ -106,7 +98,7 @@ def attention(
     out, lse : ndarray
         float64, shaped as q, and ``[batch, nheads_q, seqlen_q]``.
     """
-    operands = [_operand(x, name, layout) for x, name in ((q, "q"), (k, "k"), (v, "v"))]
+    operands = operand(q, "q", layout), operand(k, "k", layout), operand(v, "v", layout)
     out, lse, _ = _core.reference_attention(
         *operands, layout, _rows(rows), True, "exact", softmax_scale, causal, align, window_size,
         0, "token", True, "e4m3",
@@ -141,7 +133,7 @@ smooth_k, fp8_format
     rows : sequence of int, optional
         Query positions to compute; the others are left 0.
     """
-    operands = [_operand(x, name, layout) for x, name in ((q, "q"), (k, "k"), (v, "v"))]
+    operands = operand(q, "q", layout), operand(k, "k", layout), operand(v, "v", layout)
     out, lse, bound = _core.reference_attention(
         *operands, layout, _rows(rows), False, mode, softmax_scale, causal, align, window_size,
         kv_block, v_granularity, smooth_k, fp8_format,

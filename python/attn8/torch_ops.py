@@ -182,7 +182,7 @@ class _Route(TorchFunctionMode):  # type: ignore[misc]
     def __torch_function__(
         self,
         function: Callable[..., Any],
-        types: Any,  # noqa: ARG002
+        types: Any,
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:

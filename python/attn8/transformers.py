@@ -141,7 +141,7 @@ def _ranges(padding: torch.Tensor) -> list[KeyRange]:
                     "at its ends only"
                 )
         # The layers of one forward pass share the mask: read it once.
-        padding.attn8_ranges = found  # type: ignore[attr-defined]
+        padding.attn8_ranges = found
     return found
 
 
@@ -166,7 +166,7 @@ def _attention(
     mode: str = "accurate",
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Registered as the attention function.
+    """Attend, as transformers asks a registered function to.
 
     Parameters
     ----------

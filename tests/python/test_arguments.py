@@ -211,8 +211,9 @@ def array():
     return x
 
 GARBAGE = [None, True, False, 0, 1, -1, 3, 64, 128, 2**31, 2**63, -2**63, 10**30, 0.0, -1.5,
-           float("nan"), float("inf"), "", "x", "accurate", "bshd", "bhsd", b"x", [], (), {}, object(),
-           (1, 2), (-1, 0), (0, 2**40), [3, 3], len, int, Ellipsis, 1j, "token", "exact", "e5m2"]
+           float("nan"), float("inf"), "", "x", "accurate", "bshd", "bhsd", b"x", [], (), {},
+           object(), (1, 2), (-1, 0), (0, 2**40), [3, 3], len, int, Ellipsis, 1j, "token",
+           "exact", "e5m2"]
 SHAPES = [(1, 3, 2, 8), (2, 5, 4, 16), (1, 130, 1, 64), (0, 2, 1, 4), (1, 0, 1, 4)]
 OPTIONS = {
     "layout": ["bshd", "bhsd"], "mode": ["accurate", "paper", "half", "exact", "fp8"],

@@ -149,9 +149,7 @@ def test_strides_of_every_kind_are_read_in_place():
     odd = np.asfortranarray(k)
     backwards = np.ascontiguousarray(v[:, ::-1])[:, ::-1]
     assert backwards.strides[1] < 0
-    np.testing.assert_array_equal(
-        attn8.attention(wide[:, ::2, :, ::2], odd, backwards), wanted
-    )
+    np.testing.assert_array_equal(attn8.attention(wide[:, ::2, :, ::2], odd, backwards), wanted)
     one_head = np.broadcast_to(k[:, :, :1], k.shape)
     assert one_head.strides[2] == 0
     np.testing.assert_array_equal(
@@ -253,9 +251,7 @@ def test_a_forked_child_can_call():
 def test_varlen_is_attention_of_each_sequence(causal):
     starts_q, starts_k = np.int32([0, 3, 3, 20, 21]), np.int32([0, 9, 12, 29, 40])
     q, k, v = normal(21, 4, 64), normal(40, 2, 64, seed=1), normal(40, 2, 64, seed=2)
-    out, lse = attn8.attention_varlen(
-        q, k, v, starts_q, starts_k, causal=causal, return_lse=True
-    )
+    out, lse = attn8.attention_varlen(q, k, v, starts_q, starts_k, causal=causal, return_lse=True)
     assert lse.shape == (4, 21)
     for i in range(4):
         rows, keys = (slice(s[i], s[i + 1]) for s in (starts_q, starts_k))

@@ -62,9 +62,7 @@ def test_quantized_operands_give_the_bits_of_float_ones(layout, causal):
     out, lse = attn8.attention(q, k8, v8, layout=layout, causal=causal, return_lse=True)
     np.testing.assert_array_equal(out, wanted)
     np.testing.assert_array_equal(lse, wanted_lse)
-    out = attn8.attention(
-        attn8.quantize(q, layout=layout), k8, v8, layout=layout, causal=causal
-    )
+    out = attn8.attention(attn8.quantize(q, layout=layout), k8, v8, layout=layout, causal=causal)
     np.testing.assert_array_equal(out, wanted)
 
 
