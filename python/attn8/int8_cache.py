@@ -170,12 +170,14 @@ class Int8Cache(Cache):  # type: ignore[misc]
 
 def quantized_of(key: Array, value: Array) -> tuple[Any, Any]:
     """Return K and V as attention takes them in layout "bshd"; codes with their scales."""
-    layer = getattr(key, "attn8_layer", None)
-    if not isinstance(layer, _Int8Layer):
-        if key.dtype == torch.int8:
-            raise ValueError("key: got int8 codes that belong to no Int8Cache, want floats")
+    if key.dtype != torch.int8:
         return key.transpose(1, 2), value.transpose(1, 2)
-    if getattr(value, "attn8_layer", None) is not layer or key.shape[2] != layer.tokens:
-        raise ValueError("value: got codes of another layer or length than key, want the same")
+    if not isinstance(getattr(key, "attn8_layer", None), _Int8Layer):
+        raise ValueError("key: got int8 codes that belong to no Int8Cache, want floats")
+    layer: Any = key.attn8_layer
+    if not hasattr(value, "attn8_layer") or value.attn8_layer is not layer:
+        raise ValueError("value: got other than what came with key, want codes of the same layer")
+    if key.shape[2] != layer.tokens:
+        raise ValueError(f"key: got {key.shape[2]} tokens, want the {layer.tokens} of its cache")
     k, v = layer.operands()
     return k, v
