@@ -62,11 +62,14 @@ BenchResult bench(const Qkv& qkv, const AttentionOptions& options, const Context
                      visible_pairs(result.shape.seqlen_q, result.shape.seqlen_k, options.mask);
   const bool decode = result.shape.seqlen_q <= kDecodeRows;
   const double bytes = key_value_bytes(result.shape, options.mode, result.dtype);
+  result.ops_per_byte = ops / (bytes + static_cast<double>(qkv.q.size_bytes()) +
+                               static_cast<double>(runner.out().size_bytes()));
   const auto peak = find_peak(isa, options.mode);
   std::optional<Stream> stream;
   if (decode) stream.emplace(isa, context.threads);
 
-  const double warm_ms = runner.run().attention_ms;
+  const RunTimes warm = runner.run();
+  const double warm_ms = warm.attention_ms + warm.quantize_ms;
   const int inner = static_cast<int>(std::clamp(std::ceil(kRepeatMs / warm_ms), 1.0, 1000.0));
 
   std::vector<double> attention, quantize, peaks, peak_ratios, stream_ratios;
@@ -145,6 +148,7 @@ nlohmann::ordered_json BenchResult::json() const {
           {"end_to_end_gops", end_to_end_gops},
           {"bytes_per_s", or_null(bytes_per_s)},
           {"stream_fraction", or_null(stream_fraction)},
+          {"ops_per_byte", ops_per_byte},
           {"rel_l2", or_null(rel_l2)}};
 }
 

@@ -40,6 +40,7 @@ struct BenchResult {
   std::optional<double> peak_fraction;  ///< median of ratios, each against peaks before and after
   std::optional<double> bytes_per_s;    ///< of K and V read once, for at most 8 query rows
   std::optional<double> stream_fraction;
+  double ops_per_byte = 0;  ///< operations per byte of Q, K, V and out, each moved once
   std::optional<double> rel_l2;
 
   [[nodiscard]] nlohmann::ordered_json json() const;

@@ -20,6 +20,7 @@
 #include "real_tensors.hpp"
 #include "report_data.hpp"
 #include "report_page.hpp"
+#include "report_speed.hpp"
 
 namespace attn8::app {
 namespace {
@@ -28,6 +29,7 @@ struct ReportFlags {
   std::string out = "build/report/index.html";
   std::vector<std::string> data;
   std::string study;
+  std::string peers;
   int64_t max_length = 131072;
   ContextFlags context;
   bool json = false;
@@ -40,11 +42,11 @@ std::string read_text(const std::string& argument, const std::string& path) {
   return text;
 }
 
-/// The study to show: the one named, else the committed one where it exists.
-std::string study_text(const ReportFlags& flags) {
-  if (!flags.study.empty()) return read_text("--study", flags.study);
-  const std::string committed = committed_study_path();
-  return std::filesystem::exists(committed) ? read_text("--study", committed) : std::string();
+/// The file named, else the committed one where it exists.
+std::string committed_text(const std::string& argument, const std::string& named,
+                           const std::string& committed) {
+  if (!named.empty()) return read_text(argument, named);
+  return std::filesystem::exists(committed) ? read_text(argument, committed) : std::string();
 }
 
 void print_text(const ReportData& data) {
@@ -63,6 +65,8 @@ void print_text(const ReportData& data) {
   }
   fmt::print("Design study: relative L2, %\n{}\n", study_table(data.study).text());
   fmt::print("Kernels, one thread, 4096 x 4096, not causal\n{}\n", peak_table(data).text());
+  fmt::print("Roofline, one thread, memory {:.1f} GB/s\n{}\n", data.ceilings.bytes_per_s * 1e-9,
+             roofline_table(data).text());
   fmt::print(
       "Speed: {}, {} threads, {} heads, head_dim {}, not causal, quantization included\n{}\n",
       cpu_name(), data.speed.threads, data.speed.heads, data.speed.head_dim,
@@ -79,14 +83,16 @@ void run(const ReportFlags& flags) {
   const auto folder = std::filesystem::path(flags.out).parent_path();
   if (!folder.empty()) make_directories("--out", folder.string());
   const OutputFile out("--out", flags.out);
-  const std::string study = study_text(flags);
+  const CommittedResults committed = {
+      committed_text("--study", flags.study, committed_study_path()),
+      committed_text("--peers", flags.peers, committed_peers_path())};
   for (const std::string& path : options.data) static_cast<void>(RealTensors("--data", path));
 
   const bool terminal = isatty(STDERR_FILENO) != 0;
   const ReportData data = collect_report(options, [&](const std::string& stage) {
     if (terminal) fmt::print(stderr, "report: {}\n", stage);
   });
-  out.write(report_page(data, study));
+  out.write(report_page(data, committed));
   if (flags.json) {
     nlohmann::ordered_json report = {{"version", version()}, {"machine", machine_json()}};
     report.update(data.json());
@@ -113,6 +119,10 @@ void add_report(CLI::App& root) {
   command
       .add_option("--study", flags->study,
                   "JSON of attn8 study to show; the default is docs/results/study.json")
+      ->type_name("FILE");
+  command
+      .add_option("--peers", flags->peers,
+                  "JSON of benchmarks/peers to show; the default is docs/results/peers_cpu.json")
       ->type_name("FILE");
   command.add_option("--max-length", flags->max_length, "Longest sequence of the error curves")
       ->check(whole_number(1024, 1 << 22))

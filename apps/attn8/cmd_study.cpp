@@ -35,6 +35,8 @@ struct StudyFlags {
   int64_t rows = 24;
   int64_t heads = 9;
   bool full = false;
+  std::vector<int32_t> kv_blocks;
+  bool by_entry = false;
   int32_t threads = 0;
   std::string out;
   bool json = false;
@@ -61,7 +63,8 @@ std::vector<StudyConfig> merged(std::vector<StudyConfig> a, const std::vector<St
   const auto same = [](const StudyConfig& x, const StudyConfig& y) {
     const auto key = [](const StudyConfig& c) {
       return std::tuple(c.name, c.options.v_granularity, c.options.p_scale,
-                        rounding_name(c.options), c.options.smooth_k, c.options.kv_block);
+                        rounding_name(c.options), c.options.score_grid, c.options.smooth_k,
+                        c.options.kv_block);
     };
     return key(x) == key(y);
   };
@@ -80,16 +83,25 @@ std::string model_name(const std::string& path, const std::string& entry) {
   return word == "layer" || word == "qkv" ? std::filesystem::path(path).stem().string() : word;
 }
 
+std::vector<StudyConfig> configs_of(const StudyFlags& flags, bool whole) {
+  if (!flags.kv_blocks.empty()) return with_baselines(kv_block_grid(flags.kv_blocks));
+  return with_baselines(whole ? merged(full_grid(), main_grid()) : main_grid());
+}
+
 std::vector<Task> real_tasks(const RealTensors& tensors, const std::string& path,
                              const StudyFlags& flags) {
-  const auto configs = with_baselines(flags.full ? merged(full_grid(), main_grid()) : main_grid());
+  const auto configs = configs_of(flags, flags.full);
   std::map<std::tuple<std::string, int64_t, bool, float>, Task> groups;
   for (size_t i = 0; i < tensors.size(); ++i) {
     const RealEntry entry = tensors.read(i);
     const Shape shape = entry.qkv.shape();
-    Task& task = groups[{model_name(path, entry.name), shape.seqlen_k, entry.mask.causal,
-                         entry.softmax_scale.value_or(0)}];
-    task.name = "real " + model_name(path, entry.name);
+    const std::string model = model_name(path, entry.name);
+    const bool named = entry.name.starts_with(model);
+    const std::string name = !flags.by_entry ? model
+                             : named         ? entry.name
+                                             : model + " " + entry.name;
+    Task& task = groups[{name, shape.seqlen_k, entry.mask.causal, entry.softmax_scale.value_or(0)}];
+    task.name = "real " + name;
     task.seqlen_k = shape.seqlen_k;
     task.configs = configs;
     task.file = &tensors;
@@ -128,9 +140,9 @@ void print_tables(const std::vector<StudyRecord>& records) {
     const std::string row =
         !r.config.name.empty()
             ? r.config.name
-            : fmt::format("{:<13} {:<11} {:<8} {:<6} {:>3}", to_string(o.v_granularity),
-                          to_string(o.p_scale), rounding_name(o), o.smooth_k ? "smooth" : "raw",
-                          o.kv_block);
+            : fmt::format("{:<13} {:<11} {:<8} {:<5} {:<6} {:>3}", to_string(o.v_granularity),
+                          to_string(o.p_scale), rounding_name(o), scores_name(o),
+                          o.smooth_k ? "smooth" : "raw", o.kv_block);
     const std::pair column = {r.data, r.seqlen_k};
     if (columns.empty() || columns.back() != column) columns.push_back(column);
     if (!cells.contains(row)) rows.push_back(row);
@@ -174,7 +186,7 @@ void run(const StudyFlags& flags) {
       Task task;
       task.name = recipe;
       task.seqlen_k = length;
-      task.configs = with_baselines(whole ? merged(full_grid(), main_grid()) : main_grid());
+      task.configs = configs_of(flags, whole);
       task.recipe = recipe;
       tasks.push_back(std::move(task));
     }
@@ -248,6 +260,14 @@ void add_study(CLI::App& root) {
       ->type_name("N")
       ->capture_default_str();
   command.add_flag("--full", flags->full, "Every combination everywhere");
+  command
+      .add_option("--kv-block", flags->kv_blocks,
+                  "Only the default of accurate, at these kv_blocks, and the other modes")
+      ->delimiter(',')
+      ->check(whole_number(1, 1 << 20))
+      ->type_name("N,...");
+  command.add_flag("--by-entry", flags->by_entry,
+                   "Every entry of a file for itself, not all of a model together");
   command.add_option("--head-dim", flags->head_dim, "Of the synthetic data")
       ->check(whole_number(1, 256))
       ->type_name("N")

@@ -48,6 +48,10 @@ void ContextFlags::add(CLI::App& command) {
   command.add_option("--threads", threads, "Threads; the default is every core")
       ->check(whole_number(1, 4096))
       ->type_name("N");
+  add_place(command);
+}
+
+void ContextFlags::add_place(CLI::App& command) {
   command.add_option("--isa", isa, "Insist on an instruction set: scalar, avx2, avx512_vnni")
       ->type_name("NAME");
   command.add_option("--device", device, "cpu")->type_name("NAME")->capture_default_str();

@@ -27,6 +27,8 @@ struct ContextFlags {
   std::string device = "cpu";
 
   void add(CLI::App& command);
+  /// All but --threads.
+  void add_place(CLI::App& command);
   /// Throws kUnsupported for a device without a backend.
   [[nodiscard]] Context context() const;
 };

@@ -10,6 +10,8 @@
 #include <thread>
 #include <vector>
 
+#include "measure.hpp"
+
 namespace attn8::app {
 namespace {
 
@@ -49,6 +51,7 @@ double concurrent_rate(int32_t threads, double amount, const std::function<void(
       op(wide, 8) op(wide, 9) op(wide, 10) op(wide, 11)
 #define ATTN8_CLEAR(wide, i) "vpxor %%xmm" #i ", %%xmm" #i ", %%xmm" #i "\n\t"
 #define ATTN8_DPBUSD(wide, i) "vpdpbusd %%" #wide "13, %%" #wide "12, %%" #wide #i "\n\t"
+#define ATTN8_DPBF16(wide, i) "vdpbf16ps %%" #wide "13, %%" #wide "12, %%" #wide #i "\n\t"
 #define ATTN8_FMA(wide, i) "vfmadd231ps %%" #wide "13, %%" #wide "12, %%" #wide #i "\n\t"
 #define ATTN8_CLOBBERS                                                                     \
   "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", \
@@ -65,12 +68,16 @@ double concurrent_rate(int32_t threads, double amount, const std::function<void(
                : [bits] "r"(operand)                                                     \
                : ATTN8_CLOBBERS)
 
-constexpr uint32_t kBytes = 0x15263748;   // four codes
-constexpr uint32_t kFloat = 0x3F8CCCCD;   // 1.1
-constexpr uint32_t kShorts = 0x00150026;  // two widened codes
+constexpr uint32_t kBytes = 0x15263748;    // four codes
+constexpr uint32_t kFloat = 0x3F8CCCCD;    // 1.1
+constexpr uint32_t kBFloats = 0x3F8D3F8D;  // two of 1.1
+constexpr uint32_t kShorts = 0x00150026;   // two widened codes
 
 void burst_vnni(int64_t iterations) {
   ATTN8_BURST(zmm, kBytes, ATTN8_REPEAT_12(ATTN8_DPBUSD, zmm));
+}
+void burst_bfloat16(int64_t iterations) {
+  ATTN8_BURST(zmm, kBFloats, ATTN8_REPEAT_12(ATTN8_DPBF16, zmm));
 }
 void burst_fma_zmm(int64_t iterations) {
   ATTN8_BURST(zmm, kFloat, ATTN8_REPEAT_12(ATTN8_FMA, zmm));
@@ -88,18 +95,32 @@ void burst_madd_ymm(int64_t iterations) {
   ATTN8_BURST(ymm, kShorts, ATTN8_REPEAT_12(ATTN8_MADD, ymm));
 }
 
-void read_zmm(const std::byte* data, size_t size) {
-  for (const std::byte* end = data + size; data < end; data += 512) {
-    asm volatile(
-        "vmovups (%0), %%zmm0\n\t"
-        "vmovups 64(%0), %%zmm1\n\t"
-        "vmovups 128(%0), %%zmm2\n\t"
-        "vmovups 192(%0), %%zmm3\n\t"
-        "vmovups 256(%0), %%zmm4\n\t"
-        "vmovups 320(%0), %%zmm5\n\t"
-        "vmovups 384(%0), %%zmm6\n\t"
-        "vmovups 448(%0), %%zmm7" ::"r"(data)
-        : "memory", "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7");
+// Reads [data, data + stride) and the three stretches of that length behind it, a few lines of each
+// in turn.
+void read_zmm(const std::byte* data, size_t stride) {
+  for (const std::byte* end = data + stride; data < end; data += 256) {
+    for (size_t i = 0; i < 4; ++i) {
+      asm volatile(
+          "vmovups (%0), %%zmm0\n\t"
+          "vmovups 64(%0), %%zmm1\n\t"
+          "vmovups 128(%0), %%zmm2\n\t"
+          "vmovups 192(%0), %%zmm3" ::"r"(data + i * stride)
+          : "memory", "xmm0", "xmm1", "xmm2", "xmm3");
+    }
+  }
+  asm volatile("vzeroupper");
+}
+
+void read_ymm(const std::byte* data, size_t stride) {
+  for (const std::byte* end = data + stride; data < end; data += 128) {
+    for (size_t i = 0; i < 4; ++i) {
+      asm volatile(
+          "vmovups (%0), %%ymm0\n\t"
+          "vmovups 32(%0), %%ymm1\n\t"
+          "vmovups 64(%0), %%ymm2\n\t"
+          "vmovups 96(%0), %%ymm3" ::"r"(data + i * stride)
+          : "memory", "xmm0", "xmm1", "xmm2", "xmm3");
+    }
   }
   asm volatile("vzeroupper");
 }
@@ -121,25 +142,31 @@ void read_portable(const std::byte* data, size_t size) {
 
 }  // namespace
 
-std::optional<Peak> find_peak(Isa isa, Mode mode) {
+std::optional<Peak> find_peak(Isa isa, Operands operands) {
 #if defined(__x86_64__)
-  // Operations of an iteration: 12 instructions x lanes x 2 (a multiplication and an addition).
-  const bool exact = mode == Mode::kExact;
-  switch (isa) {
-    case Isa::kAvx512Vnni:
-      return exact ? Peak{"vfmadd231ps zmm", burst_fma_zmm, 12.0 * 16 * 2}
-                   : Peak{"vpdpbusd zmm", burst_vnni, 12.0 * 64 * 2};
-    case Isa::kAvx2:
-      return exact ? Peak{"vfmadd231ps ymm", burst_fma_ymm, 12.0 * 8 * 2}
-                   : Peak{"vpmaddwd+vpaddd ymm", burst_madd_ymm, 12.0 * 16 * 2};
-    case Isa::kScalar:
-      break;
+  // Operations of an iteration: 12 instructions x products x 2 (a multiplication and an addition).
+  const bool avx512 = isa == Isa::kAvx512Vnni;
+  if (!avx512 && isa != Isa::kAvx2) return std::nullopt;
+  switch (operands) {
+    case Operands::kInt8:
+      return avx512 ? Peak{"vpdpbusd zmm", burst_vnni, 12.0 * 64 * 2}
+                    : Peak{"vpmaddwd+vpaddd ymm", burst_madd_ymm, 12.0 * 16 * 2};
+    case Operands::kBFloat16:
+      if (!avx512 || !__builtin_cpu_supports("avx512bf16")) break;
+      return Peak{"vdpbf16ps zmm", burst_bfloat16, 12.0 * 32 * 2};
+    case Operands::kFloat32:
+      return avx512 ? Peak{"vfmadd231ps zmm", burst_fma_zmm, 12.0 * 16 * 2}
+                    : Peak{"vfmadd231ps ymm", burst_fma_ymm, 12.0 * 8 * 2};
   }
 #else
   static_cast<void>(isa);
-  static_cast<void>(mode);
+  static_cast<void>(operands);
 #endif
   return std::nullopt;
+}
+
+std::optional<Peak> find_peak(Isa isa, Mode mode) {
+  return find_peak(isa, mode == Mode::kExact ? Operands::kFloat32 : Operands::kInt8);
 }
 
 double measure_peak_gops(const Peak& peak, int32_t threads, double milliseconds) {
@@ -170,14 +197,47 @@ Stream::Stream(Isa isa, int32_t threads)
 }
 
 double Stream::measure() {
-  const size_t part = buffer_.size() / static_cast<size_t>(threads_) / 4096 * 4096;
+  constexpr size_t kPage = 4096;
+  const size_t stride = buffer_.size() / (4 * static_cast<size_t>(threads_)) / kPage * kPage;
+  const size_t part = 4 * stride;
   return concurrent_rate(threads_, static_cast<double>(part), [&](int32_t thread) {
     const std::byte* begin = buffer_.data() + part * static_cast<size_t>(thread);
 #if defined(__x86_64__)
-    if (isa_ == Isa::kAvx512Vnni) return read_zmm(begin, part);
+    if (isa_ == Isa::kAvx512Vnni) return read_zmm(begin, stride);
+    if (isa_ == Isa::kAvx2) return read_ymm(begin, stride);
 #endif
     read_portable(begin, part);
   });
+}
+
+Ceilings measure_ceilings(Isa isa, int32_t threads) {
+  constexpr int kRepeats = 5;
+  std::vector<Peak> peaks;
+  for (const Operands operands : {Operands::kInt8, Operands::kBFloat16, Operands::kFloat32}) {
+    if (const auto peak = find_peak(isa, operands)) peaks.push_back(*peak);
+  }
+  std::vector<std::vector<double>> rates(peaks.size());
+  std::vector<double> bandwidths;
+  Stream stream(isa, threads);
+  for (int repeat = 0; repeat < kRepeats; ++repeat) {
+    for (size_t i = 0; i < peaks.size(); ++i) {
+      rates[i].push_back(measure_peak_gops(peaks[i], threads));
+    }
+    bandwidths.push_back(stream.measure());
+  }
+  Ceilings ceilings;
+  ceilings.threads = threads;
+  for (size_t i = 0; i < peaks.size(); ++i) {
+    ceilings.rates.push_back({peaks[i].name, median(rates[i])});
+  }
+  ceilings.bytes_per_s = median(bandwidths);
+  return ceilings;
+}
+
+nlohmann::ordered_json Ceilings::json() const {
+  nlohmann::ordered_json peaks = nlohmann::ordered_json::array();
+  for (const Rate& rate : rates) peaks.push_back({{"name", rate.name}, {"gops", rate.gops}});
+  return {{"threads", threads}, {"peaks", peaks}, {"stream_bytes_per_s", bytes_per_s}};
 }
 
 }  // namespace attn8::app

@@ -66,4 +66,6 @@ std::string default_sample_path() { return ATTN8_SOURCE_DIR "/data/real_sample.s
 
 std::string committed_study_path() { return ATTN8_SOURCE_DIR "/docs/results/study.json"; }
 
+std::string committed_peers_path() { return ATTN8_SOURCE_DIR "/docs/results/peers_cpu.json"; }
+
 }  // namespace attn8::app

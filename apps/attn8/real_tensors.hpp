@@ -43,4 +43,7 @@ std::string default_sample_path();
 /// The committed run of the study, docs/results/study.json of the same tree.
 std::string committed_study_path();
 
+/// The result of benchmarks/peers that is committed with the source.
+std::string committed_peers_path();
+
 }  // namespace attn8::app

@@ -99,6 +99,27 @@ std::vector<BenchResult> peak_fractions(const Context& context) {
   return results;
 }
 
+std::vector<BenchResult> few_queries(const Context& context) {
+  std::vector<BenchResult> results;
+  Context one_thread = context;
+  one_thread.threads = 1;
+  // 256k keys: 64 MiB of codes, beyond most caches.
+  Qkv qkv = make_qkv("normal", 9, {1, 4, 4, 64, 65536, 128});
+  for (const int64_t queries : {1, 8, 64}) {
+    qkv.q = make_qkv("normal", 9, {1, 4, 4, queries, 1, 128}).q;
+    for (const Mode mode : {Mode::kAccurate, Mode::kExact}) {
+      AttentionOptions options;
+      options.mode = mode;
+      BenchOptions how;
+      how.repeats = 3;
+      how.max_seconds = 1;
+      how.rows = 0;
+      results.push_back(bench(qkv, options, one_thread, how));
+    }
+  }
+  return results;
+}
+
 std::vector<StudyRecord> small_study(const ReportOptions& options) {
   std::vector<StudyConfig> configs = main_grid();
   for (const StudyConfig& config : baselines()) configs.push_back(config);
@@ -161,9 +182,20 @@ ReportData collect_report(const ReportOptions& options,
   data.study = small_study(options);
   stage("share of the machine's peak");
   data.peaks = peak_fractions(options.context);
+  stage("roofline");
+  data.ceilings = measure_ceilings(options.context.force_isa ? options.context.isa : best_isa(), 1);
+  data.few_queries = few_queries(options.context);
   stage("speed figure");
   data.speed = speed_figure(options.context, options.max_speed_seconds, [](double) {});
   return data;
+}
+
+std::vector<const BenchResult*> ReportData::roofline() const {
+  std::vector<const BenchResult*> results;
+  for (const auto* part : {&few_queries, &peaks}) {
+    for (const BenchResult& one : *part) results.push_back(&one);
+  }
+  return results;
 }
 
 nlohmann::ordered_json ReportData::json() const {
@@ -186,6 +218,9 @@ nlohmann::ordered_json ReportData::json() const {
   for (const auto& table : tables) result["tables"].push_back(table.json());
   for (const auto& record : study) result["study"].push_back(record.json());
   for (const auto& one : peaks) result["peaks"].push_back(one.json());
+  result["ceilings"] = ceilings.json();
+  result["few_queries"] = nlohmann::ordered_json::array();
+  for (const auto& one : few_queries) result["few_queries"].push_back(one.json());
   result["speed"] = speed.json();
   return result;
 }

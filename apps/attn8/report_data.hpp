@@ -11,6 +11,7 @@
 #include "attn8/context.hpp"
 #include "bench.hpp"
 #include "paper_tables.hpp"
+#include "peak.hpp"
 #include "study.hpp"
 
 namespace attn8::app {
@@ -45,8 +46,12 @@ struct ReportData {
   std::vector<PaperTable> tables;
   SpeedFigure speed;
   std::vector<BenchResult> peaks;
+  Ceilings ceilings;                     ///< of one thread
+  std::vector<BenchResult> few_queries;  ///< against a long cache, one thread
   std::vector<StudyRecord> study;
 
+  /// The points of the roofline: few_queries and peaks.
+  [[nodiscard]] std::vector<const BenchResult*> roofline() const;
   [[nodiscard]] nlohmann::ordered_json json() const;
 };
 

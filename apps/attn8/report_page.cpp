@@ -11,14 +11,11 @@
 #include "html.hpp"
 #include "machine.hpp"
 #include "measure.hpp"
+#include "report_speed.hpp"
 #include "svg.hpp"
 
 namespace attn8::app {
 namespace {
-
-constexpr int kPanelWidth = 460;  // two panels side by side
-constexpr int kPanelHeight = 320;
-constexpr int kWide = 920;
 
 /// Heads as dots, medians as a line where the entries are layers of one model.
 std::string real_plot(const ReportData& data) {
@@ -26,7 +23,7 @@ std::string real_plot(const ReportData& data) {
   plot.title = "Error on real tensors, one dot per query head";
   plot.x.label = "";
   plot.y = {"relative L2 error, % (log)", Axis::Scale::kLog10};
-  plot.width = kWide;
+  plot.width = kPageWidth;
   plot.height = 430;
   const bool many = data.real.size() > 12;
   for (const RealErrors& one : data.real) {
@@ -103,63 +100,6 @@ std::string paper_plot(const PaperTable& table, int number) {
   return plot.svg();
 }
 
-std::string speed_plots(const SpeedFigure& speed) {
-  Plot times;
-  times.title = "Time, quantization included";
-  times.x = {"tokens", Axis::Scale::kLog2};
-  times.y = {"ms (log)", Axis::Scale::kLog10};
-  times.width = kPanelWidth;
-  times.height = kPanelHeight;
-  const std::vector<std::pair<const char*, int>> order = {
-      {"exact_fp32", 6}, {"exact_bf16", 7}, {"half", 2}, {"paper", 1}, {"accurate", 0}};
-  for (const auto& [name, color] : order) {
-    Series series = {name, color, {}};
-    for (const SpeedRow& row : speed.rows) {
-      series.points.emplace_back(static_cast<double>(row.length), row.total_ms(name));
-    }
-    times.series.push_back(std::move(series));
-  }
-
-  Plot saved;
-  saved.title = "Time saved by full INT8";
-  saved.x = {"tokens", Axis::Scale::kLog2};
-  saved.y = {"% of the baseline's time", Axis::Scale::kLinear, std::nullopt, 100.0};
-  saved.width = kPanelWidth;
-  saved.height = kPanelHeight;
-  Series fp32 = {"accurate / fp32", 0, {}};
-  Series bf16 = {"accurate / bf16", 7, {}};
-  Series theirs = {"publ. / fp16 GPU", 1, {}, true, true, true};
-  for (const SpeedRow& row : speed.rows) {
-    const auto x = static_cast<double>(row.length);
-    const double time = row.total_ms("accurate");
-    fp32.points.emplace_back(x, 100 * (1 - time / row.total_ms("exact_fp32")));
-    bf16.points.emplace_back(x, 100 * (1 - time / row.total_ms("exact_bf16")));
-    theirs.points.emplace_back(x, 100 * row.published_saving);
-  }
-  saved.series = {fp32, bf16, theirs};
-  return "<div class=\"plots\">\n" + times.svg() + saved.svg() + "</div>\n";
-}
-
-std::string peak_chart(const ReportData& data) {
-  BarChart chart;
-  chart.title = "Share of the instruction's peak rate, one thread, 4096 x 4096, not causal";
-  chart.axis_label = "fraction of the peak measured between the runs";
-  chart.width = 760;
-  const std::map<Mode, int> colors = {
-      {Mode::kAccurate, 0}, {Mode::kPaper, 1}, {Mode::kHalf, 2}, {Mode::kExact, 6}};
-  std::map<int64_t, BarChart::Group> groups;
-  for (const BenchResult& one : data.peaks) {
-    if (!one.peak_fraction) continue;
-    BarChart::Group& group = groups[one.shape.head_dim];
-    group.label = fmt::format("head_dim {}", one.shape.head_dim);
-    group.bars.push_back(
-        {std::string(to_string(one.options.mode)), *one.peak_fraction, colors.at(one.options.mode),
-         fmt::format("{:.2f} of {}, {:.0f} GOP/s", *one.peak_fraction, one.peak_name, one.gops)});
-  }
-  for (auto& [head_dim, group] : groups) chart.groups.push_back(std::move(group));
-  return chart.groups.empty() ? std::string() : chart.svg();
-}
-
 /// One panel per data set: V granularity along x, a line per P scale, half and FP8 as levels.
 std::string study_plots(const std::vector<StudyRecord>& records) {
   const StudyConfig chosen = default_config();
@@ -191,7 +131,8 @@ std::string study_plots(const std::vector<StudyRecord>& records) {
       }
       if (!record.config.name.empty() || o.smooth_k != chosen.options.smooth_k ||
           rounding_name(o) != rounding_name(chosen.options) ||
-          o.kv_block != chosen.options.kv_block) {
+          o.kv_block != chosen.options.kv_block ||
+          (o.p_scale == chosen.options.p_scale && o.score_grid != chosen.options.score_grid)) {
         continue;
       }
       const std::string granularity(to_string(o.v_granularity));
@@ -227,6 +168,7 @@ std::string committed_plots(const std::string& text) {
     const bool level = mode == "half" || mode == "fp8_e4m3";
     const bool chosen = mode.empty() && record.value("p_scale", "") == to_string(usual.p_scale) &&
                         record.value("rounding", "") == rounding_name(usual) &&
+                        record.value("scores", "float") == scores_name(usual) &&
                         record.value("smooth_k", false) == usual.smooth_k &&
                         record.value("kv_block", 0) == usual.kv_block;
     if (!level && !chosen) continue;
@@ -273,7 +215,7 @@ Table machine_table() {
 
 }  // namespace
 
-std::string report_page(const ReportData& data, const std::string& committed_study) {
+std::string report_page(const ReportData& data, const CommittedResults& committed) {
   HtmlPage page("attn8: full-INT8 attention, measured");
   page.paragraph(
       "Errors are against attention in float64 on the same inputs, as relative L2 ||o - r|| / "
@@ -330,22 +272,9 @@ std::string report_page(const ReportData& data, const std::string& committed_stu
     page.raw(table.rel_l2().html());
   }
 
-  page.section("Speed on this CPU");
-  page.figure(speed_plots(data.speed),
-              fmt::format("{} heads, head_dim {}, {} threads, not causal; the best of five runs. "
-                          "Published: full INT8 against FlashAttention in FP16 on the paper's GPU.",
-                          data.speed.heads, data.speed.head_dim, data.speed.threads));
-  page.raw(data.speed.table().html());
-  if (data.speed.shortened) {
-    page.paragraph("Longer lengths are left out: they would take too long on this machine.");
-  }
-  const std::string chart = peak_chart(data);
-  if (!chart.empty()) {
-    page.figure(chart,
-                "The peak of the multiply-add instruction is measured before and after every run; "
-                "the fraction is the median of these ratios.");
-  }
-  page.raw(peak_table(data).html());
+  speed_section(page, data);
+  roofline_section(page, data);
+  peers_section(page, committed.peers);
 
   page.section("What fixed the default");
   const reference::EmulationOptions usual = default_config().options;
@@ -361,11 +290,11 @@ std::string report_page(const ReportData& data, const std::string& committed_stu
   page.figure(study_plots(data.study), "Dashed: the half mode and FP8 e4m3 on the same data.");
   page.paragraph("Percent; median over the heads:");
   page.raw(study_table(data.study).html());
-  const std::string committed = committed_plots(committed_study);
-  if (!committed.empty()) {
+  const std::string study = committed_plots(committed.study);
+  if (!study.empty()) {
     page.heading("V granularity against length");
     page.figure(
-        committed,
+        study,
         fmt::format("From the committed run of attn8 study, docs/results/study.json: P scaled "
                     "to the block maximum, {}.",
                     axes));

@@ -25,7 +25,12 @@ Table peak_table(const ReportData& data);
 /// The findings in a few sentences, computed from the data.
 std::vector<std::string> summary_lines(const ReportData& data);
 
-/// The page. `committed_study` is the text of a study's JSON, or empty.
-std::string report_page(const ReportData& data, const std::string& committed_study);
+/// JSON texts of long runs that the page shows beside its own measurements; empty: left out.
+struct CommittedResults {
+  std::string study;  ///< of attn8 study
+  std::string peers;  ///< of benchmarks/peers
+};
+
+std::string report_page(const ReportData& data, const CommittedResults& committed);
 
 }  // namespace attn8::app

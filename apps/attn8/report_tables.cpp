@@ -15,13 +15,13 @@ namespace {
 
 std::string ratio(double a, double b) { return b > 0 ? fmt::format("{:.2f}", a / b) : "-"; }
 
-/// The five axes of a point of the design space, or the name of a mode.
+/// The six axes of a point of the design space, or the name of a mode.
 std::vector<std::string> config_cells(const StudyConfig& config) {
-  if (!config.name.empty()) return {"mode " + config.name, "", "", "", ""};
+  if (!config.name.empty()) return {"mode " + config.name, "", "", "", "", ""};
   const auto& o = config.options;
   return {std::string(to_string(o.v_granularity)), std::string(to_string(o.p_scale)),
-          std::string(rounding_name(o)), o.smooth_k ? "removed" : "kept",
-          fmt::format("{}", o.kv_block)};
+          std::string(rounding_name(o)),           std::string(scores_name(o)),
+          o.smooth_k ? "removed" : "kept",         fmt::format("{}", o.kv_block)};
 }
 
 }  // namespace
@@ -83,7 +83,7 @@ Table study_table(const std::vector<StudyRecord>& records) {
     cells[row][column] = percent(record.rel_l2);
   }
   Table table;
-  table.header = {"V granularity", "P scale", "rounding", "K mean", "kv_block"};
+  table.header = {"V granularity", "P scale", "rounding", "scores", "K mean", "kv_block"};
   table.header.insert(table.header.end(), columns.begin(), columns.end());
   for (const auto& row : order) {
     std::vector<std::string> line = row;

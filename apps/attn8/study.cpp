@@ -27,6 +27,12 @@ constexpr std::array<Rounding, 4> kRoundings = {{{Normalizer::kFloat, true},
                                                  {Normalizer::kCodes, false},
                                                  {Normalizer::kMixed, false}}};
 
+/// The score grid where it is the default's and defined for these options.
+bool uses_grid(const EmulationOptions& options) {
+  return reference::emulation_options({}).score_grid && options.p_scale == PScale::kBlockLocal255 &&
+         options.normalizer == Normalizer::kFloat;
+}
+
 /// Relative L2 error of each head of a sample.
 std::vector<double> head_errors(std::span<const double> out, std::span<const double> exact,
                                 size_t heads) {
@@ -69,6 +75,10 @@ std::string_view rounding_name(const EmulationOptions& options) {
   return options.residual_mean ? "residual" : to_string(options.normalizer);
 }
 
+std::string_view scores_name(const EmulationOptions& options) {
+  return options.score_grid ? "grid" : "float";
+}
+
 StudyConfig default_config() { return {"", reference::emulation_options({})}; }
 
 std::vector<StudyConfig> full_grid() {
@@ -85,6 +95,7 @@ std::vector<StudyConfig> full_grid() {
           config.options.normalizer = normalizer;
           config.options.residual_mean = residual_mean;
           config.options.smooth_k = smooth_k;
+          config.options.score_grid = uses_grid(config.options);
           configs.push_back(config);
         }
       }
@@ -100,23 +111,42 @@ std::vector<StudyConfig> main_grid() {
       StudyConfig config = default_config();
       config.options.v_granularity = granularity;
       config.options.p_scale = p_scale;
+      config.options.score_grid = uses_grid(config.options);
       configs.push_back(config);
     }
   }
   StudyConfig rough = default_config();
   rough.options.smooth_k = false;
   configs.push_back(rough);
-  for (const int32_t kv_block : {64, 128, 256, 512}) {
+  const std::vector<int32_t> kv_blocks = {64, 128, 256, 512};
+  for (const int32_t kv_block : kv_blocks) {
     for (const auto& [normalizer, residual_mean] : kRoundings) {
       StudyConfig config = default_config();
       config.options.kv_block = kv_block;
       config.options.normalizer = normalizer;
       config.options.residual_mean = residual_mean;
+      config.options.score_grid = uses_grid(config.options);
       const bool is_default =
           kv_block == default_config().options.kv_block &&
           rounding_name(config.options) == rounding_name(default_config().options);
       if (!is_default) configs.push_back(config);
     }
+  }
+  for (const StudyConfig& config : kv_block_grid(kv_blocks)) {
+    if (config.options.score_grid != default_config().options.score_grid) configs.push_back(config);
+  }
+  return configs;
+}
+
+std::vector<StudyConfig> kv_block_grid(const std::vector<int32_t>& kv_blocks) {
+  std::vector<StudyConfig> configs;
+  for (const int32_t kv_block : kv_blocks) {
+    StudyConfig config = default_config();
+    config.options.kv_block = kv_block;
+    configs.push_back(config);
+    if (!config.options.score_grid) continue;
+    config.options.score_grid = false;
+    configs.push_back(config);
   }
   return configs;
 }
@@ -180,6 +210,7 @@ nlohmann::ordered_json StudyRecord::json() const {
     result["v_granularity"] = to_string(options.v_granularity);
     result["p_scale"] = to_string(options.p_scale);
     result["rounding"] = rounding_name(options);
+    result["scores"] = scores_name(options);
     result["smooth_k"] = options.smooth_k;
   } else {
     result["mode"] = config.name;

@@ -41,10 +41,15 @@ struct StudyRecord {
 /// the block), else the name of the normaliser.
 std::string_view rounding_name(const reference::EmulationOptions& options);
 
+/// What the scores of a point of the design space are rounded to: "grid" or "float".
+std::string_view scores_name(const reference::EmulationOptions& options);
+
 /// The whole grid V granularity x P scale x rounding x smoothing at the default kv_block.
 std::vector<StudyConfig> full_grid();
 /// V granularity x P scale, smoothing on, and the other axes one at a time from the default.
 std::vector<StudyConfig> main_grid();
+/// The default at each kv_block, once as it is and once with scores in float.
+std::vector<StudyConfig> kv_block_grid(const std::vector<int32_t>& kv_blocks);
 /// paper, half, fp8 e4m3 and e5m2.
 std::vector<StudyConfig> baselines();
 /// The default of `accurate`.

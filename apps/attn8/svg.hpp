@@ -8,6 +8,11 @@
 
 namespace attn8::app {
 
+// Pixels of plots on a page: two panels side by side, or one over its width.
+inline constexpr int kPanelWidth = 460;
+inline constexpr int kPanelHeight = 320;
+inline constexpr int kPageWidth = 920;
+
 struct Axis {
   enum class Scale : unsigned char { kLinear, kLog2, kLog10 };
   std::string label;

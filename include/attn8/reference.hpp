@@ -41,6 +41,10 @@ struct EmulationOptions {
   Normalizer normalizer = Normalizer::kFloat;
   /// Give back what rounding took from the weights of a block, times the block's mean V.
   bool residual_mean = true;
+  /// kAccurate with scores on a grid of 1/64 octave and integer weights; needs kBlockLocal255 and
+  /// kFloat. Without it scores are float32, as the CUDA kernels have them. The other modes do not
+  /// look at it.
+  bool score_grid = true;
   Fp8Format fp8_format = Fp8Format::kE4m3Tensor;
 };
 
@@ -66,11 +70,11 @@ ATTN8_API Status exact_attention(const ConstTensorView& q, const ConstTensorView
 /// reproduce. Operands may be float (quantized here, independently of the library) or quantized.
 ///   out, lse as for exact_attention
 ///   out_bound  [batch, seqlen_q, nheads_q, head_dim] doubles, dense; may be empty: how far a
-///   kernel
-///              with float32 softmax may be from `out`: float32 rounding of scores and sums plus
-///              every P code so close to a rounding boundary that the kernel may round it the other
-///              way (derivation in int8_emulation.cpp)
-///   lse        of the float weights, before rounding
+///              kernel may be from `out`. On the score grid: its float32 sums over blocks
+///              (grid_row.cpp). Else also the float32 rounding of scores and every P code so close
+///              to a rounding boundary that the kernel may round it the other way
+///              (emulation_row.cpp)
+///   lse        of the weights before they are rounded to P
 ATTN8_API Status emulation(const AttentionInputs& inputs, const EmulationOptions& options,
                            std::span<double> out, std::span<double> lse,
                            std::span<double> out_bound, Rows rows = {}) noexcept;

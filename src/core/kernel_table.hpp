@@ -16,17 +16,31 @@ inline constexpr int kQueryTile = 64;
 /// Query rows that one pass of the inner loops computes.
 inline constexpr int kRowGroup = 4;
 
-/// Packed K and V of one (batch, kv head); which pointers are set follows from the mode.
+/// Packed K and V of one (batch, kv head).
 struct PackedKv {
-  std::byte* k = nullptr;        ///< int8 groups (packed_k_offset), or float [group][dim][64]
-  std::byte* v = nullptr;        ///< int8 groups (packed_v_offset), or rows [key][padded_v_dim] of
-                                 ///< bfloat16 (kHalf) or float (kExact)
-  KeyRecord* records = nullptr;  ///< [group]; INT8 K only
-  const float* v_block_scale = nullptr;    ///< [kv block] (kBlock) or [kv block][padded_v_dim]
-  bool v_block_scale_per_channel = false;  ///< which of the two
-  const float* v_mean = nullptr;  ///< [kv block][padded_v_dim] mean of the V codes (kAccurate)
-  KeyRange keys;                  ///< visible to at least one query: what v_mean averages
-  bool fold_v = false;            ///< V granularity kToken: log2_ratio and inv_ratio count
+  const std::byte* const* blocks = nullptr;  ///< [kv block] start of each; those no row sees unread
+  BlockLayout layout;
+  KeyRange keys;       ///< what the means of V average: every key that counts
+  float v_ref = 1;     ///< largest v_scale of the blocks
+  float key_norm = 0;  ///< largest key_norm of the blocks
+  bool channel_scale = false;  ///< whether blocks have V scales per channel
+
+  [[nodiscard]] const BlockHeader& header(int64_t block) const noexcept {
+    return *reinterpret_cast<const BlockHeader*>(blocks[block]);
+  }
+  [[nodiscard]] const float* mean(int64_t block) const noexcept {
+    return reinterpret_cast<const float*>(blocks[block] + layout.mean);
+  }
+  [[nodiscard]] const KeyRecord* records(int64_t block) const noexcept {
+    return reinterpret_cast<const KeyRecord*>(blocks[block] + layout.records);
+  }
+  /// Group `group` of the block, counted from the block's first key.
+  [[nodiscard]] const std::byte* k(int64_t block, int64_t group) const noexcept {
+    return blocks[block] + layout.k + static_cast<size_t>(group) * layout.k_group_bytes;
+  }
+  [[nodiscard]] const std::byte* v(int64_t block, int64_t group) const noexcept {
+    return blocks[block] + layout.v + static_cast<size_t>(group) * layout.v_group_bytes;
+  }
 };
 
 /// One tile of query rows of one (batch, kv head); the rows may belong to several query heads.
@@ -38,13 +52,15 @@ struct AttendTile {
   PackedKv kv;
   KeyRange visible[kQueryTile];    ///< per row
   float score_factor[kQueryTile];  ///< c_i of docs/numerics.md; softmax_scale * log2 e in kExact
-  const std::byte* q = nullptr;  ///< codes [rows][padded_qk_dim] (s8, or u8 = code + 128 where the
-                                 ///< ISA wants it), or floats [rows][head_dim] in kExact
+  float query_norm[kQueryTile];    ///< length of the codes of the row
+  const std::byte* q = nullptr;  ///< codes at packed_q_offset() (s8, or u8 = code + 128 where the
+                                 ///< ISA wants it), rows up to the next multiple of kRowGroup; or
+                                 ///< floats [rows][head_dim] in kExact
   // Results, unnormalised: the caller divides.
-  float* out = nullptr;          ///< [rows][padded_v_dim]
-  float* normalizer = nullptr;   ///< [rows] l
-  float* weight_sum = nullptr;   ///< [rows] the weights before rounding: l but in kPaper
-  float* row_max = nullptr;      ///< [rows] m, log2 units
+  float* out = nullptr;          ///< [kQueryTile][padded_dim]
+  float* normalizer = nullptr;   ///< [kQueryTile] l
+  float* weight_sum = nullptr;   ///< [kQueryTile] the weights before rounding: l but in kPaper
+  float* row_max = nullptr;      ///< [kQueryTile] m in log2 units; kAccurate: ref / 64
   std::byte* scratch = nullptr;  ///< KernelTable::scratch_bytes(), 64-byte aligned
 };
 
@@ -68,13 +84,18 @@ struct KernelTable {
   void (*subtract)(float* x, const float* mean, int n);
   /// codes[i] = round-half-even(x[i] / scale[i * scale_step]); scale_step 0 or 1; x finite.
   void (*encode)(const float* x, int n, const float* scale, int scale_step, int8_t* codes);
-  /// 64 rows of codes [64][row_stride], zero-padded to padded_qk_dim, into one packed K group.
-  void (*pack_k)(const int8_t* codes, int row_stride, int padded_dim, std::byte* group,
-                 int32_t* correction);
-  /// 64 rows of codes [64][row_stride], zero-padded to padded_v_dim, into one packed V group.
-  void (*pack_v)(const int8_t* codes, int row_stride, int padded_dim, std::byte* group);
-  /// sums[d] = sum of channel d over the 64 keys of a packed V group; [padded_v_dim].
-  void (*sum_v)(const std::byte* group, int padded_dim, int32_t* sums);
+  /// Sum of the squares of n codes; those up to the next multiple of 64 are readable and 0.
+  int32_t (*squared_length)(const int8_t* codes, int n);
+  /// x[i] = x[i] / divisor, times scale[i] unless that is nullptr; up to the next multiple of 16.
+  void (*normalize)(float* x, int n, float divisor, const float* scale);
+  /// 64 rows of codes [64][row_stride], zero-padded to padded_dim, into one packed K group; the
+  /// corrections and the sums of the squared codes of its 64 keys.
+  void (*pack_k)(const int8_t* codes, int row_stride, int padded, std::byte* group,
+                 int32_t* correction, int32_t* squares);
+  /// 64 rows of codes [64][row_stride], zero-padded to padded_dim, into one packed V group.
+  void (*pack_v)(const int8_t* codes, int row_stride, int padded, std::byte* group);
+  /// sums[d] = sum of channel d over the 64 keys of a packed V group; [padded_dim].
+  void (*sum_v)(const std::byte* group, int padded, int32_t* sums);
   /// Bytes of scratch that attend() needs for this kv_block.
   size_t (*scratch_bytes)(int kv_block);
   void (*attend)(const AttendTile& tile);

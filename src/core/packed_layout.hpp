@@ -15,14 +15,21 @@ constexpr int64_t round_up(int64_t value, int64_t multiple) noexcept {
 }
 constexpr int64_t key_groups(int64_t keys) noexcept { return (keys + kKeyGroup - 1) / kKeyGroup; }
 
-/// Dot products take four bytes at a time, so Q and K are padded to a multiple of 4 dims;
-/// V has vectors of 16 channels.
-constexpr int64_t padded_qk_dim(int64_t head_dim) noexcept { return round_up(head_dim, 4); }
-constexpr int64_t padded_v_dim(int64_t head_dim) noexcept { return round_up(head_dim, 16); }
+/// Vectors hold 16 channels of V, and 16 dims of Q and K are four steps of a dot product, as many as
+/// the inner loops take at a time.
+constexpr int64_t padded_dim(int64_t head_dim) noexcept { return round_up(head_dim, 16); }
 
-// Packed K, one group, int8 (D4 = padded_qk_dim):
+// Codes of Q: four rows at a time, for each quad of dims the rows' bytes side by side, as one step
+// of a dot product takes them.
+
+/// Byte of (row, dim) in the Q codes of a tile.
+constexpr int64_t packed_q_offset(int64_t row, int64_t dim, int64_t padded) noexcept {
+  return row / 4 * 4 * padded + dim / 4 * 16 + row % 4 * 4 + dim % 4;
+}
+
+// Packed K, one group, int8 (D16 = padded_dim):
 //
-//   byte 0                     256                     512        64 * D4
+//   byte 0                     256                     512        64 * D16
 //   | dims 0..3                | dims 4..7             | ...      |
 //   | key 0: 4 B | ... key 63  |                                  |
 //
@@ -39,7 +46,7 @@ constexpr int64_t packed_k_offset(int64_t key, int64_t dim) noexcept {
 //   byte 0         4          8          12         16         ...
 //   | keys 0..3    | 16..19   | 32..35   | 48..51   | 4..7     ...
 //
-// Packed V, one group, int8 (D16 = padded_v_dim): slabs of 64 channels (the last one narrower); in
+// Packed V, one group, int8: slabs of 64 channels (the last one narrower); in
 // a slab, for each quad of 4 keys in P's order, the slab's channels with 4 keys each:
 //
 //   slab 0 (64 channels)                                            slab 1 ...
@@ -54,25 +61,79 @@ constexpr int64_t p_position(int64_t key) noexcept {
 }
 
 /// Channels of the slab that starts at channel `slab_start`.
-constexpr int64_t slab_width(int64_t padded_dim, int64_t slab_start) noexcept {
-  const int64_t left = padded_dim - slab_start;
+constexpr int64_t slab_width(int64_t padded, int64_t slab_start) noexcept {
+  const int64_t left = padded - slab_start;
   return left < 64 ? left : 64;
 }
 
 /// Byte of (key, channel) inside its group of packed V.
-constexpr int64_t packed_v_offset(int64_t key, int64_t channel, int64_t padded_dim) noexcept {
+constexpr int64_t packed_v_offset(int64_t key, int64_t channel, int64_t padded) noexcept {
   const int64_t slab = channel / 64 * 64;
   const int64_t position = p_position(key);
-  return slab * kKeyGroup + position / 4 * slab_width(padded_dim, slab) * 4 + (channel - slab) * 4 +
+  return slab * kKeyGroup + position / 4 * slab_width(padded, slab) * 4 + (channel - slab) * 4 +
          position % 4;
 }
 
-/// What the softmax needs of each key of a group, in key order.
+/// Position of `key` among the 64 scores of a group as 16-bit numbers: what packssdw makes of the
+/// vectors 0, 1 and 2, 3.
+constexpr int64_t score_position(int64_t key) noexcept {
+  return key / 32 * 32 + key % 16 / 4 * 8 + key % 32 / 16 * 4 + key % 4;
+}
+
+/// What the softmax needs of each key of a group.
 struct alignas(64) KeyRecord {
   float k_scale[kKeyGroup];       ///< 0 for padding and for poisoned tokens
   int32_t correction[kKeyGroup];  ///< -128 * sum of the key's codes: undoes Q codes stored + 128
-  float log2_ratio[kKeyGroup];    ///< log2 r of docs/numerics.md; 0 unless V is folded
-  float inv_ratio[kKeyGroup];     ///< 1 / r
+  float offset[kKeyGroup];        ///< g of docs/numerics.md, 1/64 octaves; 0 unless V is folded
+  int16_t inv_low[kKeyGroup];     ///< W mod 2^12, at score_position(key)
+  int16_t inv_high[kKeyGroup];    ///< W >> 12, likewise
 };
+
+/// First bytes of a block.
+struct alignas(64) BlockHeader {
+  float v_scale;    ///< v_block of docs/numerics.md, > 0 or NaN
+  float key_norm;   ///< largest k_scale * length of the codes among its keys
+  int32_t any_high; ///< whether an inv_high differs from 0
+};
+
+/// Where things are in the memory of one kv block of one (batch, kv head). Everything a pass over
+/// the block reads lies together, so that a page of a cache is the same thing as a block of a call:
+///
+///   | BlockHeader | mean V | V channel scales | records | K groups | V groups |
+///
+/// K and V are int8 groups as above; in float modes K is [group][head_dim][64] floats and V rows
+/// [key][padded_dim] of bfloat16 (`half`) or float (`exact`).
+struct BlockLayout {
+  size_t mean = 0;           ///< float [padded_dim] mean V codes of the keys that count (INT8 V)
+  size_t channel_scale = 0;  ///< float [padded_dim] V scales of the block (`block_channel`)
+  size_t records = 0;        ///< KeyRecord [groups] (INT8 K)
+  size_t k = 0, k_group_bytes = 0;
+  size_t v = 0, v_group_bytes = 0;
+  size_t bytes = 0;
+};
+
+/// Bytes of one element of K and of V: 1 for codes, 2 for bfloat16, 4 for float.
+constexpr BlockLayout block_layout(int64_t kv_block, int64_t head_dim, int k_bytes, int v_bytes,
+                                   bool with_channel_scale) noexcept {
+  BlockLayout layout;
+  const auto groups = static_cast<size_t>(kv_block / kKeyGroup);
+  const auto padded = static_cast<size_t>(padded_dim(head_dim));
+  size_t next = sizeof(BlockHeader);
+  layout.mean = next;
+  if (v_bytes == 1) next += padded * sizeof(float);
+  layout.channel_scale = next;
+  if (with_channel_scale) next += padded * sizeof(float);
+  layout.records = next;
+  if (k_bytes == 1) next += groups * sizeof(KeyRecord);
+  layout.k = next;
+  const auto k_dim = k_bytes == 1 ? padded : static_cast<size_t>(head_dim);
+  layout.k_group_bytes = static_cast<size_t>(kKeyGroup) * k_dim * static_cast<size_t>(k_bytes);
+  next += groups * layout.k_group_bytes;
+  layout.v = next;
+  layout.v_group_bytes = static_cast<size_t>(kKeyGroup) * padded * static_cast<size_t>(v_bytes);
+  next += groups * layout.v_group_bytes;
+  layout.bytes = next;
+  return layout;
+}
 
 }  // namespace attn8

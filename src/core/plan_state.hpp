@@ -16,20 +16,24 @@ struct OperandKind {
   DType dtype = DType::kFloat32;  ///< of the float tensor; kInt8 when quantized
 };
 
-/// Byte offsets into the workspace of one run; H = batch * nheads_k heads, groups of 64 keys.
+/// What a run learns of one (batch, kv head) while it packs.
+struct HeadState {
+  float v_ref = 1;     ///< largest v_scale of the blocks (`block_channel`: of the channel scales)
+  float key_norm = 0;  ///< largest key_norm of the blocks
+  bool poisoned = false;  ///< whether a key holds a NaN or an Inf
+};
+
+/// Byte offsets into the workspace of one run; H = batch * nheads_k heads.
 struct WorkspaceLayout {
-  size_t k = 0, k_bytes_per_head = 0;        ///< packed K
-  size_t v = 0, v_bytes_per_head = 0;        ///< packed V
-  size_t records = 0;                        ///< KeyRecord [H][groups]
+  BlockLayout block;                         ///< of one kv block
+  size_t blocks = 0;                         ///< [H][kv blocks] blocks
+  size_t block_pointers = 0;                 ///< const std::byte* [H][kv blocks]
+  size_t heads = 0;                          ///< HeadState [H]
   size_t poison = 0;                         ///< uint8 [H][seqlen_k]: a NaN or an Inf in K or V
-  size_t head_poisoned = 0;                  ///< uint8 [H]
   size_t k_mean = 0;                         ///< float [H][head_dim]
   size_t k_mean_sums = 0;                    ///< double [H][chunks][head_dim]
   size_t v_max_bits = 0;                     ///< uint32 [H][kv blocks][head_dim]
-  size_t v_sums = 0;                         ///< int32 [H][groups][padded_v_dim] sums of V codes
-  size_t v_mean = 0;                         ///< float [H][kv blocks][padded_v_dim]
-  size_t v_out_scale = 0;                    ///< float [H][padded_v_dim]
-  size_t v_block_scale = 0;                  ///< float [H][kv blocks][1 or padded_v_dim]
+  size_t v_out_scale = 0;                    ///< float [H][padded_dim]
   size_t workers = 0, bytes_per_worker = 0;  ///< [threads] tile buffers
   size_t total = 0;
 };
@@ -49,7 +53,6 @@ struct AttentionPlan::State {
   std::string kernel;
 
   [[nodiscard]] int64_t heads() const noexcept { return batch * nheads_k; }
-  [[nodiscard]] int64_t groups() const noexcept { return key_groups(seqlen_k); }
   [[nodiscard]] int64_t kv_blocks() const noexcept {
     return (seqlen_k + options.kv_block - 1) / options.kv_block;
   }

@@ -43,9 +43,7 @@ inline constexpr int64_t kMeanChunk = 4096;
 /// finite.
 inline constexpr float kMaxKeyScale = 0x1p104f;
 
-/// r of a V token of zeros, relative to the largest of its key block.
-inline constexpr float kZeroTokenRatio = 0x1p-20f;
-/// Smallest r: keeps 255 * 512 / r finite in float32.
-inline constexpr float kMinRatio = 0x1p-100f;
+/// Smallest r of a V token: the integer weights of the denominator span 2^16.
+inline constexpr float kMinRatio = 0x1p-16f;
 
 }  // namespace attn8

@@ -1,6 +1,7 @@
 // SPDX-FileCopyrightText: The attn8 authors
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <bit>
 #include <cmath>
@@ -16,6 +17,7 @@ namespace attn8::cpu {
 namespace {
 
 constexpr int kMaxDim = 256;
+constexpr int kMaxKvBlock = 512;
 
 /// Whether a scale can be used; anything else poisons what it scales.
 bool usable(float scale) noexcept {
@@ -33,16 +35,17 @@ class Preparation {
         v_(data_view(inputs.v)) {}
 
   Status run() noexcept {
+    for (int64_t head = 0; head < plan_.heads(); ++head) point_at_blocks(head);
     if (plan_.keys.empty()) return {};
     std::memset(work_.base + plan_.layout.poison, 0,
                 static_cast<size_t>(plan_.heads() * plan_.seqlen_k));
     if (plan_.smooths_k()) compute_k_means();
-    if (plan_.int8_values() && !plan_.fold_v()) compute_v_scales();
-    const int64_t first = plan_.keys.lo / kKeyGroup;
-    const int64_t groups = key_groups(plan_.keys.hi) - first;
-    for_each_task(plan_.context, plan_.heads() * groups,
-                  [&](int64_t task, int64_t) { pack_group(task / groups, first + task % groups); });
-    for_each_task(plan_.context, plan_.heads(), [&](int64_t head, int64_t) { finish_head(head); });
+    if (plan_.int8_values()) prepare_v_scales();
+    const int64_t first = plan_.keys.lo / plan_.options.kv_block;
+    const int64_t blocks = last_block() - first;
+    for_each_task(plan_.context, plan_.heads() * blocks,
+                  [&](int64_t task, int64_t) { pack_block(task / blocks, first + task % blocks); });
+    for (int64_t head = 0; head < plan_.heads(); ++head) finish_head(head);
     if (bad_code_.load(std::memory_order_relaxed) != nullptr) {
       return invalid(bad_code_.load(std::memory_order_relaxed),
                      ".codes holds -128, wants codes in [-127, 127]");
@@ -58,6 +61,18 @@ class Preparation {
   void load(const ConstTensorView& view, int64_t head, int64_t key, float* row) const noexcept {
     table_.load_row(element(view, batch(head), key, kv_head(head)), view.dtype, view.strides[3],
                     dim(), row);
+  }
+
+  /// The end of the blocks that some query sees.
+  [[nodiscard]] int64_t last_block() const noexcept {
+    return (plan_.keys.hi + plan_.options.kv_block - 1) / plan_.options.kv_block;
+  }
+
+  void point_at_blocks(int64_t head) const noexcept {
+    if (plan_.keys.empty()) return;
+    for (int64_t block = 0; block < plan_.kv_blocks(); ++block) {
+      work_.block_pointers(head)[block] = work_.block(head, block);
+    }
   }
 
   void compute_k_means() noexcept {
@@ -87,111 +102,234 @@ class Preparation {
     }
   }
 
-  /// Scales of float V for the granularities coarser than a token, or copies the given ones.
-  void compute_v_scales() noexcept {
-    const int64_t blocks = plan_.kv_blocks();
-    const int64_t padded = padded_v_dim(dim());
+  /// v_out_scale, and what the scales of V need of all keys of a head before any is encoded.
+  void prepare_v_scales() noexcept {
+    const auto padded = static_cast<size_t>(padded_dim(dim()));
     const auto* quantized = std::get_if<QuantizedView>(&inputs_.v);
-    auto* bits = work_.at<uint32_t>(plan_.layout.v_max_bits);
-    if (quantized == nullptr) {
-      for_each_task(plan_.context, plan_.heads() * blocks, [&](int64_t task, int64_t) {
-        const int64_t head = task / blocks;
-        const int64_t start = task % blocks * plan_.options.kv_block;
-        const int64_t begin = std::max(start, plan_.keys.lo);
-        const int64_t end = std::min(start + plan_.options.kv_block, plan_.keys.hi);
-        std::fill_n(bits + task * dim(), dim(), 0u);
-        float row[kMaxDim];
-        for (int64_t key = begin; key < end; ++key) {
-          load(v_, head, key, row);
-          table_.max_abs_bits_each(row, dim(), bits + task * dim());
-        }
-      });
-    }
+    const bool tensor = plan_.v_granularity == Granularity::kTensor;
+    const bool channel = plan_.v_granularity == Granularity::kChannel;
+    if ((tensor || channel) && quantized == nullptr) measure_v();
     for (int64_t head = 0; head < plan_.heads(); ++head) {
-      float* out_scale = work_.v_out_scale(head);
-      float* block_scale = work_.v_block_scale(head);
-      std::fill_n(out_scale, padded, 1.0f);
-      const uint32_t* head_bits = bits + head * blocks * dim();
-      const auto given = [&](int64_t seq, int64_t d) {
-        const float scale = float_at(quantized->scale, batch(head), seq, kv_head(head), d);
-        return usable(scale) ? scale : std::numeric_limits<float>::quiet_NaN();
-      };
-      const auto largest = [&](int64_t block_lo, int64_t block_hi, int d_lo, int d_hi) {
-        uint32_t most = 0;
-        for (int64_t b = block_lo; b < block_hi; ++b) {
-          for (int d = d_lo; d < d_hi; ++d) most = std::max(most, head_bits[b * dim() + d]);
+      float* scale = work_.v_out_scale(head);
+      std::fill_n(scale, padded, 1.0f);
+      if (!tensor && !channel) continue;
+      uint32_t most = 0;
+      for (int d = 0; d < dim(); ++d) {
+        if (quantized != nullptr) {
+          scale[d] = given_scale(quantized->scale, head, 0, channel ? d : 0);
+          continue;
         }
-        return scale_from_bits(most);
-      };
-      switch (plan_.v_granularity) {
-        case Granularity::kTensor:
-          std::fill_n(out_scale, dim(), quantized ? given(0, 0) : largest(0, blocks, 0, dim()));
-          break;
-        case Granularity::kChannel:
-          for (int d = 0; d < dim(); ++d) {
-            out_scale[d] = quantized ? given(0, d) : largest(0, blocks, d, d + 1);
-          }
-          break;
-        case Granularity::kBlock:
-          for (int64_t b = 0; b < blocks; ++b) {
-            block_scale[b] = quantized ? given(b, 0) : largest(b, b + 1, 0, dim());
-          }
-          break;
-        case Granularity::kBlockChannel:
-          for (int64_t b = 0; b < blocks; ++b) {
-            for (int d = 0; d < padded; ++d) {
-              float& scale = block_scale[b * padded + d];
-              scale = 0.0f;  // padding does not take part in the largest
-              if (d < dim()) scale = quantized ? given(b, d) : largest(b, b + 1, d, d + 1);
-            }
-          }
-          break;
-        case Granularity::kToken:
-          break;  // folded: finish_head()
+        const uint32_t bits = largest_of_channel(head, d);
+        most = std::max(most, bits);
+        scale[d] = scale_from_bits(bits);
+      }
+      if (tensor && quantized == nullptr) std::fill_n(scale, dim(), scale_from_bits(most));
+    }
+  }
+
+  [[nodiscard]] float given_scale(const ConstTensorView& scales, int64_t head, int64_t seq,
+                                  int64_t d) const noexcept {
+    const float scale = float_at(scales, batch(head), seq, kv_head(head), d);
+    return usable(scale) ? scale : std::numeric_limits<float>::quiet_NaN();
+  }
+
+  /// Bits of the largest magnitudes of V, by block and channel.
+  void measure_v() noexcept {
+    const int64_t blocks = plan_.kv_blocks();
+    auto* bits = work_.at<uint32_t>(plan_.layout.v_max_bits);
+    for_each_task(plan_.context, plan_.heads() * blocks, [&](int64_t task, int64_t) {
+      const KeyRange keys = keys_of_block(task % blocks);
+      std::fill_n(bits + task * dim(), dim(), 0u);
+      float row[kMaxDim];
+      for (int64_t key = keys.lo; key < keys.hi; ++key) {
+        load(v_, task / blocks, key, row);
+        table_.max_abs_bits_each(row, dim(), bits + task * dim());
+      }
+    });
+  }
+
+  [[nodiscard]] uint32_t largest_of_channel(int64_t head, int d) const noexcept {
+    const auto* bits = work_.at<uint32_t>(plan_.layout.v_max_bits) +
+                       head * plan_.kv_blocks() * dim();  // [kv blocks][head_dim]
+    uint32_t most = 0;
+    for (int64_t b = 0; b < plan_.kv_blocks(); ++b) most = std::max(most, bits[b * dim() + d]);
+    return most;
+  }
+
+  /// The keys of a block that some query sees.
+  [[nodiscard]] KeyRange keys_of_block(int64_t block) const noexcept {
+    const int64_t kv_block = plan_.options.kv_block;
+    return {std::max(block * kv_block, plan_.keys.lo),
+            std::min((block + 1) * kv_block, plan_.keys.hi)};
+  }
+
+  void pack_block(int64_t head, int64_t block) noexcept {
+    const KeyRange keys = keys_of_block(block);
+    std::byte* memory = work_.block(head, block);
+    auto& header = *reinterpret_cast<BlockHeader*>(memory);
+    header = {.v_scale = 1.0f, .key_norm = 0, .any_high = 0};
+    const int64_t first = block * plan_.options.kv_block;
+    const BlockLayout& layout = plan_.layout.block;
+    VScales scales;
+    if (plan_.int8_values()) scale_v(head, block, keys, memory, scales);
+    std::array<int64_t, kMaxDim> v_sums = {};
+    for (int64_t group = (keys.lo - first) / kKeyGroup; group < key_groups(keys.hi - first);
+         ++group) {
+      const int64_t group_first = first + group * kKeyGroup;
+      const KeyRange range = {std::max(keys.lo, group_first),
+                              std::min(keys.hi, group_first + kKeyGroup)};
+      std::byte* k = memory + layout.k + static_cast<size_t>(group) * layout.k_group_bytes;
+      std::byte* v = memory + layout.v + static_cast<size_t>(group) * layout.v_group_bytes;
+      auto& record = reinterpret_cast<KeyRecord*>(memory + layout.records)[group];
+      if (plan_.int8_scores()) {
+        pack_k_codes(head, group_first, range, k, record, header);
+      } else {
+        pack_k_floats(head, group_first, range, k);
+      }
+      if (plan_.int8_values()) {
+        fold_v(scales, group * kKeyGroup, record, header);
+        pack_v_codes(head, group_first, range, scales, v);
+        int32_t sums[kMaxDim];
+        table_.sum_v(v, static_cast<int>(padded_dim(dim())), sums);
+        for (int64_t d = 0; d < padded_dim(dim()); ++d) v_sums[static_cast<size_t>(d)] += sums[d];
+      } else {
+        pack_v_floats(head, group_first, range, v);
       }
     }
-  }
-
-  /// Makes the scales of the visible blocks relative to their largest, which scales the output
-  /// instead: the sums of a row stay in range whatever the magnitude of V. A NaN stays where it is.
-  void take_out_largest(float* block_scale, float* out_scale) const noexcept {
-    if (!by_block(plan_.v_granularity)) return;
-    const int64_t kv_block = plan_.options.kv_block;
-    const int64_t step = work_.v_block_scale_step();
-    const int64_t begin = plan_.keys.lo / kv_block * step;
-    const int64_t end = (plan_.keys.hi + kv_block - 1) / kv_block * step;
-    float reference = 0;
-    for (int64_t i = begin; i < end; ++i) reference = std::max(reference, block_scale[i]);
-    if (!usable(reference)) return;
-    for (int64_t i = begin; i < end; ++i) block_scale[i] /= reference;
-    std::fill_n(out_scale, padded_v_dim(dim()), reference);
-  }
-
-  void pack_group(int64_t head, int64_t group) noexcept {
-    const int64_t first = group * kKeyGroup;
-    const int64_t begin = std::max(first, plan_.keys.lo);
-    const int64_t end = std::min(first + kKeyGroup, plan_.keys.hi);
-    if (plan_.int8_scores()) {
-      pack_k_codes(head, group, begin, end);
-    } else {
-      pack_k_floats(head, group, begin, end);
-    }
-    if (plan_.int8_values()) {
-      pack_v_codes(head, group, begin, end);
-    } else {
-      pack_v_floats(head, begin, end);
+    if (!plan_.int8_values()) return;
+    auto* mean = reinterpret_cast<float*>(memory + layout.mean);
+    for (int64_t d = 0; d < padded_dim(dim()); ++d) {
+      mean[d] = static_cast<float>(v_sums[static_cast<size_t>(d)]) /
+                static_cast<float>(keys.hi - keys.lo);
     }
   }
 
-  void pack_k_codes(int64_t head, int64_t group, int64_t begin, int64_t end) noexcept {
-    const auto padded = static_cast<int>(padded_qk_dim(dim()));
+  /// How the V of a block is encoded.
+  struct VScales {
+    /// Granularity kToken: the scale of each token, 0 for one whose codes are zeros.
+    alignas(64) std::array<float, kMaxKvBlock> token;
+    const float* shared = nullptr;  ///< otherwise: of all channels, or the first of [head_dim]
+    float block = 1;                ///< v_block of docs/numerics.md
+  };
+
+  void scale_v(int64_t head, int64_t block, KeyRange keys, std::byte* memory,
+               VScales& scales) noexcept {
+    const auto* quantized = std::get_if<QuantizedView>(&inputs_.v);
+    auto& header = *reinterpret_cast<BlockHeader*>(memory);
+    auto* channel_scale = reinterpret_cast<float*>(memory + plan_.layout.block.channel_scale);
+    switch (plan_.v_granularity) {
+      case Granularity::kTensor:
+      case Granularity::kChannel:
+        scales.shared = work_.v_out_scale(head);
+        break;
+      case Granularity::kBlock:
+        if (quantized != nullptr) {
+          header.v_scale = given_scale(quantized->scale, head, block, 0);
+        } else {
+          uint32_t bits = 0;
+          float row[kMaxDim];
+          for (int64_t key = keys.lo; key < keys.hi; ++key) {
+            load(v_, head, key, row);
+            bits = std::max(bits, table_.max_abs_bits(row, dim()));
+          }
+          header.v_scale = scale_from_bits(bits);
+        }
+        scales.shared = &header.v_scale;
+        break;
+      case Granularity::kBlockChannel: {
+        std::fill_n(channel_scale, padded_dim(dim()), 1.0f);
+        uint32_t bits[kMaxDim] = {};
+        float row[kMaxDim];
+        for (int64_t key = keys.lo; quantized == nullptr && key < keys.hi; ++key) {
+          load(v_, head, key, row);
+          table_.max_abs_bits_each(row, dim(), bits);
+        }
+        for (int d = 0; d < dim(); ++d) {
+          channel_scale[d] = quantized != nullptr ? given_scale(quantized->scale, head, block, d)
+                                                  : scale_from_bits(bits[d]);
+        }
+        scales.shared = channel_scale;
+        break;
+      }
+      case Granularity::kToken:
+        scale_v_tokens(head, block * plan_.options.kv_block, keys, scales);
+        header.v_scale = scales.block;
+        break;
+    }
+  }
+
+  void scale_v_tokens(int64_t head, int64_t first, KeyRange keys, VScales& scales) noexcept {
+    const auto* quantized = std::get_if<QuantizedView>(&inputs_.v);
+    scales.token.fill(0.0f);
+    float largest = 0;
+    for (int64_t key = keys.lo; key < keys.hi; ++key) {
+      float scale = 0;
+      bool zero = false;
+      if (quantized != nullptr) {
+        int8_t codes[kMaxDim];
+        scale = float_at(quantized->scale, batch(head), key, kv_head(head));
+        if (load_codes(v_, batch(head), key, kv_head(head), codes)) bad_code_ = "v";
+        zero = std::all_of(codes, codes + dim(), [](int8_t code) { return code == 0; });
+      } else {
+        const uint32_t bits = max_abs_bits(v_, head, key);
+        scale = scale_from_bits(bits);
+        zero = codes_are_zero(bits);
+      }
+      if (!usable(scale)) {
+        work_.poison(head)[key] = 1;
+        zero = true;
+      }
+      if (zero) continue;
+      scales.token[static_cast<size_t>(key - first)] = scale;
+      largest = std::max(largest, scale);
+    }
+    if (largest > 0) scales.block = largest;
+  }
+
+  /// Bits of the largest magnitude of a row, from where it lies when it is float32.
+  [[nodiscard]] uint32_t max_abs_bits(const ConstTensorView& view, int64_t head,
+                                      int64_t key) const noexcept {
+    if (view.dtype == DType::kFloat32 && view.strides[3] == 1) {
+      return table_.max_abs_bits(
+          reinterpret_cast<const float*>(element(view, batch(head), key, kv_head(head))), dim());
+    }
+    float row[kMaxDim];
+    load(view, head, key, row);
+    return table_.max_abs_bits(row, dim());
+  }
+
+  /// g and W of a group's keys.
+  void fold_v(const VScales& scales, int64_t first, KeyRecord& record,
+              BlockHeader& header) const noexcept {
+    int32_t any_high = 0;
+    for (int64_t slot = 0; slot < kKeyGroup; ++slot) {
+      float ratio = 1;
+      if (plan_.fold_v()) {
+        const float scale = scales.token[static_cast<size_t>(first + slot)];
+        ratio = std::max(kMinRatio, scale / scales.block);
+      }
+      // Most ratios repeat in no tensor, but 1 does in every other granularity.
+      record.offset[slot] =
+          ratio == 1 ? 0.0f
+                     : static_cast<float>(64 * std::log2(static_cast<double>(ratio)));
+      const auto weight = static_cast<int32_t>(std::nearbyint(256 / ratio));
+      const int64_t position = score_position(slot);
+      record.inv_low[position] = static_cast<int16_t>(weight % 4096);
+      record.inv_high[position] = static_cast<int16_t>(weight / 4096);
+      any_high |= weight / 4096;
+    }
+    if (any_high != 0) header.any_high = 1;
+  }
+
+  void pack_k_codes(int64_t head, int64_t first, KeyRange keys, std::byte* packed,
+                    KeyRecord& record, BlockHeader& header) noexcept {
+    const auto padded = static_cast<int>(padded_dim(dim()));
     alignas(64) int8_t codes[kKeyGroup * kMaxDim];
     std::memset(codes, 0, static_cast<size_t>(kKeyGroup * padded));
-    KeyRecord& record = work_.records(head)[group];
     std::fill_n(record.k_scale, kKeyGroup, 0.0f);
     const auto* quantized = std::get_if<QuantizedView>(&inputs_.k);
-    for (int64_t key = begin; key < end; ++key) {
-      const int64_t slot = key - group * kKeyGroup;
+    for (int64_t key = keys.lo; key < keys.hi; ++key) {
+      const int64_t slot = key - first;
       int8_t* row = codes + slot * padded;
       float scale = 0;
       if (quantized != nullptr) {
@@ -211,90 +349,88 @@ class Preparation {
       }
       record.k_scale[slot] = std::min(scale, kMaxKeyScale);
     }
-    table_.pack_k(codes, padded, padded, work_.k(head) + group * kKeyGroup * padded,
-                  record.correction);
+    int32_t squares[kKeyGroup];
+    table_.pack_k(codes, padded, padded, packed, record.correction, squares);
+    double largest = 0;
+    for (int64_t slot = 0; slot < kKeyGroup; ++slot) {
+      const auto scale = static_cast<double>(record.k_scale[slot]);
+      largest = std::max(largest, scale * scale * squares[slot]);
+    }
+    header.key_norm = std::max(header.key_norm, static_cast<float>(std::sqrt(largest)));
   }
 
-  void pack_v_codes(int64_t head, int64_t group, int64_t begin, int64_t end) noexcept {
-    const auto padded = static_cast<int>(padded_v_dim(dim()));
+  void pack_v_codes(int64_t head, int64_t first, KeyRange keys, const VScales& scales,
+                    std::byte* packed) noexcept {
+    const auto padded = static_cast<int>(padded_dim(dim()));
     alignas(64) int8_t codes[kKeyGroup * kMaxDim];
     std::memset(codes, 0, static_cast<size_t>(kKeyGroup * padded));
-    KeyRecord& record = work_.records(head)[group];
-    std::fill_n(record.log2_ratio, kKeyGroup, 0.0f);
-    std::fill_n(record.inv_ratio, kKeyGroup, 1.0f);
-    const auto* quantized = std::get_if<QuantizedView>(&inputs_.v);
-    for (int64_t key = begin; key < end; ++key) {
-      const int64_t slot = key - group * kKeyGroup;
-      int8_t* row = codes + slot * padded;
-      if (quantized != nullptr) {
-        if (load_codes(v_, batch(head), key, kv_head(head), row)) bad_code_ = "v";
+    const bool quantized = std::holds_alternative<QuantizedView>(inputs_.v);
+    const int64_t block_first = first / plan_.options.kv_block * plan_.options.kv_block;
+    for (int64_t key = keys.lo; key < keys.hi; ++key) {
+      int8_t* row = codes + (key - first) * padded;
+      if (quantized && load_codes(v_, batch(head), key, kv_head(head), row)) bad_code_ = "v";
+      if (plan_.fold_v()) {
+        encode_v_token(head, key, scales.token[static_cast<size_t>(key - block_first)],
+                       scales.block, quantized, row);
+      } else if (!quantized) {
+        encode_v_shared(head, key, scales.shared, row);
       }
-      if (!plan_.fold_v()) {
-        if (quantized == nullptr) encode_v_coarse(head, key, row);
-        continue;
-      }
-      float scale = 0;
-      bool zero = false;
-      if (quantized != nullptr) {
-        scale = float_at(quantized->scale, batch(head), key, kv_head(head));
-        zero = std::all_of(row, row + dim(), [](int8_t code) { return code == 0; });
-      } else {
-        float values[kMaxDim];
-        load(v_, head, key, values);
-        const uint32_t bits = table_.max_abs_bits(values, dim());
-        scale = scale_from_bits(bits);
-        zero = codes_are_zero(bits);
-        if (!zero) table_.encode(values, dim(), &scale, 0, row);
-      }
-      if (!usable(scale)) {
-        work_.poison(head)[key] = 1;
-        std::memset(row, 0, static_cast<size_t>(dim()));
-        zero = true;
-      }
-      // The scale itself for now, 0 for a token of zeros: finish_head() needs the largest first.
-      record.inv_ratio[slot] = zero ? 0.0f : scale;
     }
-    std::byte* packed = work_.v(head) + group * kKeyGroup * padded;
     table_.pack_v(codes, padded, padded, packed);
-    table_.sum_v(packed, padded, work_.v_sums(head) + group * padded);
   }
 
-  void encode_v_coarse(int64_t head, int64_t key, int8_t* row) const noexcept {
+  void encode_v_token(int64_t head, int64_t key, float scale, float block_scale, bool quantized,
+                      int8_t* row) const noexcept {
+    if (scale == 0) {
+      std::memset(row, 0, static_cast<size_t>(dim()));  // zeros, or poisoned
+      return;
+    }
+    if (!quantized) {
+      float values[kMaxDim];
+      load(v_, head, key, values);
+      table_.encode(values, dim(), &scale, 0, row);
+    }
+    const float ratio = scale / block_scale;
+    if (ratio >= kMinRatio) [[likely]]
+      return;
+    const float shrink = ratio * (1 / kMinRatio);
+    for (int d = 0; d < dim(); ++d) {
+      row[d] = static_cast<int8_t>(std::nearbyint(static_cast<float>(row[d]) * shrink));
+    }
+  }
+
+  /// V of the granularities coarser than a token.
+  void encode_v_shared(int64_t head, int64_t key, const float* scale, int8_t* row) const noexcept {
     float values[kMaxDim];
     load(v_, head, key, values);
-    const int64_t block = key / plan_.options.kv_block;
     const bool per_channel = by_channel(plan_.v_granularity);
-    const float* scale = by_block(plan_.v_granularity)
-                             ? work_.v_block_scale(head) + block * work_.v_block_scale_step()
-                             : work_.v_out_scale(head);
+    // The scale's NaN reaches the output; the codes stay clean.
+    float usable_scale[kMaxDim];
     for (int d = 0; d < dim(); ++d) {
-      // The scale's NaN reaches the output; the codes stay clean.
-      if (std::isnan(scale[per_channel ? d : 0])) values[d] = 0;
+      usable_scale[d] = scale[per_channel ? d : 0];
+      if (!std::isnan(usable_scale[d])) continue;
+      usable_scale[d] = 1;
+      values[d] = 0;
     }
-    const float one = 1.0f;
-    const bool whole_nan = !per_channel && std::isnan(scale[0]);
-    table_.encode(values, dim(), whole_nan ? &one : scale, per_channel ? 1 : 0, row);
-    for (int d = 0; per_channel && d < dim(); ++d) {
-      if (std::isnan(scale[d])) row[d] = 0;
-    }
+    table_.encode(values, dim(), usable_scale, 1, row);
   }
 
-  void pack_k_floats(int64_t head, int64_t group, int64_t begin, int64_t end) noexcept {
-    auto* out = reinterpret_cast<float*>(work_.k(head)) + group * kKeyGroup * dim();
+  void pack_k_floats(int64_t head, int64_t first, KeyRange keys, std::byte* packed) noexcept {
+    auto* out = reinterpret_cast<float*>(packed);
     std::fill_n(out, kKeyGroup * dim(), 0.0f);  // [head_dim][64]
     float values[kMaxDim];
-    for (int64_t key = begin; key < end; ++key) {
+    for (int64_t key = keys.lo; key < keys.hi; ++key) {
       load(k_, head, key, values);
-      float* column = out + (key - group * kKeyGroup);
+      float* column = out + (key - first);
       for (int d = 0; d < dim(); ++d) column[d * kKeyGroup] = values[d];
     }
   }
 
-  void pack_v_floats(int64_t head, int64_t begin, int64_t end) noexcept {
+  void pack_v_floats(int64_t head, int64_t first, KeyRange keys, std::byte* packed) noexcept {
     const bool half = plan_.options.mode == Mode::kHalf;
-    const int64_t padded = padded_v_dim(dim());
+    const int64_t padded = padded_dim(dim());
     float values[kMaxDim] = {};
-    for (int64_t key = begin; key < end; ++key) {
+    for (int64_t key = keys.lo; key < keys.hi; ++key) {
       load(v_, head, key, values);
       // The rows of a tile share what they read: a weight of 0 times a NaN would reach rows that do
       // not see this key.
@@ -302,75 +438,35 @@ class Preparation {
         work_.poison(head)[key] = 1;
         std::fill_n(values, dim(), 0.0f);
       }
-      std::byte* row = work_.v(head) + key * padded * (half ? 2 : 4);  // [padded_v_dim]
+      std::byte* row = packed + (key - first) * padded * (half ? 2 : 4);  // [padded_dim]
       table_.store_row(values, static_cast<int>(padded), half ? DType::kBFloat16 : DType::kFloat32,
                        1, row);
     }
   }
 
-  /// What needs all keys of a head: relative V scales, and whether anything is poisoned.
+  /// What needs all blocks of a head.
   void finish_head(int64_t head) noexcept {
-    const uint8_t* poison = work_.poison(head);
-    work_.head_poisoned(head) =
-        std::memchr(poison + plan_.keys.lo, 1,
-                    static_cast<size_t>(plan_.keys.hi - plan_.keys.lo)) != nullptr;
-    if (plan_.fold_v()) fold_v_scales(head);
-    if (plan_.int8_values()) {
-      take_out_largest(work_.v_block_scale(head), work_.v_out_scale(head));
-      compute_v_means(head);
-    }
-  }
-
-  /// Mean V codes of each kv block, over the keys that some query sees.
-  void compute_v_means(int64_t head) noexcept {
-    const int64_t padded = padded_v_dim(dim());
-    const int64_t kv_block = plan_.options.kv_block;
-    for (int64_t block = plan_.keys.lo / kv_block; block * kv_block < plan_.keys.hi; ++block) {
-      const int64_t begin = std::max(block * kv_block, plan_.keys.lo);
-      const int64_t end = std::min((block + 1) * kv_block, plan_.keys.hi);
-      float* mean = work_.v_mean(head) + block * padded;
-      for (int64_t d = 0; d < padded; ++d) {
-        int64_t sum = 0;
-        for (int64_t group = begin / kKeyGroup; group < key_groups(end); ++group) {
-          sum += work_.v_sums(head)[group * padded + d];
-        }
-        mean[d] = static_cast<float>(sum) / static_cast<float>(end - begin);
+    HeadState& state = work_.head(head);
+    state = {};
+    state.poisoned = std::memchr(work_.poison(head) + plan_.keys.lo, 1,
+                                 static_cast<size_t>(plan_.keys.hi - plan_.keys.lo)) != nullptr;
+    float largest = 0;  // of the V scales; comparisons leave a NaN where it is
+    for (int64_t b = plan_.keys.lo / plan_.options.kv_block; b < last_block(); ++b) {
+      const std::byte* memory = work_.block(head, b);
+      const auto& header = *reinterpret_cast<const BlockHeader*>(memory);
+      state.key_norm = std::max(state.key_norm, header.key_norm);
+      if (plan_.v_granularity != Granularity::kBlockChannel) {
+        largest = std::max(largest, header.v_scale);
+        continue;
       }
+      const auto* scale =
+          reinterpret_cast<const float*>(memory + plan_.layout.block.channel_scale);
+      for (int d = 0; d < dim(); ++d) largest = std::max(largest, scale[d]);
     }
-  }
-
-  void fold_v_scales(int64_t head) noexcept {
-    KeyRecord* records = work_.records(head);
-    const auto scale_of = [&](int64_t key) -> float& {
-      return records[key / kKeyGroup].inv_ratio[key % kKeyGroup];
-    };
-    float reference = 0;
-    for (int64_t key = plan_.keys.lo; key < plan_.keys.hi; ++key) {
-      reference = std::max(reference, scale_of(key));
-    }
-    if (reference == 0) reference = 1.0f;
-    float* out_scale = work_.v_out_scale(head);
-    std::fill_n(out_scale, padded_v_dim(dim()), reference);
-    const int64_t kv_block = plan_.options.kv_block;
-    for (int64_t start = plan_.keys.lo / kv_block * kv_block; start < plan_.keys.hi;
-         start += kv_block) {
-      const int64_t begin = std::max(start, plan_.keys.lo);
-      const int64_t end = std::min(start + kv_block, plan_.keys.hi);
-      float largest = 0;
-      for (int64_t key = begin; key < end; ++key) largest = std::max(largest, scale_of(key));
-      const float zero_ratio = std::max(
-          kMinRatio, largest > 0 ? largest / reference * kZeroTokenRatio : kZeroTokenRatio);
-      for (int64_t group = begin / kKeyGroup; group < key_groups(end); ++group) {
-        KeyRecord& record = records[group];
-        const int64_t lo = std::max(begin, group * kKeyGroup) - group * kKeyGroup;
-        const int64_t hi = std::min(end, (group + 1) * kKeyGroup) - group * kKeyGroup;
-        for (int64_t slot = lo; slot < hi; ++slot) {
-          const float scale = record.inv_ratio[slot];
-          const float ratio = scale == 0 ? zero_ratio : std::max(kMinRatio, scale / reference);
-          record.log2_ratio[slot] = static_cast<float>(std::log2(static_cast<double>(ratio)));
-          record.inv_ratio[slot] = 1.0f / ratio;
-        }
-      }
+    if (!plan_.int8_values()) return;
+    if (usable(largest)) state.v_ref = largest;
+    if (plan_.fold_v() || by_block(plan_.v_granularity)) {
+      std::fill_n(work_.v_out_scale(head), padded_dim(dim()), state.v_ref);
     }
   }
 

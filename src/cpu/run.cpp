@@ -39,9 +39,9 @@ TileBuffers tile_buffers(const AttentionPlan::State& plan) noexcept {
     return offset;
   };
   const auto dim = static_cast<size_t>(plan.head_dim);
-  buffers.q = take(kQueryTile * std::max(static_cast<size_t>(padded_qk_dim(plan.head_dim)),
-                                         dim * sizeof(float)));
-  buffers.out = take(kQueryTile * static_cast<size_t>(padded_v_dim(plan.head_dim)) * sizeof(float));
+  const auto padded = static_cast<size_t>(padded_dim(plan.head_dim));
+  buffers.q = take(kQueryTile * std::max(padded, dim * sizeof(float)));
+  buffers.out = take(kQueryTile * padded * sizeof(float));
   buffers.normalizer = take(kQueryTile * sizeof(float));
   buffers.weight_sum = take(kQueryTile * sizeof(float));
   buffers.row_max = take(kQueryTile * sizeof(float));
@@ -98,16 +98,13 @@ class TileRunner {
     tile.weight_sum = reinterpret_cast<float*>(memory + buffers_.weight_sum);
     tile.row_max = reinterpret_cast<float*>(memory + buffers_.row_max);
     tile.scratch = memory + buffers_.scratch;
-    tile.kv.k = work_.k(head);
-    tile.kv.v = work_.v(head);
+    const HeadState& state = work_.head(head);
+    tile.kv.blocks = work_.block_pointers(head);
+    tile.kv.layout = plan_.layout.block;
     tile.kv.keys = plan_.keys;
-    tile.kv.fold_v = plan_.fold_v();
-    if (plan_.int8_values()) tile.kv.v_mean = work_.v_mean(head);
-    if (plan_.int8_scores()) tile.kv.records = work_.records(head);
-    if (plan_.int8_values() && by_block(plan_.v_granularity)) {
-      tile.kv.v_block_scale = work_.v_block_scale(head);
-      tile.kv.v_block_scale_per_channel = by_channel(plan_.v_granularity);
-    }
+    tile.kv.v_ref = state.v_ref;
+    tile.kv.key_norm = state.key_norm;
+    tile.kv.channel_scale = plan_.v_granularity == Granularity::kBlockChannel;
     Row rows[kQueryTile];
     bool good = true;
     for (int r = 0; r < tile.rows; ++r) {
@@ -115,16 +112,28 @@ class TileRunner {
       row.seq = (first_row + r) / group_;
       row.head = head % plan_.nheads_k * group_ + (first_row + r) % group_;
       tile.visible[r] = visible_range(plan_.options.mask, plan_.seqlen_q, plan_.seqlen_k, row.seq);
-      good = load_query(head, r, row, memory + buffers_.q, &tile.score_factor[r]) && good;
+      good = load_query(head, r, row, memory + buffers_.q, tile) && good;
       row.poisoned = row.poisoned || sees_poison(head, tile.visible[r]);
     }
+    if (plan_.int8_scores()) pad_queries(memory + buffers_.q, tile);
     plan_.table->attend(tile);
     for (int r = 0; r < tile.rows; ++r) finish_row(head, tile, r, rows[r]);
     return good;
   }
 
+  /// Rows of zeros that see nothing up to the next multiple of kRowGroup.
+  void pad_queries(std::byte* q, AttendTile& tile) const noexcept {
+    const int64_t padded = padded_dim(plan_.head_dim);
+    for (int64_t r = tile.rows; r < round_up(tile.rows, kRowGroup); ++r) {
+      for (int64_t d = 0; d < padded; ++d) q[packed_q_offset(r, d, padded)] = std::byte{0};
+      tile.visible[r] = {};
+      tile.score_factor[r] = 0;
+      tile.query_norm[r] = 0;
+    }
+  }
+
   /// Row r of the tile's Q operand; false when given codes hold -128.
-  bool load_query(int64_t head, int r, Row& row, std::byte* q, float* factor) const noexcept {
+  bool load_query(int64_t head, int r, Row& row, std::byte* q, AttendTile& tile) const noexcept {
     const int64_t batch = head / plan_.nheads_k;
     const int dim = static_cast<int>(plan_.head_dim);
     const float log2_scale = plan_.softmax_scale * std::numbers::log2e_v<float>;
@@ -134,16 +143,18 @@ class TileRunner {
       auto* out = reinterpret_cast<float*>(q) + r * dim;
       plan_.table->load_row(element(q_, batch, row.seq, row.head), q_.dtype, q_.strides[3], dim,
                             out);
-      *factor = log2_scale;
+      tile.score_factor[r] = log2_scale;
       return true;
     }
-    const auto padded = static_cast<int>(padded_qk_dim(dim));
+    const auto padded = static_cast<int>(padded_dim(dim));
     int8_t codes[kMaxDim] = {};
     float scale = 0;
     if (const auto* quantized = std::get_if<QuantizedView>(&inputs_.q)) {
       scale = float_at(quantized->scale, batch, row.seq, row.head);
       good = !load_codes(q_, batch, row.seq, row.head, codes);
-      for (int d = 0; d < dim; ++d) values[d] = static_cast<float>(codes[d]) * scale;
+      if (plan_.with_lse) {
+        for (int d = 0; d < dim; ++d) values[d] = static_cast<float>(codes[d]) * scale;
+      }
     } else {
       plan_.table->load_row(element(q_, batch, row.seq, row.head), q_.dtype, q_.strides[3], dim,
                             values);
@@ -157,10 +168,16 @@ class TileRunner {
     }
     // Finite, so that no product of a score is 0 * Inf.
     constexpr float kHuge = std::numeric_limits<float>::max();
-    *factor = std::clamp(scale * log2_scale, -kHuge, kHuge);
-    auto* out = reinterpret_cast<uint8_t*>(q) + r * padded;
-    const int offset = plan_.table->query_codes_offset ? 128 : 0;
-    for (int d = 0; d < padded; ++d) out[d] = static_cast<uint8_t>(codes[d] + offset);
+    const float grid = plan_.options.mode == Mode::kAccurate ? 64.0f : 1.0f;
+    tile.score_factor[r] = std::clamp(grid * scale * log2_scale, -kHuge, kHuge);
+    tile.query_norm[r] = std::sqrt(static_cast<float>(plan_.table->squared_length(codes, dim)));
+    const uint32_t flip = plan_.table->query_codes_offset ? 0x80808080u : 0;  // + 128 in each byte
+    for (int d = 0; d < padded; d += 4) {
+      uint32_t quad = 0;
+      std::memcpy(&quad, codes + d, 4);
+      quad ^= flip;
+      std::memcpy(q + packed_q_offset(r, d, padded), &quad, 4);
+    }
     if (plan_.with_lse) row.mean_score = mean_score(head, values);
     return good;
   }
@@ -182,7 +199,7 @@ class TileRunner {
   }
 
   [[nodiscard]] bool sees_poison(int64_t head, KeyRange range) const noexcept {
-    if (range.empty() || work_.head_poisoned(head) == 0) return false;
+    if (range.empty() || !work_.head(head).poisoned) return false;
     return std::memchr(work_.poison(head) + range.lo, 1,
                        static_cast<size_t>(range.hi - range.lo)) != nullptr;
   }
@@ -190,7 +207,7 @@ class TileRunner {
   void finish_row(int64_t head, const AttendTile& tile, int r, const Row& row) const noexcept {
     const int64_t batch = head / plan_.nheads_k;
     const int dim = tile.head_dim;
-    float* out = tile.out + r * padded_v_dim(dim);
+    float* out = tile.out + r * padded_dim(dim);
     constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
     float lse = -std::numeric_limits<float>::infinity();
     if (tile.visible[r].empty()) {
@@ -200,10 +217,7 @@ class TileRunner {
       lse = kNan;
     } else {
       const float* scale = plan_.int8_values() ? work_.v_out_scale(head) : nullptr;
-      for (int d = 0; d < dim; ++d) {
-        out[d] /= tile.normalizer[r];
-        if (scale != nullptr) out[d] *= scale[d];
-      }
+      plan_.table->normalize(out, dim, tile.normalizer[r], scale);
       const float top = tile.mode == Mode::kAccurate ? 255.0f
                         : tile.mode == Mode::kPaper  ? 127.0f
                                                      : 1.0f;
@@ -249,34 +263,27 @@ Status lay_out(AttentionPlan::State& plan) noexcept {
   };
   const bool empty = plan.keys.empty() || plan.heads() == 0;
   const int64_t heads = empty ? 0 : plan.heads();
-  const int64_t groups = plan.groups();
-  const int64_t padded_v = padded_v_dim(plan.head_dim);
-  const int64_t k_bytes =
-      plan.int8_scores() ? padded_qk_dim(plan.head_dim) : plan.head_dim * int64_t{sizeof(float)};
-  const int64_t v_bytes = padded_v * (plan.int8_values() ? 1 : plan.int8_scores() ? 2 : 4);
-  layout.k_bytes_per_head = aligned(product({groups, kKeyGroup, k_bytes}));
-  layout.v_bytes_per_head = aligned(product({groups, kKeyGroup, v_bytes}));
-  layout.k = take(product({heads, static_cast<int64_t>(layout.k_bytes_per_head)}));
-  layout.v = take(product({heads, static_cast<int64_t>(layout.v_bytes_per_head)}));
-  if (plan.int8_scores()) {
-    layout.records = take(product({heads, groups, int64_t{sizeof(KeyRecord)}}));
-  }
+  const int64_t padded = padded_dim(plan.head_dim);
+  layout.block = block_layout(plan.options.kv_block, plan.head_dim, plan.int8_scores() ? 1 : 4,
+                              plan.int8_values()   ? 1
+                              : plan.int8_scores() ? 2
+                                                   : 4,
+                              plan.v_granularity == Granularity::kBlockChannel);
+  layout.blocks =
+      take(product({heads, plan.kv_blocks(), static_cast<int64_t>(layout.block.bytes)}));
+  layout.block_pointers = take(product({heads, plan.kv_blocks(), int64_t{sizeof(std::byte*)}}));
+  layout.heads = take(product({heads, int64_t{sizeof(HeadState)}}));
   layout.poison = take(product({heads, plan.seqlen_k}));
-  layout.head_poisoned = take(product({heads}));
   if (plan.smooths_k()) {
     const int64_t chunks = (plan.keys.hi - plan.keys.lo + kMeanChunk - 1) / kMeanChunk;
     layout.k_mean = take(product({heads, plan.head_dim, int64_t{sizeof(float)}}));
     layout.k_mean_sums = take(product({heads, chunks, plan.head_dim, int64_t{sizeof(double)}}));
   }
   if (plan.int8_values()) {
-    layout.v_out_scale = take(product({heads, padded_v, int64_t{sizeof(float)}}));
-    layout.v_sums = take(product({heads, groups, padded_v, int64_t{sizeof(int32_t)}}));
-    layout.v_mean = take(product({heads, plan.kv_blocks(), padded_v, int64_t{sizeof(float)}}));
-    if (!plan.fold_v()) {
+    layout.v_out_scale = take(product({heads, padded, int64_t{sizeof(float)}}));
+    if (plan.v_granularity == Granularity::kTensor || plan.v_granularity == Granularity::kChannel) {
       layout.v_max_bits =
           take(product({heads, plan.kv_blocks(), plan.head_dim, int64_t{sizeof(uint32_t)}}));
-      layout.v_block_scale =
-          take(product({heads, plan.kv_blocks(), padded_v, int64_t{sizeof(float)}}));
     }
   }
   layout.bytes_per_worker = tile_buffers(plan).total;

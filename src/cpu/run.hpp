@@ -17,38 +17,24 @@ struct Workspace {
     return reinterpret_cast<T*>(base + offset);
   }
   /// head counts (batch, kv head) pairs.
-  [[nodiscard]] std::byte* k(int64_t head) const noexcept {
-    return base + plan.layout.k + static_cast<size_t>(head) * plan.layout.k_bytes_per_head;
+  [[nodiscard]] std::byte* block(int64_t head, int64_t block) const noexcept {
+    return base + plan.layout.blocks +
+           static_cast<size_t>(head * plan.kv_blocks() + block) * plan.layout.block.bytes;
   }
-  [[nodiscard]] std::byte* v(int64_t head) const noexcept {
-    return base + plan.layout.v + static_cast<size_t>(head) * plan.layout.v_bytes_per_head;
+  [[nodiscard]] const std::byte** block_pointers(int64_t head) const noexcept {
+    return at<const std::byte*>(plan.layout.block_pointers) + head * plan.kv_blocks();
   }
-  [[nodiscard]] KeyRecord* records(int64_t head) const noexcept {
-    return at<KeyRecord>(plan.layout.records) + head * plan.groups();
+  [[nodiscard]] HeadState& head(int64_t head) const noexcept {
+    return at<HeadState>(plan.layout.heads)[head];
   }
   [[nodiscard]] uint8_t* poison(int64_t head) const noexcept {
     return at<uint8_t>(plan.layout.poison) + head * plan.seqlen_k;
   }
-  [[nodiscard]] uint8_t& head_poisoned(int64_t head) const noexcept {
-    return at<uint8_t>(plan.layout.head_poisoned)[head];
-  }
   [[nodiscard]] float* k_mean(int64_t head) const noexcept {
     return at<float>(plan.layout.k_mean) + head * plan.head_dim;
   }
-  [[nodiscard]] int32_t* v_sums(int64_t head) const noexcept {
-    return at<int32_t>(plan.layout.v_sums) + head * plan.groups() * padded_v_dim(plan.head_dim);
-  }
-  [[nodiscard]] float* v_mean(int64_t head) const noexcept {
-    return at<float>(plan.layout.v_mean) + head * plan.kv_blocks() * padded_v_dim(plan.head_dim);
-  }
   [[nodiscard]] float* v_out_scale(int64_t head) const noexcept {
-    return at<float>(plan.layout.v_out_scale) + head * padded_v_dim(plan.head_dim);
-  }
-  [[nodiscard]] int64_t v_block_scale_step() const noexcept {
-    return plan.v_granularity == Granularity::kBlockChannel ? padded_v_dim(plan.head_dim) : 1;
-  }
-  [[nodiscard]] float* v_block_scale(int64_t head) const noexcept {
-    return at<float>(plan.layout.v_block_scale) + head * plan.kv_blocks() * v_block_scale_step();
+    return at<float>(plan.layout.v_out_scale) + head * padded_dim(plan.head_dim);
   }
 };
 

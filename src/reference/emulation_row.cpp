@@ -228,10 +228,9 @@ double emulate_row(const Arithmetic& arithmetic, const KeyValues& kv, const Quer
     block_denominator.error += static_cast<double>(n + 5) * kUnit * block_denominator.value;
     residual.error += static_cast<double>(n + 20) * kUnit * residual_magnitude;
     // A row that does not see the whole block must not learn its mean.
-    const int64_t k_last = kv.k.first + kv.k.count;
-    const bool whole =
-        first == std::max(begin, kv.k.first) && last == std::min(begin + kv_block, k_last);
-    if (!arithmetic.residual_mean || !whole) residual = {};
+    if (!arithmetic.residual_mean || !kv.holds_whole_block(begin, kv_block, {first, last})) {
+      residual = {};
+    }
 
     const Rescale a(running, block);
     const Rescale b = arithmetic.local_max ? Rescale(block, running) : Rescale();

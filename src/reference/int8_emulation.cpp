@@ -13,11 +13,19 @@
 #include "reference/fp8.hpp"
 #include "reference/problem.hpp"
 #include "reference/quantization.hpp"
+#include "reference/v_fold.hpp"
 
 namespace attn8::reference {
 namespace {
 
 constexpr double kFloatMax = std::numeric_limits<float>::max();
+
+// Whether attention() computes `accurate` on the score grid.
+constexpr bool kAccurateOnScoreGrid = true;
+
+bool on_grid(const EmulationOptions& options) {
+  return options.mode == Mode::kAccurate && options.score_grid;
+}
 
 bool is_quantized(const Operand& operand) { return std::holds_alternative<QuantizedView>(operand); }
 
@@ -30,6 +38,12 @@ Status check_options(const AttentionInputs& inputs, const EmulationOptions& opti
   }
   if (options.kv_block < 1) {
     return invalid("options.kv_block=" + std::to_string(options.kv_block) + " must be positive");
+  }
+  if (on_grid(options) && options.p_scale != PScale::kBlockLocal255) {
+    return invalid("options.p_scale must be kBlockLocal255 with options.score_grid");
+  }
+  if (on_grid(options) && options.normalizer != Normalizer::kFloat) {
+    return invalid("options.normalizer must be kFloat with options.score_grid");
   }
   const auto is_token = [](const Operand& operand) {
     const auto* x = std::get_if<QuantizedView>(&operand);
@@ -135,52 +149,9 @@ std::vector<double> token_scales(const Quantized& x) {
   return scales;
 }
 
-bool is_zero(const Tokens& tokens, int64_t j) {
-  const float* token = tokens.token(j);
-  return std::all_of(token, token + tokens.head_dim, [](float code) { return code == 0; });
-}
-
 bool is_finite(const Tokens& tokens, int64_t j) {
   const float* token = tokens.token(j);
   return std::all_of(token, token + tokens.head_dim, [](float x) { return std::isfinite(x); });
-}
-
-// r_j of docs/numerics.md, section `accurate`, and v_ref.
-struct Folded {
-  std::vector<double> r;
-  double v_ref = 1;
-};
-
-Folded fold_token_scales(const Quantized& v, int64_t kv_block) {
-  constexpr double kZeroTokenRatio = 0x1p-20, kMinRatio = 0x1p-100;
-  const Tokens& codes = v.codes;
-  const int64_t last = codes.first + codes.count;
-  const auto scale_of_token = [&](int64_t j) { return v.scale[static_cast<size_t>(j)]; };
-  // The largest scale of tokens [from, to) that are neither zero nor poisoned; 0 without any.
-  const auto largest = [&](int64_t from, int64_t to) {
-    double result = 0;
-    for (int64_t j = from; j < to; ++j) {
-      if (scale_of_token(j) > result && !is_zero(codes, j)) result = scale_of_token(j);
-    }
-    return result;
-  };
-
-  Folded folded;
-  const double v_ref = largest(codes.first, last);
-  if (v_ref > 0) folded.v_ref = v_ref;
-  for (int64_t begin = codes.first / kv_block * kv_block; begin < last; begin += kv_block) {
-    const int64_t from = std::max(begin, codes.first), to = std::min(begin + kv_block, last);
-    const double block_largest = largest(from, to);
-    const double zero_scale = kZeroTokenRatio * (block_largest > 0 ? block_largest : folded.v_ref);
-    for (int64_t j = from; j < to; ++j) {
-      const double scale = scale_of_token(j);
-      const double used = !std::isnan(scale) && is_zero(codes, j) ? zero_scale : scale;
-      // A float32 quotient: it decides which keys enter the denominator by their code.
-      const auto r = static_cast<float>(used) / static_cast<float>(folded.v_ref);
-      folded.r.push_back(std::isnan(r) ? r : std::max<double>(r, kMinRatio));
-    }
-  }
-  return folded;
 }
 
 // The operands of one call, prepared head by head.
@@ -232,6 +203,9 @@ class Operands {
     Query query;
     query.q.assign(row.values.begin(), row.values.end());
     query.factor = std::clamp(scale * scale_log2_, -kFloatMax, kFloatMax);
+    query.grid_factor =
+        std::clamp(64 * static_cast<float>(scale) * scale_log2_, -std::numeric_limits<float>::max(),
+                   std::numeric_limits<float>::max());
     for (const double x : query.q) query.norm += x * x;
     query.norm = std::sqrt(query.norm);
     return query;
@@ -282,6 +256,8 @@ class Operands {
     const int64_t blocks = (problem_.seqlen_k + kv_block - 1) / kv_block;
     kv_.r.assign(static_cast<size_t>(visible.last - visible.first), 1.0);
     kv_.v_scale.assign(static_cast<size_t>(blocks * head_dim), 1.0);
+    kv_.g.assign(kv_.r.size(), 0.0F);
+    kv_.weight.assign(kv_.r.size(), 256);
 
     if (options_.mode == Mode::kHalf || options_.mode == Mode::kFp8) {
       kv_.v = gather(std::get<ConstTensorView>(inputs_.v), b, hk, visible.first, visible.last);
@@ -309,10 +285,17 @@ class Operands {
           gather(std::get<ConstTensorView>(inputs_.v), b, hk, visible.first, visible.last), spec,
           problem_.seqlen_k);
     }
-    if (spec.granularity == Granularity::kToken) {
-      Folded folded = fold_token_scales(quantized, kv_block);
-      kv_.r = std::move(folded.r);
-      std::fill(kv_.v_scale.begin(), kv_.v_scale.end(), folded.v_ref);
+    if (spec.granularity == Granularity::kToken && on_grid(options_)) {
+      GridFold fold = fold_into_score_grid(quantized, kv_block, problem_.seqlen_k);
+      kv_.g = std::move(fold.g);
+      kv_.weight = std::move(fold.weight);
+      for (size_t at = 0; at < kv_.v_scale.size(); ++at) {
+        kv_.v_scale[at] = fold.v_block[at / static_cast<size_t>(head_dim)];
+      }
+    } else if (spec.granularity == Granularity::kToken) {
+      FloatFold fold = fold_into_float_scores(quantized, kv_block);
+      kv_.r = std::move(fold.r);
+      std::fill(kv_.v_scale.begin(), kv_.v_scale.end(), fold.v_ref);
     } else {
       for (int64_t block = 0; block < blocks; ++block) {
         for (int64_t d = 0; d < head_dim; ++d) {
@@ -323,6 +306,10 @@ class Operands {
     }
     kv_.v = std::move(quantized.codes);
     average_values(blocks);
+    kv_.v_ref = 0;
+    for (const double scale : kv_.v_scale) {
+      if (std::isfinite(scale)) kv_.v_ref = std::max(kv_.v_ref, scale);
+    }
   }
 
   // Means of the codes of each key block over the visible keys, a float32 quotient.
@@ -334,9 +321,10 @@ class Operands {
       const int64_t from = std::max(block * kv_block, problem_.visible.first);
       const int64_t to = std::min((block + 1) * kv_block, problem_.visible.last);
       for (int64_t d = 0; from < to && d < head_dim; ++d) {
-        float sum = 0;  // of integers below 2^24: exact
+        double sum = 0;  // of integers: exact
         for (int64_t j = from; j < to; ++j) sum += kv_.v.token(j)[d];
-        kv_.v_mean[static_cast<size_t>(block * head_dim + d)] = sum / static_cast<float>(to - from);
+        kv_.v_mean[static_cast<size_t>(block * head_dim + d)] =
+            static_cast<float>(sum) / static_cast<float>(to - from);
       }
     }
   }
@@ -367,6 +355,7 @@ void round_output_to_e5m2(int64_t head_dim, double* out, double* bound) {
 void emulate(const Problem& problem, const AttentionInputs& inputs, const EmulationOptions& options,
              std::span<double> out, std::span<double> lse, std::span<double> out_bound) {
   const Arithmetic arithmetic = arithmetic_of(options);
+  const auto row_function = on_grid(options) ? emulate_grid_row : emulate_row;
   const int64_t group = problem.nheads_q / problem.nheads_k;
   const int64_t head_dim = problem.head_dim;
   Operands operands(problem, inputs, options);
@@ -387,8 +376,8 @@ void emulate(const Problem& problem, const AttentionInputs& inputs, const Emulat
         } else {
           double mean_score = 0;
           const Query query = operands.query(b, i, h, mean_score);
-          row_lse = std::numbers::ln2 * emulate_row(arithmetic, operands.key_values(), query, keys,
-                                                    scratch, row_out, row_bound) +
+          row_lse = std::numbers::ln2 * row_function(arithmetic, operands.key_values(), query, keys,
+                                                     scratch, row_out, row_bound) +
                     mean_score;
           if (options.mode == Mode::kFp8 && options.fp8_format == Fp8Format::kE5m2Raw) {
             round_output_to_e5m2(head_dim, row_out, row_bound);
@@ -416,11 +405,13 @@ EmulationOptions emulation_options(const AttentionOptions& options) noexcept {
     result.p_scale = PScale::kRunningMax127;
     result.normalizer = Normalizer::kCodes;
     result.residual_mean = false;
+    result.score_grid = false;
   } else {
     result.v_granularity = options.v_granularity;
     result.p_scale = PScale::kBlockLocal255;
     result.normalizer = Normalizer::kFloat;
     result.residual_mean = options.mode == Mode::kAccurate;
+    result.score_grid = options.mode == Mode::kAccurate && kAccurateOnScoreGrid;
   }
   return result;
 }

@@ -150,8 +150,8 @@ Status make_problem(const AttentionInputs& inputs, std::optional<float> softmax_
   if (status.ok()) status = check_window("window_right", mask.window_right);
   if (!status.ok()) return status;
 
-  problem.softmax_scale =
-      softmax_scale.value_or(1.0F / std::sqrt(static_cast<float>(problem.head_dim)));
+  problem.softmax_scale = softmax_scale.value_or(
+      static_cast<float>(1 / std::sqrt(static_cast<double>(problem.head_dim))));
   if (!std::isfinite(problem.softmax_scale)) return invalid("softmax_scale must be finite");
 
   const int64_t lse_size = problem.batch * problem.seqlen_q * problem.nheads_q;

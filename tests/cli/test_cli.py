@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 CLI = os.environ.get("ATTN8_CLI", "")
+SAMPLE = Path(__file__).parents[2] / "data" / "real_sample.safetensors"
 pytestmark = pytest.mark.skipif(not CLI, reason="ATTN8_CLI does not name the binary")
 
 
@@ -333,6 +334,15 @@ def test_bench_json(tmp_path: Path) -> None:
     assert prefill["bytes_per_s"] is None
     assert decode["bytes_per_s"] > 0
     assert 0 < prefill["rel_l2"] < 0.05
+    both = json.loads(
+        succeed(
+            "bench", "--shape", "1,1,1,32,32,32", "--repeats", "1", "--threads", "1,2", "--json"
+        )
+    )
+    assert [result["threads"] for result in both["results"]] == [1, 2]
+    assert [one["threads"] for one in both["ceilings"]] == [1, 2]
+    assert all(one["stream_bytes_per_s"] > 0 for one in both["ceilings"])
+    assert "--threads" in refuse(2, "bench", "--shape", "1,1,1,8,8,32", "--threads", "1,0")
     shapes.write_text("1,1,1,1,1\n")
     assert "line 1" in refuse(2, "bench", "--shapes", shapes)
     shapes.write_text("# none\n")
@@ -364,6 +374,16 @@ def test_study_and_report_write_their_files(tmp_path: Path) -> None:
         one["v_granularity"] for one in records if "v_granularity" in one
     }
     assert all(0 < one["rel_l2"] < 1 for one in records)
+    text = succeed(
+        *("study", "--recipe", "normal", "--lengths", "128", "--rows", "4", "--kv-block", "64,512"),
+        *("--by-entry", "--qkv", SAMPLE, "--json"),
+    )
+    records = [one for one in json.loads(text)["records"] if "mode" not in one]
+    assert {(one["kv_block"], one["p_scale"]) for one in records} == {
+        (64, "block_255"),
+        (512, "block_255"),
+    }
+    assert len({one["data"] for one in records}) > 2
     assert "--recipe: got 'none'" in refuse(2, "study", "--recipe", "none")
     assert "--out: '" in refuse(2, "study", "--out", tmp_path / "missing" / "x.json")
     assert "--data: '" in refuse(

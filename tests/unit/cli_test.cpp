@@ -4,8 +4,10 @@
 
 #include <algorithm>
 #include <atomic>
+#include <set>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "bench.hpp"
@@ -14,6 +16,7 @@
 #include "measure.hpp"
 #include "parallel.hpp"
 #include "peak.hpp"
+#include "report_speed.hpp"
 #include "study.hpp"
 #include "verify.hpp"
 
@@ -154,7 +157,7 @@ TEST(Study, GridsHoldTheDefaultOnce) {
     const auto b = default_config().options;
     return a.v_granularity == b.v_granularity && a.p_scale == b.p_scale &&
            a.normalizer == b.normalizer && a.smooth_k == b.smooth_k && a.kv_block == b.kv_block &&
-           a.residual_mean == b.residual_mean;
+           a.residual_mean == b.residual_mean && a.score_grid == b.score_grid;
   };
   for (const auto& grid : {main_grid(), full_grid()}) {
     EXPECT_EQ(std::count_if(grid.begin(), grid.end(), is_default), 1);
@@ -202,6 +205,59 @@ TEST(Bench, RatesFollowFromTheirParts) {
   EXPECT_EQ(result.peak_fraction.has_value(), has_peak);
   if (has_peak) {
     EXPECT_GT(*result.peak_fraction, 0);
+  }
+}
+
+TEST(Bench, DecodeIsMeasuredAgainstMemory) {
+  const Qkv qkv = make_qkv("normal", 1, {1, 2, 1, 1, 256, 32});
+  BenchOptions how;
+  how.repeats = 1;
+  how.rows = 0;
+  how.peak_ms = 0.5;
+  const BenchResult result = bench(qkv, {}, Context::cpu(1), how);
+  ASSERT_TRUE(result.bytes_per_s.has_value());
+  // A byte per code and a float per token, of K and of V.
+  const double kv_bytes = 2.0 * 256 * (32 + 4);
+  EXPECT_NEAR(*result.bytes_per_s * result.median_ms * 1e-3, kv_bytes, 1e-6 * kv_bytes);
+  EXPECT_NEAR(result.ops_per_byte, 4.0 * 2 * 32 * 256 / (kv_bytes + 2 * 2 * 32 * 4), 1e-9);
+  EXPECT_GT(*result.stream_fraction, 0);
+}
+
+TEST(Ceilings, NameEveryMultiplyAddOnce) {
+  for (const IsaSupport& support : isa_support()) {
+    if (!support.available) continue;
+    const Ceilings ceilings = measure_ceilings(support.isa, 1);
+    EXPECT_GT(ceilings.bytes_per_s, 0);
+    std::set<std::string_view> names;
+    for (const auto& rate : ceilings.rates) {
+      EXPECT_GT(rate.gops, 0);
+      EXPECT_TRUE(names.insert(rate.name).second);
+    }
+    const auto exact = find_peak(support.isa, Mode::kExact);
+    EXPECT_EQ(exact.has_value(), find_peak(support.isa, Operands::kFloat32).has_value());
+    if (exact) {
+      EXPECT_TRUE(names.contains(exact->name));
+    }
+  }
+}
+
+TEST(Report, PeersAreShownFromTheirJsonOnly) {
+  const auto page_of = [](const std::string& text) {
+    HtmlPage page("t");
+    peers_section(page, text);
+    return page.str();
+  };
+  const std::string page = page_of(
+      R"({"machine": {"cpu": "a CPU"}, "records": [
+        {"library": "other", "variant": "v", "case": "c", "threads": 1, "median_ms": 20,
+         "ratio": 2.5, "rel_l2": 0.01},
+        {"library": "attn8", "variant": "accurate", "case": "c", "threads": 1, "median_ms": 8,
+         "ratio": 1, "rel_l2": 0.02}]})");
+  EXPECT_NE(page.find("20.0 ms (2.50; 1.00 %)"), std::string::npos);
+  EXPECT_NE(page.find("8.00 ms (1.00; 2.00 %)"), std::string::npos);
+  EXPECT_NE(page.find("a CPU"), std::string::npos);
+  for (const char* nothing : {"", "{", "[]", "{}", R"({"records": 1})", R"({"records": []})"}) {
+    EXPECT_EQ(page_of(nothing), page_of("")) << nothing;
   }
 }
 

@@ -17,6 +17,19 @@ constexpr double kInf = std::numeric_limits<double>::infinity();
 
 EmulationOptions mode_options(Mode mode) { return emulation_options({.mode = mode}); }
 
+// `accurate` on the score grid or with float scores, whichever attention() uses.
+EmulationOptions accurate_options(bool score_grid) {
+  EmulationOptions options = mode_options(Mode::kAccurate);
+  options.score_grid = score_grid;
+  return options;
+}
+
+// Every mode, `accurate` with both kinds of scores.
+std::vector<EmulationOptions> all_options() {
+  return {accurate_options(true), accurate_options(false), mode_options(Mode::kPaper),
+          mode_options(Mode::kHalf), mode_options(Mode::kFp8)};
+}
+
 // head_dim 1, q = 1: scores are k, up to the one rounding of a scale near 1/127.
 Tensor column(std::vector<float> values) {
   Tensor tensor({1, static_cast<int64_t>(values.size()), 1, 1});
@@ -35,11 +48,13 @@ TEST(EmulationOptions, FollowTheModes) {
   EXPECT_EQ(accurate.v_granularity, Granularity::kToken);
   EXPECT_EQ(accurate.kv_block, kDefaultKvBlock);
   EXPECT_TRUE(accurate.smooth_k);
+  EXPECT_TRUE(accurate.score_grid);
   const EmulationOptions paper = mode_options(Mode::kPaper);
   EXPECT_EQ(paper.p_scale, PScale::kRunningMax127);
   EXPECT_EQ(paper.normalizer, Normalizer::kCodes);
   EXPECT_EQ(paper.v_granularity, Granularity::kTensor);
   EXPECT_FALSE(paper.smooth_k);
+  EXPECT_FALSE(paper.score_grid);
   const EmulationOptions other = emulation_options({.mode = Mode::kHalf,
                                                     .softmax_scale = 0.5F,
                                                     .mask = {.causal = true},
@@ -72,7 +87,7 @@ TEST(Emulation, PaperRoundsRelativeToTheRunningMaximum) {
 
 TEST(Emulation, AccurateRoundsRelativeToTheBlockMaximum) {
   const Tensor q = column({1});
-  EmulationOptions options = mode_options(Mode::kAccurate);
+  EmulationOptions options = accurate_options(false);
   options.softmax_scale = 1.0F;
   options.smooth_k = false;
   // Blocks of one key: every code is 255, nothing is lost 6 nats below.
@@ -95,7 +110,7 @@ TEST(Emulation, AccurateRoundsRelativeToTheBlockMaximum) {
 
 // The window leaves keys 1, 2, 3: blocks {1} and {2, 3}, not {1, 2} and {3}.
 TEST(Emulation, KeyBlocksStartAtMultiples) {
-  EmulationOptions options = mode_options(Mode::kAccurate);
+  EmulationOptions options = accurate_options(false);
   options.softmax_scale = 1.0F;
   options.smooth_k = false;
   options.kv_block = 2;
@@ -110,7 +125,7 @@ TEST(Emulation, KeyBlocksStartAtMultiples) {
 // t = s + log2 r: a V token of a 64th of the norm, 3 nats above, rounds 255 e^-(ln 64 - 3) = 80.
 TEST(Emulation, TokenScalesOfVAreFoldedBeforeTheMaximum) {
   const Tensor q = column({1});
-  EmulationOptions options = mode_options(Mode::kAccurate);
+  EmulationOptions options = accurate_options(false);
   options.softmax_scale = 1.0F;
   options.smooth_k = false;
   options.normalizer = Normalizer::kMixed;
@@ -132,7 +147,7 @@ TEST(Emulation, TokenScalesOfVAreFoldedBeforeTheMaximum) {
 
 // A zero V token with most of the mass: it must not use up the range of P, and must count in l.
 TEST(Emulation, ZeroValueTokens) {
-  EmulationOptions options = mode_options(Mode::kAccurate);
+  EmulationOptions options = accurate_options(false);
   options.softmax_scale = 1.0F;
   options.smooth_k = false;
   const Output o =
@@ -157,7 +172,7 @@ TEST(Emulation, ZeroValueTokens) {
 
 // Of two causal rows only the last one sees the whole block: the other must not learn its mean.
 TEST(Emulation, ResidualOnlyWhereTheWholeBlockIsSeen) {
-  EmulationOptions options = mode_options(Mode::kAccurate);
+  EmulationOptions options = accurate_options(false);
   options.softmax_scale = 1.0F;
   options.smooth_k = false;
   options.mask.causal = true;
@@ -227,12 +242,14 @@ TEST(Emulation, SmoothingKeepsTheResult) {
   Tensor k = random_tensor(shape, 2);
   for (size_t i = 0; i < k.values.size(); ++i) k.values[i] += i % 64 < 6 ? 9.0F : 0.0F;
   const Output exact = run_exact(q, k, v);
-  EmulationOptions options = mode_options(Mode::kAccurate);
-  const Output smooth = run_emulation(q, k, v, options);
-  options.smooth_k = false;
-  const Output plain = run_emulation(q, k, v, options);
-  EXPECT_LT(rel_l2(smooth, exact), 0.6 * rel_l2(plain, exact));
-  EXPECT_LT(error_report(smooth.lse, exact.lse).max_abs, 0.02);
+  for (const bool score_grid : {false, true}) {
+    EmulationOptions options = accurate_options(score_grid);
+    const Output smooth = run_emulation(q, k, v, options);
+    options.smooth_k = false;
+    const Output plain = run_emulation(q, k, v, options);
+    EXPECT_LT(rel_l2(smooth, exact), 0.6 * rel_l2(plain, exact));
+    EXPECT_LT(error_report(smooth.lse, exact.lse).max_abs, 0.02);
+  }
 }
 
 // Quantized by hand, with the mean kept, a call gives what it gives for floats.
@@ -243,12 +260,6 @@ TEST(Emulation, QuantizedOperandsEqualFloatOnes) {
                v = random_tensor(shape, 3);
   for (const auto granularity : {Granularity::kToken, Granularity::kTensor, Granularity::kChannel,
                                  Granularity::kBlock, Granularity::kBlockChannel}) {
-    EmulationOptions options = mode_options(Mode::kAccurate);
-    options.kv_block = 64;
-    options.v_granularity = granularity;
-    const Output wanted = run_emulation(q, k, v, options);
-    ASSERT_TRUE(wanted.status.ok());
-
     // Codes and scales with the memory order [head, seq], the channels two apart.
     struct Store {
       std::vector<int8_t> codes;
@@ -297,23 +308,29 @@ TEST(Emulation, QuantizedOperandsEqualFloatOnes) {
     };
     const Store k8 = quantize_tensor(k, {}, true);
     const Store v8 = quantize_tensor(v, {granularity, 64}, false);
-    const Output mixed = run_emulation({q.view(), k8.view, v8.view}, shape, options);
-    ASSERT_TRUE(mixed.status.ok()) << mixed.status.message();
-    EXPECT_EQ(mixed.out, wanted.out);
-    EXPECT_EQ(mixed.lse, wanted.lse);
     const Store q8 = quantize_tensor(q, {}, false);
-    const Output all = run_emulation({q8.view, k8.view, v8.view}, shape, options);
-    ASSERT_TRUE(all.status.ok()) << all.status.message();
-    EXPECT_EQ(all.out, wanted.out);
-    EXPECT_NEAR(all.lse[0], wanted.lse[0], 1e-2);  // the mean meets the rounded q
+    for (const bool score_grid : {false, true}) {
+      EmulationOptions options = accurate_options(score_grid);
+      options.kv_block = 64;
+      options.v_granularity = granularity;
+      const Output wanted = run_emulation(q, k, v, options);
+      ASSERT_TRUE(wanted.status.ok());
+      const Output mixed = run_emulation({q.view(), k8.view, v8.view}, shape, options);
+      ASSERT_TRUE(mixed.status.ok()) << mixed.status.message();
+      EXPECT_EQ(mixed.out, wanted.out);
+      EXPECT_EQ(mixed.lse, wanted.lse);
+      const Output all = run_emulation({q8.view, k8.view, v8.view}, shape, options);
+      ASSERT_TRUE(all.status.ok()) << all.status.message();
+      EXPECT_EQ(all.out, wanted.out);
+      EXPECT_NEAR(all.lse[0], wanted.lse[0], 1e-2);  // the mean meets the rounded q
+    }
   }
 }
 
 TEST(Emulation, SampledRowsAndHeadsEqualAll) {
   const Tensor q = random_tensor({2, 9, 4, 16}, 1), k = random_tensor({2, 80, 2, 16}, 2),
                v = random_tensor({2, 80, 2, 16}, 3);
-  for (const auto mode : {Mode::kAccurate, Mode::kPaper, Mode::kHalf, Mode::kFp8}) {
-    EmulationOptions options = mode_options(mode);
+  for (EmulationOptions options : all_options()) {
     options.kv_block = 64;
     options.mask = {.causal = true};
     const Output all = run_emulation(q, k, v, options);
@@ -344,8 +361,7 @@ TEST(Emulation, SampledRowsAndHeadsEqualAll) {
 
 TEST(Emulation, RowsWithoutVisibleKey) {
   const Tensor q = random_tensor({1, 5, 1, 4}, 1), kv = random_tensor({1, 2, 1, 4}, 2);
-  for (const auto mode : {Mode::kAccurate, Mode::kPaper, Mode::kHalf, Mode::kFp8}) {
-    EmulationOptions options = mode_options(mode);
+  for (EmulationOptions options : all_options()) {
     options.mask = {.causal = true};
     const Output o = run_emulation(q, kv, kv, options);
     ASSERT_TRUE(o.status.ok());
@@ -362,10 +378,9 @@ TEST(Emulation, RowsWithoutVisibleKey) {
 TEST(Emulation, InvisibleKeysChangeNothing) {
   const Tensor q = random_tensor({1, 3, 1, 8}, 1), k = random_tensor({1, 40, 1, 8}, 2),
                v = random_tensor({1, 40, 1, 8}, 3);
-  for (const auto mode : {Mode::kAccurate, Mode::kPaper, Mode::kHalf, Mode::kFp8}) {
+  for (EmulationOptions options : all_options()) {
     for (const auto granularity : {Granularity::kToken, Granularity::kTensor}) {
       for (const auto align : {CausalAlign::kBottomRight, CausalAlign::kTopLeft}) {
-        EmulationOptions options = mode_options(mode);
         options.v_granularity = granularity;
         options.kv_block = 16;
         options.mask = {.causal = true, .align = align, .window_left = 10};
@@ -398,42 +413,44 @@ TEST(Emulation, PoisonReachesTheRowsThatSeeIt) {
   const auto row_is_nan = [](const Output& o, size_t i, size_t h) {
     return std::isnan(o.out[(i * 2 + h) * 3]) && std::isnan(o.out[(i * 2 + h) * 3 + 2]);
   };
-  EmulationOptions options = mode_options(Mode::kAccurate);
-  options.mask = {.causal = true};
-  for (const Tensor& poisoned : {bad, infinite}) {
-    for (const bool smooth : {false, true}) {
-      options.smooth_k = smooth;
-      const Output by_q = run_emulation(poisoned, x, x, options);
-      const Output by_k = run_emulation(x, poisoned, x, options);
-      const Output by_v = run_emulation(x, x, poisoned, options);
-      for (size_t i = 0; i < 4; ++i) {
-        EXPECT_EQ(row_is_nan(by_q, i, 0), i == 2);
-        EXPECT_EQ(std::isnan(by_q.lse[i * 2]), i == 2);
-        EXPECT_EQ(row_is_nan(by_k, i, 0), i >= 2);
-        EXPECT_EQ(std::isnan(by_k.lse[i * 2]), i >= 2);
-        EXPECT_EQ(row_is_nan(by_v, i, 0), i >= 2);
-        for (const Output* o : {&by_q, &by_k, &by_v}) {
-          EXPECT_TRUE(std::isfinite(o->out[(i * 2 + 1) * 3]));
-          EXPECT_TRUE(std::isfinite(o->lse[i * 2 + 1]));
+  for (const bool score_grid : {false, true}) {
+    EmulationOptions options = accurate_options(score_grid);
+    options.mask = {.causal = true};
+    for (const Tensor& poisoned : {bad, infinite}) {
+      for (const bool smooth : {false, true}) {
+        options.smooth_k = smooth;
+        const Output by_q = run_emulation(poisoned, x, x, options);
+        const Output by_k = run_emulation(x, poisoned, x, options);
+        const Output by_v = run_emulation(x, x, poisoned, options);
+        for (size_t i = 0; i < 4; ++i) {
+          EXPECT_EQ(row_is_nan(by_q, i, 0), i == 2);
+          EXPECT_EQ(std::isnan(by_q.lse[i * 2]), i == 2);
+          EXPECT_EQ(row_is_nan(by_k, i, 0), i >= 2);
+          EXPECT_EQ(std::isnan(by_k.lse[i * 2]), i >= 2);
+          EXPECT_EQ(row_is_nan(by_v, i, 0), i >= 2);
+          for (const Output* o : {&by_q, &by_k, &by_v}) {
+            EXPECT_TRUE(std::isfinite(o->out[(i * 2 + 1) * 3]));
+            EXPECT_TRUE(std::isfinite(o->lse[i * 2 + 1]));
+          }
         }
       }
     }
+    options.v_granularity = Granularity::kTensor;
+    const Output by_tensor = run_emulation(x, x, bad, options);
+    EXPECT_TRUE(row_is_nan(by_tensor, 0, 0) && row_is_nan(by_tensor, 3, 0));
+    EXPECT_TRUE(std::isfinite(by_tensor.out[3]));
+    options.v_granularity = Granularity::kBlock;
+    options.kv_block = 2;
+    const Output by_block = run_emulation(x, x, bad, options);
+    EXPECT_TRUE(std::isfinite(by_block.out[0]) && std::isfinite(by_block.out[6]));
+    EXPECT_TRUE(row_is_nan(by_block, 2, 0));
   }
-  options.v_granularity = Granularity::kTensor;
-  const Output by_tensor = run_emulation(x, x, bad, options);
-  EXPECT_TRUE(row_is_nan(by_tensor, 0, 0) && row_is_nan(by_tensor, 3, 0));
-  EXPECT_TRUE(std::isfinite(by_tensor.out[3]));
-  options.v_granularity = Granularity::kBlock;
-  options.kv_block = 2;
-  const Output by_block = run_emulation(x, x, bad, options);
-  EXPECT_TRUE(std::isfinite(by_block.out[0]) && std::isfinite(by_block.out[6]));
-  EXPECT_TRUE(row_is_nan(by_block, 2, 0));
 }
 
 // Scores beyond float32 saturate: those above the range are equal, those below weigh nothing.
 TEST(Emulation, ScoresSaturate) {
-  for (const auto mode : {Mode::kAccurate, Mode::kPaper, Mode::kHalf}) {
-    EmulationOptions options = mode_options(mode);
+  for (EmulationOptions options : all_options()) {
+    if (options.mode == Mode::kFp8) continue;  // its scores are not float32
     options.softmax_scale = 1.0F;
     options.smooth_k = false;
     const Output o =
@@ -446,7 +463,7 @@ TEST(Emulation, ScoresSaturate) {
 
 // One key far above the others decides, however coarse float32 is up there.
 TEST(Emulation, BoundKnowsThatALoneMaximumIsExact) {
-  EmulationOptions options = mode_options(Mode::kAccurate);
+  EmulationOptions options = accurate_options(false);
   options.softmax_scale = 1.0F;
   options.smooth_k = false;
   options.kv_block = 2;
@@ -483,7 +500,8 @@ TEST(Emulation, QualityOnNormalData) {
   EXPECT_LT(e4m3, 0.07);
   EXPECT_GT(e5m2, 1.5 * e4m3);
 
-  options = mode_options(Mode::kAccurate);
+  options = accurate_options(false);
+  const double token255 = rel_l2(run_emulation(q, k, v, options), exact);
   options.v_granularity = Granularity::kTensor;
   const double local255 = rel_l2(run_emulation(q, k, v, options), exact);
   options.p_scale = PScale::kRunningMax255;
@@ -492,7 +510,7 @@ TEST(Emulation, QualityOnNormalData) {
   const double running127 = rel_l2(run_emulation(q, k, v, options), exact);
   EXPECT_LT(local255, running255);
   EXPECT_LT(running255, running127);
-  EXPECT_LT(accurate, local255);
+  EXPECT_LT(token255, local255);
 }
 
 TEST(Emulation, BlockLocalWinsMoreTheLongerTheSequence) {
@@ -500,7 +518,7 @@ TEST(Emulation, BlockLocalWinsMoreTheLongerTheSequence) {
     const Tensor q = random_tensor({1, 8, 1, 32}, 1), k = random_tensor({1, seqlen_k, 1, 32}, 2),
                  v = random_tensor({1, seqlen_k, 1, 32}, 3);
     const Output exact = run_exact(q, k, v);
-    EmulationOptions options = mode_options(Mode::kAccurate);
+    EmulationOptions options = accurate_options(false);
     options.v_granularity = Granularity::kTensor;
     options.kv_block = 128;
     const double local = rel_l2(run_emulation(q, k, v, options), exact);
@@ -537,9 +555,10 @@ TEST(Emulation, BadArgumentsNameThemselves) {
   EXPECT_EQ(message({quantized(block_scale, {Granularity::kBlock, 2}), x.view(), x.view()},
                     mode_options(Mode::kAccurate)),
             "q.spec.granularity must be token");
-  EXPECT_EQ(message({x.view(), x.view(), quantized(block_scale, {Granularity::kBlock, 2})},
-                    mode_options(Mode::kAccurate)),
-            "v.spec.block=2 must equal options.kv_block=128");
+  options.kv_block = 128;
+  EXPECT_EQ(
+      message({x.view(), x.view(), quantized(block_scale, {Granularity::kBlock, 2})}, options),
+      "v.spec.block=2 must equal options.kv_block=128");
   EXPECT_EQ(message({x.view(), x.view(), quantized(block_scale, {Granularity::kBlock, 0})},
                     mode_options(Mode::kAccurate)),
             "v.spec.block=0 must be positive");

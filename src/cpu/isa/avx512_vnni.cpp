@@ -6,6 +6,7 @@
 #include <bit>
 #include <cstring>
 #include <limits>
+#include <utility>
 
 #include "core/element.hpp"
 #include "core/kernel_table.hpp"
@@ -14,13 +15,19 @@
 #include "cpu/isa/simd_avx512.hpp"
 #include "cpu/isa_tables.hpp"
 
+#define ATTN8_HAS_SKEWED
 namespace attn8::avx512_vnni {
 namespace {
-#include "cpu/kernels/rows-inl.hpp"
 // Order matters: each file uses the ones above it.
-#include "cpu/kernels/online_softmax-inl.hpp"
 // clang-format off
-#include "cpu/kernels/attend_int8-inl.hpp"
+#include "cpu/kernels/rows-inl.hpp"
+#include "cpu/kernels/tile_walk-inl.hpp"
+#include "cpu/kernels/products-inl.hpp"
+#include "cpu/kernels/online_softmax-inl.hpp"
+#include "cpu/kernels/score_grid-inl.hpp"
+#include "cpu/kernels/attend_accurate-inl.hpp"
+#include "cpu/isa/attend_skewed_avx512-inl.hpp"
+#include "cpu/kernels/attend_paper-inl.hpp"
 #include "cpu/kernels/attend_float-inl.hpp"
 #include "cpu/kernels/table-inl.hpp"
 // clang-format on

@@ -16,11 +16,15 @@
 
 namespace attn8::scalar {
 namespace {
-#include "cpu/kernels/rows-inl.hpp"
 // Order matters: each file uses the ones above it.
-#include "cpu/kernels/online_softmax-inl.hpp"
 // clang-format off
-#include "cpu/kernels/attend_int8-inl.hpp"
+#include "cpu/kernels/rows-inl.hpp"
+#include "cpu/kernels/tile_walk-inl.hpp"
+#include "cpu/kernels/products-inl.hpp"
+#include "cpu/kernels/online_softmax-inl.hpp"
+#include "cpu/kernels/score_grid-inl.hpp"
+#include "cpu/kernels/attend_accurate-inl.hpp"
+#include "cpu/kernels/attend_paper-inl.hpp"
 #include "cpu/kernels/attend_float-inl.hpp"
 #include "cpu/kernels/table-inl.hpp"
 // clang-format on

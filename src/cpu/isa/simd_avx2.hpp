@@ -157,6 +157,11 @@ ATTN8_INLINE void dot4_query(I32& sum, I32 a, I32 b) {
   sum.hi = dot4_s8_s8(sum.hi, a.hi, b.hi);
 }
 
+/// |b| of every byte, -128 excepted.
+ATTN8_INLINE I32 absolute_bytes(I32 a) {
+  return {_mm256_abs_epi8(a.lo), _mm256_abs_epi8(a.hi)};
+}
+
 /// Four vectors of 16 codes in [0, 255] to 64 bytes in the order of p_position().
 ATTN8_INLINE void store_codes(std::byte* p, const I32 (&codes)[4]) {
   const __m256i low = _mm256_packus_epi16(_mm256_packs_epi32(codes[0].lo, codes[1].lo),
@@ -165,6 +170,71 @@ ATTN8_INLINE void store_codes(std::byte* p, const I32 (&codes)[4]) {
                                            _mm256_packs_epi32(codes[2].hi, codes[3].hi));
   _mm256_storeu_si256((__m256i*)p, low);
   _mm256_storeu_si256((__m256i*)(p + 32), high);
+}
+
+// The score grid of `accurate`: E[f] = round(65280 * 2^(-f / 64)) is the rounded product of one of
+// eight coarse and one of eight fine powers; for all 64 f that is the correctly rounded value, which
+// a test checks.
+alignas(32) inline constexpr float kCoarsePower[8] = {
+    0x1.fep+15f, 0x1.d3ac0cp+15f, 0x1.acdb7p+15f, 0x1.894386p+15f,
+    0x1.689fdcp+15f, 0x1.4ab1bp+15f, 0x1.2f3f7p+15f, 0x1.161458p+15f};
+alignas(32) inline constexpr float kFinePower[8] = {
+    0x1p+0f, 0x1.fa7c18p-1f, 0x1.f50766p-1f, 0x1.efa1bep-1f,
+    0x1.ea4afap-1f, 0x1.e502eep-1f, 0x1.dfc974p-1f, 0x1.da9e6p-1f};
+ATTN8_INLINE I32 broadcast_i32(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
+ATTN8_INLINE I32 operator+(I32 a, I32 b) {
+  return {_mm256_add_epi32(a.lo, b.lo), _mm256_add_epi32(a.hi, b.hi)};
+}
+ATTN8_INLINE I32 operator-(I32 a, I32 b) {
+  return {_mm256_sub_epi32(a.lo, b.lo), _mm256_sub_epi32(a.hi, b.hi)};
+}
+ATTN8_INLINE I32 max(I32 a, I32 b) {
+  return {_mm256_max_epi32(a.lo, b.lo), _mm256_max_epi32(a.hi, b.hi)};
+}
+/// Logical shifts.
+template <int kBits>
+ATTN8_INLINE I32 shift_right(I32 a) {
+  return {_mm256_srli_epi32(a.lo, kBits), _mm256_srli_epi32(a.hi, kBits)};
+}
+template <int kBits>
+ATTN8_INLINE I32 shift_left(I32 a) {
+  return {_mm256_slli_epi32(a.lo, kBits), _mm256_slli_epi32(a.hi, kBits)};
+}
+/// Products of numbers in [0, 2^15).
+ATTN8_INLINE I32 multiply16(I32 a, I32 b) {
+  return {_mm256_madd_epi16(a.lo, b.lo), _mm256_madd_epi16(a.hi, b.hi)};
+}
+/// Round half to even; |a| <= 2^30.
+ATTN8_INLINE I32 round_to_grid(F32 a) { return round_to_int(a); }
+ATTN8_INLINE I32 keep_lanes(I32 a, int lo, int hi, I32 other) {
+  const F32 kept = keep_lanes(F32{_mm256_castsi256_ps(a.lo), _mm256_castsi256_ps(a.hi)}, lo, hi,
+                              F32{_mm256_castsi256_ps(other.lo), _mm256_castsi256_ps(other.hi)});
+  return {_mm256_castps_si256(kept.lo), _mm256_castps_si256(kept.hi)};
+}
+ATTN8_INLINE int32_t reduce_max(I32 a) {
+  const __m256i m8 = _mm256_max_epi32(a.lo, a.hi);
+  const __m128i m4 = _mm_max_epi32(_mm256_castsi256_si128(m8), _mm256_extracti128_si256(m8, 1));
+  const __m128i m2 = _mm_max_epi32(m4, _mm_shuffle_epi32(m4, 0x4e));
+  return _mm_cvtsi128_si32(_mm_max_epi32(m2, _mm_shuffle_epi32(m2, 0xb1)));
+}
+ATTN8_INLINE __m256i grid_weight(__m256i d) {
+  // The permutation looks at the low three bits of its index only.
+  const __m256 coarse =
+      _mm256_permutevar8x32_ps(_mm256_load_ps(kCoarsePower), _mm256_srli_epi32(d, 3));
+  const __m256 fine = _mm256_permutevar8x32_ps(_mm256_load_ps(kFinePower), d);
+  const __m256i e = _mm256_cvtps_epi32(_mm256_mul_ps(coarse, fine));
+  return _mm256_srlv_epi32(e, _mm256_srli_epi32(d, 6));
+}
+/// E[d mod 64] >> (d div 64), d unsigned.
+ATTN8_INLINE I32 grid_weight(I32 d) { return {grid_weight(d.lo), grid_weight(d.hi)}; }
+/// Keys 16 c .. 16 c + 15 of 64 numbers in the order of score_position().
+ATTN8_INLINE I32 load_scores16(const int16_t* p, int c) {
+  const int16_t* quad = p + c / 2 * 32 + c % 2 * 4;  // 4 of 8 numbers are ours
+  const __m128i low = _mm_unpacklo_epi64(_mm_loadl_epi64((const __m128i*)quad),
+                                         _mm_loadl_epi64((const __m128i*)(quad + 8)));
+  const __m128i high = _mm_unpacklo_epi64(_mm_loadl_epi64((const __m128i*)(quad + 16)),
+                                          _mm_loadl_epi64((const __m128i*)(quad + 24)));
+  return {_mm256_cvtepi16_epi32(low), _mm256_cvtepi16_epi32(high)};
 }
 
 // Rows.

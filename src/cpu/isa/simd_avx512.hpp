@@ -92,11 +92,66 @@ ATTN8_INLINE void dot4_u8_s8(I32& sum, I32 a, I32 b) {
 /// The same for Q codes (stored + 128 here) against K codes.
 ATTN8_INLINE void dot4_query(I32& sum, I32 a, I32 b) { dot4_u8_s8(sum, a, b); }
 
+/// |b| of every byte, -128 excepted.
+ATTN8_INLINE I32 absolute_bytes(I32 a) { return {_mm512_abs_epi8(a.v)}; }
+
 /// Four vectors of 16 codes in [0, 255] to 64 bytes in the order of p_position().
 ATTN8_INLINE void store_codes(std::byte* p, const I32 (&codes)[4]) {
   const __m512i low = _mm512_packs_epi32(codes[0].v, codes[1].v);
   const __m512i high = _mm512_packs_epi32(codes[2].v, codes[3].v);
   _mm512_storeu_si512(p, _mm512_packus_epi16(low, high));
+}
+
+// The score grid of `accurate`: E[f] = round(65280 * 2^(-f / 64)) is the rounded product of one of
+// eight coarse and one of eight fine powers; for all 64 f that is the correctly rounded value, which
+// a test checks.
+alignas(64) inline constexpr float kCoarsePower[16] = {
+    0x1.fep+15f, 0x1.d3ac0cp+15f, 0x1.acdb7p+15f, 0x1.894386p+15f,
+    0x1.689fdcp+15f, 0x1.4ab1bp+15f, 0x1.2f3f7p+15f, 0x1.161458p+15f,
+    0x1.fep+15f, 0x1.d3ac0cp+15f, 0x1.acdb7p+15f, 0x1.894386p+15f,
+    0x1.689fdcp+15f, 0x1.4ab1bp+15f, 0x1.2f3f7p+15f, 0x1.161458p+15f};
+alignas(64) inline constexpr float kFinePower[16] = {
+    0x1p+0f, 0x1.fa7c18p-1f, 0x1.f50766p-1f, 0x1.efa1bep-1f,
+    0x1.ea4afap-1f, 0x1.e502eep-1f, 0x1.dfc974p-1f, 0x1.da9e6p-1f,
+    0x1p+0f, 0x1.fa7c18p-1f, 0x1.f50766p-1f, 0x1.efa1bep-1f,
+    0x1.ea4afap-1f, 0x1.e502eep-1f, 0x1.dfc974p-1f, 0x1.da9e6p-1f};
+ATTN8_INLINE I32 broadcast_i32(int32_t x) { return {_mm512_set1_epi32(x)}; }
+ATTN8_INLINE I32 operator+(I32 a, I32 b) { return {_mm512_add_epi32(a.v, b.v)}; }
+ATTN8_INLINE I32 operator-(I32 a, I32 b) { return {_mm512_sub_epi32(a.v, b.v)}; }
+ATTN8_INLINE I32 max(I32 a, I32 b) { return {_mm512_max_epi32(a.v, b.v)}; }
+/// Logical shifts.
+template <int kBits>
+ATTN8_INLINE I32 shift_right(I32 a) {
+  return {_mm512_srli_epi32(a.v, kBits)};
+}
+template <int kBits>
+ATTN8_INLINE I32 shift_left(I32 a) {
+  return {_mm512_slli_epi32(a.v, kBits)};
+}
+/// Products of numbers in [0, 2^15).
+ATTN8_INLINE I32 multiply16(I32 a, I32 b) { return {_mm512_madd_epi16(a.v, b.v)}; }
+/// Round half to even; |a| <= 2^30.
+ATTN8_INLINE I32 round_to_grid(F32 a) { return round_to_int(a); }
+ATTN8_INLINE I32 keep_lanes(I32 a, int lo, int hi, I32 other) {
+  return {_mm512_castps_si512(
+      keep_lanes(F32{_mm512_castsi512_ps(a.v)}, lo, hi, F32{_mm512_castsi512_ps(other.v)}).v)};
+}
+ATTN8_INLINE int32_t reduce_max(I32 a) { return _mm512_reduce_max_epi32(a.v); }
+/// E[d mod 64] >> (d div 64), d unsigned.
+ATTN8_INLINE I32 grid_weight(I32 d) {
+  const __m512 coarse =
+      _mm512_permutexvar_ps(_mm512_srli_epi32(d.v, 3), _mm512_load_ps(kCoarsePower));
+  const __m512 fine = _mm512_permutexvar_ps(d.v, _mm512_load_ps(kFinePower));
+  const __m512i e = _mm512_cvtps_epi32(_mm512_mul_ps(coarse, fine));
+  return {_mm512_srlv_epi32(e, _mm512_srli_epi32(d.v, 6))};
+}
+/// Keys 16 c .. 16 c + 15 of 64 numbers in the order of score_position().
+ATTN8_INLINE I32 load_scores16(const int16_t* p, int c) {
+  const __m512i half = _mm512_loadu_si512(p + c / 2 * 32);  // 4 x [4 of even c, 4 of odd c]
+  const __m512i quads = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
+  const __m512i order = _mm512_permutexvar_epi64(quads, half);
+  return {_mm512_cvtepi16_epi32(c % 2 == 0 ? _mm512_castsi512_si256(order)
+                                           : _mm512_extracti64x4_epi64(order, 1))};
 }
 
 // Rows.

@@ -134,11 +134,81 @@ ATTN8_INLINE void dot4_query(I32& sum, const I32& a, const I32& b) {
   }
 }
 
+/// |b| of every byte, -128 excepted.
+ATTN8_INLINE I32 absolute_bytes(const I32& a) {
+  int8_t bytes[64];
+  std::memcpy(bytes, &a.v, 64);
+  for (int8_t& byte : bytes) byte = static_cast<int8_t>(byte < 0 ? -byte : byte);
+  return load_lanes<I32>(bytes);
+}
+
 /// Four vectors of 16 codes in [0, 255] to 64 bytes in the order of p_position().
 ATTN8_INLINE void store_codes(std::byte* p, const I32 (&codes)[4]) {
   for (int key = 0; key < 64; ++key) {
     p[p_position(key)] = static_cast<std::byte>(codes[key / 16].v[key % 16]);
   }
+}
+
+// The score grid of `accurate`.
+/// E[f] = round(65280 * 2^(-f / 64)).
+inline constexpr uint16_t kGridWeight[64] = {
+    65280, 64577, 63881, 63193, 62512, 61839, 61173, 60514,
+    59862, 59217, 58579, 57948, 57324, 56707, 56096, 55491,
+    54894, 54302, 53717, 53139, 52566, 52000, 51440, 50886,
+    50338, 49796, 49259, 48729, 48204, 47684, 47171, 46663,
+    46160, 45663, 45171, 44684, 44203, 43727, 43256, 42790,
+    42329, 41873, 41422, 40976, 40534, 40098, 39666, 39238,
+    38816, 38398, 37984, 37575, 37170, 36770, 36374, 35982,
+    35594, 35211, 34831, 34456, 34085, 33718, 33355, 32995};
+ATTN8_INLINE I32 broadcast_i32(int32_t x) { return {Int16Lanes{} + x}; }
+ATTN8_INLINE I32 operator+(const I32& a, const I32& b) { return {a.v + b.v}; }
+/// Wraps, as the vector instructions do.
+ATTN8_INLINE I32 operator-(const I32& a, const I32& b) {
+  return {bits_as<Int16Lanes>(bits_as<Uint16Lanes>(a.v) - bits_as<Uint16Lanes>(b.v))};
+}
+ATTN8_INLINE I32 max(const I32& a, const I32& b) { return {a.v > b.v ? a.v : b.v}; }
+/// Logical shifts.
+template <int kBits>
+ATTN8_INLINE I32 shift_right(const I32& a) {
+  return {bits_as<Int16Lanes>(bits_as<Uint16Lanes>(a.v) >> kBits)};
+}
+template <int kBits>
+ATTN8_INLINE I32 shift_left(const I32& a) {
+  return {bits_as<Int16Lanes>(bits_as<Uint16Lanes>(a.v) << kBits)};
+}
+/// Products of numbers in [0, 2^15).
+ATTN8_INLINE I32 multiply16(const I32& a, const I32& b) { return {a.v * b.v}; }
+/// Round half to even; |a| <= 2^30.
+ATTN8_INLINE I32 round_to_grid(const F32& a) {
+  I32 result;
+  for (int i = 0; i < 16; ++i) {
+    result.v[i] = static_cast<int32_t>(__builtin_rintf(a.v[i]));
+  }
+  return result;
+}
+ATTN8_INLINE I32 keep_lanes(const I32& a, int lo, int hi, const I32& other) {
+  return {((kLane >= lo) & (kLane < hi)) ? a.v : other.v};
+}
+ATTN8_INLINE int32_t reduce_max(const I32& a) {
+  int32_t largest = a.v[0];
+  for (int i = 1; i < 16; ++i) largest = a.v[i] > largest ? a.v[i] : largest;
+  return largest;
+}
+/// E[d mod 64] >> (d div 64), d unsigned.
+ATTN8_INLINE I32 grid_weight(const I32& d) {
+  I32 result;
+  for (int i = 0; i < 16; ++i) {
+    const auto distance = static_cast<uint32_t>(d.v[i]);
+    const uint32_t shift = distance >> 6;
+    result.v[i] = shift < 16 ? kGridWeight[distance & 63] >> shift : 0;
+  }
+  return result;
+}
+/// Keys 16 c .. 16 c + 15 of 64 numbers in the order of score_position().
+ATTN8_INLINE I32 load_scores16(const int16_t* p, int c) {
+  I32 result;
+  for (int i = 0; i < 16; ++i) result.v[i] = p[score_position(16 * c + i)];
+  return result;
 }
 
 // Rows.

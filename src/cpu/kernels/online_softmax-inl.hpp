@@ -1,7 +1,7 @@
 // SPDX-FileCopyrightText: The attn8 authors
 // SPDX-License-Identifier: Apache-2.0
 
-// The softmax of the CPU kernels: one exp2, the running state of four rows, the rounding of P.
+// The softmax of the modes with float32 scores: one exp2, the running state of four rows.
 // Included inside the namespace of an ISA after its vocabulary.
 
 /// Coefficients of f^1.. of 2^f on [-0.5, 0.5] with the constant term fixed to 1, fitted to the
@@ -31,43 +31,28 @@ ATTN8_INLINE F32 exp2_scaled(F32 x) {
 
 /// Running state of a group of rows and what the next block does to it.
 struct RowState {
-  float max[kRowGroup];           ///< m, log2 units; -inf before the first visible key
-  float rescale[kRowGroup];       ///< a: what the past is multiplied by
-  float weight[kRowGroup];        ///< b: what the block is multiplied by
-  float value_weight[kRowGroup];  ///< the same for P V, times the V scale of the block
-  float subtract[kRowGroup];      ///< what is subtracted from the block's scores before exp2
-  float residual[kRowGroup];      ///< what rounding took from the block's weights (`accurate`)
+  float max[kRowGroup];       ///< m, log2 units; -inf before the first visible key
+  float rescale[kRowGroup];   ///< a: what the past is multiplied by
+  float subtract[kRowGroup];  ///< what is subtracted from the block's scores before exp2
 };
 
 /// Advances the state by a block with these maxima (-inf where a row sees none of its keys).
-/// kLocal: weights are relative to the block's own maximum and b brings them to the running one;
-/// otherwise they are relative to the running maximum and b is 1.
-template <bool kLocal>
 ATTN8_KERNEL_INLINE void advance(RowState& state, const float* block_max, int rows) {
   constexpr float kMinusInf = -std::numeric_limits<float>::infinity();
   float exponent[16] = {};
   for (int r = 0; r < rows; ++r) {
     const float previous = state.max[r];
-    const float current = block_max[r];
-    const float next = previous > current ? previous : current;
-    // exp2 takes these as powers; rows that have seen nothing are set right below.
+    const float next = previous > block_max[r] ? previous : block_max[r];
+    // exp2 takes this as a power; a row that has seen nothing is set right below.
     exponent[r] = previous > kMinusInf ? previous - next : 0.0f;
-    exponent[4 + r] = current > kMinusInf ? current - next : 0.0f;
   }
   float power[16];
   store(power, exp2_scaled<5, 1>(load(exponent)));
   for (int r = 0; r < rows; ++r) {
-    const float current = block_max[r];
-    const bool sees_block = current > kMinusInf;
     state.rescale[r] = state.max[r] > kMinusInf ? power[r] : 0.0f;
-    state.weight[r] = kLocal ? (sees_block ? power[4 + r] : 0.0f) : 1.0f;
-    if (sees_block && current > state.max[r]) state.max[r] = current;
-    if (kLocal) {
-      state.subtract[r] = sees_block ? current : 0.0f;
-    } else {
-      state.subtract[r] = state.max[r] > kMinusInf ? state.max[r] : 0.0f;
-    }
-    if (!sees_block) state.rescale[r] = 1.0f;
+    if (block_max[r] > state.max[r]) state.max[r] = block_max[r];
+    state.subtract[r] = state.max[r] > kMinusInf ? state.max[r] : 0.0f;
+    if (block_max[r] == kMinusInf) state.rescale[r] = 1.0f;
   }
 }
 

@@ -97,31 +97,58 @@ inline void encode(const float* x, int n, const float* scale, int scale_step, in
   }
 }
 
+inline int32_t squared_length(const int8_t* codes, int n) {
+  I32 sum = zero_i32();
+  for (int i = 0; i < n; i += 64) {
+    const I32 x = absolute_bytes(load_bytes(reinterpret_cast<const std::byte*>(codes + i)));
+    dot4_u8_s8(sum, x, x);
+  }
+  int32_t lanes[16];
+  store(lanes, sum);
+  int32_t total = 0;
+  for (const int32_t lane : lanes) total += lane;
+  return total;
+}
+
+inline void normalize(float* x, int n, float divisor, const float* scale) {
+  const F32 l = broadcast(divisor);
+  for (int i = 0; i < n; i += 16) {
+    F32 y = divide(load(x + i), l);
+    if (scale != nullptr) y = y * load(scale + i);
+    store(x + i, y);
+  }
+}
+
 /// Four codes of 1: a product with them is a sum.
 inline constexpr std::byte kOnes[4] = {std::byte{1}, std::byte{1}, std::byte{1}, std::byte{1}};
 
-inline void pack_k(const int8_t* codes, int row_stride, int padded_dim, std::byte* group,
-                   int32_t* correction) {
+inline void pack_k(const int8_t* codes, int row_stride, int padded, std::byte* group,
+                   int32_t* correction, int32_t* squares) {
   for (int key = 0; key < kKeyGroup; ++key) {
     const int8_t* row = codes + key * row_stride;
-    for (int dim = 0; dim < padded_dim; dim += 4) {
+    for (int dim = 0; dim < padded; dim += 4) {
       std::memcpy(group + packed_k_offset(key, dim), row + dim, 4);
     }
   }
   for (int key = 0; key < kKeyGroup; key += 16) {
     I32 sum = zero_i32();
-    for (int dim = 0; dim < padded_dim; dim += 4) {
-      dot4_u8_s8(sum, broadcast4(kOnes), load_bytes(group + packed_k_offset(key, dim)));
+    I32 square = zero_i32();
+    for (int dim = 0; dim < padded; dim += 4) {
+      const I32 k = load_bytes(group + packed_k_offset(key, dim));
+      dot4_u8_s8(sum, broadcast4(kOnes), k);
+      const I32 magnitude = absolute_bytes(k);
+      dot4_u8_s8(square, magnitude, magnitude);
     }
     store(correction + key, sum);
+    store(squares + key, square);
   }
   for (int key = 0; key < kKeyGroup; ++key) correction[key] *= -128;
 }
 
-inline void pack_v(const int8_t* codes, int row_stride, int padded_dim, std::byte* group) {
+inline void pack_v(const int8_t* codes, int row_stride, int padded, std::byte* group) {
   for (int key = 0; key < kKeyGroup; key += 4) {
     const int8_t* rows = codes + key * row_stride;
-    for (int channel = 0; channel < padded_dim; channel += 4) {
+    for (int channel = 0; channel < padded; channel += 4) {
       // A 4 x 4 transpose of bytes: word r holds 4 channels of key r, word c of the result 4 keys
       // of channel c.
       uint32_t w[4];
@@ -133,15 +160,15 @@ inline void pack_v(const int8_t* codes, int row_stride, int padded_dim, std::byt
       const uint32_t out[4] = {(even01 & 0xffffu) | even23 << 16, (odd01 & 0xffffu) | odd23 << 16,
                                even01 >> 16 | (even23 & 0xffff0000u),
                                odd01 >> 16 | (odd23 & 0xffff0000u)};
-      std::memcpy(group + packed_v_offset(key, channel, padded_dim), out, 16);
+      std::memcpy(group + packed_v_offset(key, channel, padded), out, 16);
     }
   }
 }
 
-inline void sum_v(const std::byte* group, int padded_dim, int32_t* sums) {
-  for (int channel = 0; channel < padded_dim; channel += 16) {
+inline void sum_v(const std::byte* group, int padded, int32_t* sums) {
+  for (int channel = 0; channel < padded; channel += 16) {
     const int slab = channel / 64 * 64;
-    const int64_t quad_stride = slab_width(padded_dim, slab) * 4;
+    const int64_t quad_stride = slab_width(padded, slab) * 4;
     const std::byte* v = group + slab * kKeyGroup + (channel - slab) * 4;
     I32 sum = zero_i32();
     for (int quad = 0; quad < 16; ++quad) {

@@ -4,7 +4,7 @@
 // The table of one ISA. Included last inside its namespace.
 
 inline size_t scratch_bytes(int kv_block) {
-  const size_t sums = sizeof(float) * 2 * 16 * kQueryTile;
+  const size_t sums = sizeof(float) * (2 * 16 + 1) * kQueryTile;
   const auto block = static_cast<size_t>(kRowGroup * kv_block);
   return sums + block * sizeof(float) + block;
 }
@@ -12,9 +12,12 @@ inline size_t scratch_bytes(int kv_block) {
 inline void attend(const AttendTile& tile) {
   switch (tile.mode) {
     case Mode::kAccurate:
-      return tile.kv.fold_v ? attend_int8<false, true>(tile) : attend_int8<false, false>(tile);
+#ifdef ATTN8_HAS_SKEWED
+      if (fits_skewed(tile)) return attend_skewed(tile);
+#endif
+      return attend_accurate(tile);
     case Mode::kPaper:
-      return attend_int8<true, false>(tile);
+      return attend_paper(tile);
     case Mode::kHalf:
       return attend_float<true>(tile);
     case Mode::kExact:
@@ -34,6 +37,8 @@ inline constexpr KernelTable kTable = {
     .add_to_sums = add_to_sums,
     .subtract = subtract,
     .encode = encode,
+    .squared_length = squared_length,
+    .normalize = normalize,
     .pack_k = pack_k,
     .pack_v = pack_v,
     .sum_v = sum_v,

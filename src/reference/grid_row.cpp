@@ -1,0 +1,177 @@
+// SPDX-FileCopyrightText: The attn8 authors
+// SPDX-License-Identifier: Apache-2.0
+
+// A row of `accurate` on the score grid
+// -------------------------------------
+// T is a float32 chain of three operations that leaves a kernel no choice, and from it the weights,
+// the codes and the sums S, L and R of a block are integers: a kernel has the same ones. F, mu_d
+// and every power of two are the same numbers too. What a kernel rounds and this file does not,
+// with u = 2^-24 and kTiny = 2^-149 for what float32 cannot hold near zero (in the unit of O,
+// v_ref):
+//
+//     v_block / v_ref, beta times it                                      2 u, kTiny (beta + 1) |x|
+//     x_d: S where it is beyond 2^24, the multiply-add                    u |S|, u |x|
+//     for block_channel in their place: the ratio of the scales, x_d times it
+//     O: the multiply-add, on the new value;  l likewise, with L rounded to float32 before
+//     the result: a division or a reciprocal and a product, the scale      3 u, kTiny
+//
+// Errors of O and l keep to beta and to the reference as the values do. With E for an error,
+//     |out' - out| <= (E_O 2^15 + |out| E_l) / (l - E_l) + 4 u |out|.
+// One u more than counted, here and in the products, holds the terms in u^2.
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <limits>
+#include <optional>
+
+#include "reference/emulation_row.hpp"
+
+namespace attn8::reference {
+namespace {
+
+constexpr double kUnit = 0x1p-24;
+constexpr double kTiny = 0x1p-149;
+constexpr int64_t kOctave = 64;  // steps of the grid
+constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
+
+// Floor division by an octave.
+int64_t octaves(int64_t steps) { return steps >> 6; }
+
+// 2^exponent, 0 where it is too small to matter.
+double power(int64_t exponent) {
+  constexpr int64_t kMinExponent = -100;
+  return exponent < kMinExponent ? 0 : std::exp2(static_cast<double>(exponent));
+}
+
+// 2^(steps / 64): the fraction of an octave rounded to float32.
+double scale_of_steps(int64_t steps) {
+  const int64_t whole = octaves(steps);
+  const double fraction = static_cast<double>(steps - whole * kOctave) / kOctave;
+  return static_cast<float>(std::exp2(fraction)) * power(whole);
+}
+
+// y: the weight of a key `distance` steps below the maximum, in units of 1 / (255 * 256).
+int64_t weight_of(int64_t distance) {
+  static const auto kWeights = [] {
+    std::array<int64_t, kOctave> weights;
+    for (size_t f = 0; f < weights.size(); ++f) {
+      weights[f] = std::llround(65280 * std::exp2(-static_cast<double>(f) / kOctave));
+    }
+    return weights;
+  }();
+  constexpr int64_t kFirstZero = 16 * kOctave;
+  if (distance >= kFirstZero) return 0;
+  return kWeights[static_cast<size_t>(distance % kOctave)] >> octaves(distance);
+}
+
+// T of key j; nothing where an operand is poisoned.
+std::optional<int64_t> score(const KeyValues& kv, const Query& query, int64_t j) {
+  constexpr float kLargest = 0x1p30F;
+  const auto n = static_cast<size_t>(j - kv.k.first);
+  // An integer below 2^23, so exact.
+  const auto product = static_cast<float>(dot(query.q.data(), kv.k.token(j), kv.k.stride));
+  const float scaled = product * static_cast<float>(kv.k_scale[n]);
+  const float t = std::fma(scaled, query.grid_factor, kv.g[n]);
+  if (std::isnan(t)) return std::nullopt;
+  return static_cast<int64_t>(std::nearbyint(std::clamp(t, -kLargest, kLargest)));
+}
+
+// A sum and the distance of a kernel's from it.
+struct Sum {
+  double value = 0, error = 0;
+
+  // By a power of two, or 0.
+  void scale(double factor, double tiny) {
+    value *= factor;
+    error = error * factor + (factor != 0 ? tiny : 0);
+  }
+  // A fused multiply-add in float32, of a product that may be `added_error` off.
+  void add(double added, double added_error, double tiny) {
+    value += added;
+    error += added_error;
+    error += kUnit * (std::abs(value) + error) + tiny;
+  }
+};
+
+}  // namespace
+
+double emulate_grid_row(const Arithmetic& arithmetic, const KeyValues& kv, const Query& query,
+                        KeyRange keys, RowScratch& scratch, double* out, double* bound) {
+  constexpr double kWeightUnits = 0x1p15;  // of l, for one code of P
+  constexpr int64_t kReach = 60 * kOctave;
+  const int64_t head_dim = kv.v.head_dim;
+  const int64_t kv_block = arithmetic.kv_block;
+  const double tiny = kTiny * kv.v_ref;
+  std::vector<Sum> numerator(static_cast<size_t>(head_dim));  // O
+  Sum denominator;                                            // l
+  std::optional<int64_t> reference;
+
+  for (int64_t begin = keys.first / kv_block * kv_block; begin < keys.last; begin += kv_block) {
+    const int64_t first = std::max(begin, keys.first);
+    const int64_t last = std::min(begin + kv_block, keys.last);
+    scratch.steps.clear();
+    for (int64_t j = first; j < last; ++j) {
+      const std::optional<int64_t> t = score(kv, query, j);
+      if (!t) {
+        std::fill_n(out, head_dim, kNan);
+        if (bound != nullptr) std::fill_n(bound, head_dim, kNan);
+        return kNan;
+      }
+      scratch.steps.push_back(*t);
+    }
+    const int64_t block_max = *std::max_element(scratch.steps.begin(), scratch.steps.end());
+
+    // Below 2^39 per key: exact in 64 bits up to 2^24 keys per block.
+    int64_t block_weight = 0;  // L
+    int64_t residual = 0;      // R
+    scratch.sum.assign(static_cast<size_t>(kv.v.stride), 0.0);
+    for (int64_t j = first; j < last; ++j) {
+      const int64_t y = weight_of(block_max - scratch.steps[static_cast<size_t>(j - first)]);
+      const int64_t code = (y + 128) >> 8;
+      block_weight += ((y + 1) >> 1) * kv.weight[static_cast<size_t>(j - kv.k.first)];
+      residual += y - 256 * code;
+      if (code != 0) {
+        add_scaled(scratch.sum.data(), static_cast<double>(code), kv.v.token(j), kv.v.stride);
+      }
+    }
+    if (!arithmetic.residual_mean || !kv.holds_whole_block(begin, kv_block, {first, last})) {
+      residual = 0;
+    }
+
+    if (!reference) reference = octaves(block_max) * kOctave;
+    if (block_max > *reference + kReach) {
+      const int64_t moved = octaves(block_max) * kOctave;
+      const double factor = power(octaves(*reference - moved));
+      for (Sum& sum : numerator) sum.scale(factor, tiny);
+      denominator.scale(factor, 0);
+      reference = moved;
+    }
+    const double beta = scale_of_steps(block_max - *reference);
+    const double added_weight = beta * static_cast<double>(block_weight);
+    denominator.add(added_weight, kUnit * added_weight, 0);
+    const double rho = static_cast<double>(residual) / 256;
+    for (int64_t d = 0; d < head_dim; ++d) {
+      const auto at = static_cast<size_t>(begin / kv_block * head_dim + d);
+      const double sum = scratch.sum[static_cast<size_t>(d)];
+      const double x = sum + rho * kv.v_mean[at];
+      const double size = std::abs(x), scale = beta * kv.v_scale[at];
+      const double x_error = kUnit * (4 * size + (std::abs(sum) > 0x1p24 ? std::abs(sum) : 0));
+      numerator[static_cast<size_t>(d)].add(scale * x, scale * x_error + tiny * (beta + 1) * size,
+                                            tiny);
+    }
+  }
+
+  for (int64_t d = 0; d < head_dim; ++d) {
+    const Sum& total = numerator[static_cast<size_t>(d)];
+    out[d] = total.value / (denominator.value / kWeightUnits);
+    if (bound == nullptr) continue;
+    const double size = std::abs(out[d]);
+    const double moved = total.error * kWeightUnits + size * denominator.error;
+    bound[d] = moved / (denominator.value - denominator.error) + 4 * kUnit * size + tiny + kTiny;
+  }
+  return std::log2(denominator.value / (255 * kWeightUnits)) +
+         static_cast<double>(*reference) / kOctave;
+}
+
+}  // namespace attn8::reference
