@@ -101,8 +101,9 @@ struct alignas(64) BlockHeader {
 ///
 ///   | BlockHeader | mean V | V channel scales | records | K groups | V groups |
 ///
-/// K and V are int8 groups as above; in float modes K is [group][head_dim][64] floats and V rows
-/// [key][padded_dim] of bfloat16 (`half`) or float (`exact`).
+/// K and V are int8 groups as above. In `exact` K is [group][head_dim][64] floats and V rows
+/// [key][padded_dim] of floats. Where they are bfloat16, pairs of them that are neighbours along the
+/// sum take a float's place: K [group][padded_dim / 2][64][2], V [key / 2][padded_dim][2].
 struct BlockLayout {
   size_t mean = 0;           ///< float [padded_dim] mean V codes of the keys that count (INT8 V)
   size_t channel_scale = 0;  ///< float [padded_dim] V scales of the block (`block_channel`)
@@ -126,7 +127,7 @@ constexpr BlockLayout block_layout(int64_t kv_block, int64_t head_dim, int k_byt
   layout.records = next;
   if (k_bytes == 1) next += groups * sizeof(KeyRecord);
   layout.k = next;
-  const auto k_dim = k_bytes == 1 ? padded : static_cast<size_t>(head_dim);
+  const auto k_dim = k_bytes == 4 ? static_cast<size_t>(head_dim) : padded;
   layout.k_group_bytes = static_cast<size_t>(kKeyGroup) * k_dim * static_cast<size_t>(k_bytes);
   next += groups * layout.k_group_bytes;
   layout.v = next;
