@@ -13,7 +13,7 @@ RESULTS := build/test-results
 .NOTPARALLEL:
 .DEFAULT_GOAL := run
 .PHONY: run test lint clean dev asan ubsan tsan setup-build setup-test setup-python
-.PHONY: checks release check-format check-tidy check-python check-sanitized check-pytest check-release
+.PHONY: wheel checks release check-format check-tidy check-python check-sanitized check-pytest check-release
 
 run: setup-build
 	cmake --preset release
@@ -52,16 +52,25 @@ check-sanitized:
 	cmake --build --preset ci --parallel $(JOBS)
 	ctest --preset ci --parallel $(JOBS) --output-junit $(CURDIR)/$(RESULTS)/ctest-ci.xml
 
-check-pytest: setup-python release
+# The Python package, built here and installed into .venv.
+wheel: setup-python
+	@rm -rf build/dist
+	CMAKE_BUILD_PARALLEL_LEVEL=$(JOBS) .venv/bin/pip wheel --quiet --disable-pip-version-check \
+	  --no-build-isolation --no-deps --wheel-dir build/dist .
+	.venv/bin/pip install --quiet --disable-pip-version-check --no-deps --force-reinstall \
+	  build/dist/attn8-*.whl
+
+check-pytest: wheel release
 	ATTN8_CLI=$(CURDIR)/build/release/attn8 .venv/bin/pytest --junit-xml=$(RESULTS)/pytest.xml
 
 check-format:
-	find apps benchmarks examples include src tests -name '*.[ch]pp' -o -name '*.[ch]' -o -name '*.cu' | \
+	find apps benchmarks examples include python src tests -name '*.[ch]pp' -o -name '*.[ch]' -o -name '*.cu' | \
 	  xargs clang-format --dry-run -Werror
 
+PYTHON := benchmarks/peers examples python tools tests
 check-python: setup-python
-	.venv/bin/ruff check tools tests benchmarks/peers
-	.venv/bin/ruff format --check tools tests benchmarks/peers
+	.venv/bin/ruff check $(PYTHON)
+	.venv/bin/ruff format --check $(PYTHON)
 	.venv/bin/mypy
 
 # The library; `make lint` adds the command line, which takes minutes for the headers it includes.

@@ -6,7 +6,8 @@
 #
 #   tools/setup.sh build    packages of tools/debian_packages.txt that building and running needs
 #   tools/setup.sh test     all packages of that table
-#   tools/setup.sh python   the environment .venv of tools/requirements.txt, for the Python tests
+#   tools/setup.sh python   the environment .venv of tools/requirements.txt, for the Python tests, and
+#                           of tools/requirements-torch.txt where pip can get it
 set -eu
 cd "$(dirname "$0")/.."
 
@@ -22,6 +23,14 @@ case $purpose in
       "$python" -m venv --clear .venv
       .venv/bin/pip install --quiet --disable-pip-version-check -r tools/requirements.txt
       cp tools/requirements.txt .venv/requirements.txt  # last: marks a complete environment
+    fi
+    # Tried once: without it, its tests skip and say so.
+    if ! cmp -s tools/requirements-torch.txt .venv/requirements-torch.txt; then
+      echo "setup: installing torch (CPU) into .venv"
+      .venv/bin/pip install --quiet --disable-pip-version-check --only-binary :all: \
+        -r tools/requirements-torch.txt ||
+        echo "setup: pip has no torch for CPUs here; the tests that need it will be skipped"
+      cp tools/requirements-torch.txt .venv/requirements-torch.txt
     fi
     exit 0
     ;;

@@ -1,0 +1,367 @@
+// SPDX-FileCopyrightText: The attn8 authors
+// SPDX-License-Identifier: Apache-2.0
+#include "arguments.hpp"
+
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+#include <string>
+#include <string_view>
+
+namespace attn8::python {
+namespace {
+
+/// DLPack's device types that this library knows: kDLCPU, kDLCUDA, kDLCUDAHost.
+constexpr int kDlpackCpu = 1;
+constexpr int kDlpackCuda = 2;
+constexpr int kDlpackCudaHost = 3;
+
+[[noreturn]] void raise_of_package(const char* name, const std::string& text) {
+  const nb::object type = nb::module_::import_("attn8.errors").attr(name);
+  PyErr_SetString(type.ptr(), text.c_str());
+  throw nb::python_error();
+}
+
+/// The text of a status without the C++ path of an option: "options.mask.window_left" is
+/// "window_left" in Python.
+std::string python_text(std::string text) {
+  for (const std::string_view prefix : {"options.mask.", "options.", "context."}) {
+    if (text.starts_with(prefix)) return text.substr(prefix.size());
+  }
+  return text;
+}
+
+std::string class_name(nb::handle object) {
+  return nb::cast<std::string>(nb::handle(object.type()).attr("__name__"));
+}
+
+/// nanobind's casters may leave a Python error behind when they refuse; none of them is ours.
+template <class T>
+bool try_cast(nb::handle object, T& out, bool convert) {
+  const bool done = nb::try_cast<T>(object, out, convert);
+  if (!done) PyErr_Clear();
+  return done;
+}
+
+bool true_attribute(nb::handle object, const char* name) {
+  PyObject* found = PyObject_GetAttrString(object.ptr(), name);
+  if (found == nullptr) {
+    PyErr_Clear();
+    return false;
+  }
+  const nb::object value = nb::steal(found);
+  return value.ptr() == Py_True;
+}
+
+std::optional<DType> to_dtype(const nb::dlpack::dtype& dtype) {
+  using nb::dlpack::dtype_code;
+  if (dtype.lanes != 1) return std::nullopt;
+  const auto is = [&](dtype_code code, int bits) {
+    return dtype.code == static_cast<uint8_t>(code) && dtype.bits == bits;
+  };
+  if (is(dtype_code::Float, 32)) return DType::kFloat32;
+  if (is(dtype_code::Float, 16)) return DType::kFloat16;
+  if (is(dtype_code::Bfloat, 16)) return DType::kBFloat16;
+  if (is(dtype_code::Int, 8)) return DType::kInt8;
+  if (is(dtype_code::Int, 32)) return DType::kInt32;
+  return std::nullopt;
+}
+
+template <class T>
+T parse(nb::handle object, const char* name, Result<T> (*parse_name)(std::string_view) noexcept) {
+  Result<T> value = parse_name(to_text(object, name));
+  check(value.status());
+  return value.value();
+}
+
+}  // namespace
+
+void raise(const Status& status) {
+  const std::string text = python_text(status.message());
+  switch (status.code()) {
+    case StatusCode::kInvalidArgument:
+      throw nb::value_error(text.c_str());
+    case StatusCode::kUnsupported:
+      raise_of_package("UnsupportedError", text);
+    case StatusCode::kUnavailable:
+      raise_of_package("UnavailableError", text);
+    case StatusCode::kOutOfMemory:
+      PyErr_SetString(PyExc_MemoryError, text.c_str());
+      throw nb::python_error();
+    case StatusCode::kOk:
+    case StatusCode::kDeviceError:
+    case StatusCode::kInternal:
+      break;
+  }
+  PyErr_SetString(PyExc_RuntimeError, text.c_str());
+  throw nb::python_error();
+}
+
+void check(const Status& status) {
+  if (!status.ok()) raise(status);
+}
+
+void raise_type_error(const std::string& name, const std::string& got, const std::string& want) {
+  throw nb::type_error((name + ": got " + got + ", want " + want).c_str());
+}
+
+void raise_value_error(const std::string& name, const std::string& got, const std::string& want) {
+  throw nb::value_error((name + ": got " + got + ", want " + want).c_str());
+}
+
+std::string describe(nb::handle object) {
+  std::string text = class_name(object);
+  constexpr size_t kLongest = 60;  // keeps the message one short line whatever was passed
+  if (PyUnicode_Check(object.ptr()) || PyLong_Check(object.ptr()) || PyFloat_Check(object.ptr())) {
+    PyObject* shown = PyObject_Repr(object.ptr());  // an int of over 4300 digits has none
+    if (shown == nullptr) {
+      PyErr_Clear();
+      return text;
+    }
+    const std::string value = nb::cast<std::string>(nb::steal(shown));
+    return text + " " + (value.size() > kLongest ? value.substr(0, kLongest) + "..." : value);
+  }
+  PyObject* dtype = PyObject_GetAttrString(object.ptr(), "dtype");
+  if (dtype == nullptr) {
+    PyErr_Clear();
+    return text;
+  }
+  const nb::object held = nb::steal(dtype);
+  PyObject* shown = PyObject_Str(held.ptr());
+  if (shown == nullptr) {
+    PyErr_Clear();
+    return text;
+  }
+  const std::string value = nb::cast<std::string>(nb::steal(shown));
+  return text + " of dtype " + (value.size() > kLongest ? value.substr(0, kLongest) : value);
+}
+
+bool to_bool(nb::handle object, const char* name) {
+  bool value = false;
+  if (!try_cast(object, value, false)) raise_type_error(name, describe(object), "a bool");
+  return value;
+}
+
+int64_t to_int(nb::handle object, const char* name) {
+  if (PyBool_Check(object.ptr()) || !PyIndex_Check(object.ptr())) {
+    raise_type_error(name, describe(object), "an int");
+  }
+  PyObject* index = PyNumber_Index(object.ptr());
+  if (index == nullptr) {
+    PyErr_Clear();
+    raise_type_error(name, describe(object), "an int");
+  }
+  const nb::object held = nb::steal(index);
+  int overflow = 0;
+  const long long value = PyLong_AsLongLongAndOverflow(held.ptr(), &overflow);
+  if (overflow != 0) raise_value_error(name, describe(held), "an int of 64 bits");
+  return value;
+}
+
+int32_t to_int32(nb::handle object, const char* name) {
+  const int64_t value = to_int(object, name);
+  if (value < std::numeric_limits<int32_t>::min() || value > std::numeric_limits<int32_t>::max()) {
+    raise_value_error(name, std::to_string(value), "an int of 32 bits");
+  }
+  return static_cast<int32_t>(value);
+}
+
+std::optional<float> to_optional_float(nb::handle object, const char* name) {
+  if (object.is_none()) return std::nullopt;
+  double value = 0;
+  if (PyBool_Check(object.ptr()) || PyUnicode_Check(object.ptr()) ||
+      !try_cast(object, value, true)) {
+    raise_type_error(name, describe(object), "a float or None");
+  }
+  return static_cast<float>(value);
+}
+
+std::string to_text(nb::handle object, const char* name) {
+  if (!PyUnicode_Check(object.ptr())) raise_type_error(name, describe(object), "a str");
+  Py_ssize_t size = 0;
+  const char* text = PyUnicode_AsUTF8AndSize(object.ptr(), &size);
+  if (text == nullptr) {  // a lone surrogate
+    PyErr_Clear();
+    raise_value_error(name, "str that is not UTF-8", "a name");
+  }
+  return {text, static_cast<size_t>(size)};
+}
+
+Layout to_layout(nb::handle object) {
+  const std::string name = to_text(object, "layout");
+  if (name == "bshd") return Layout::kBshd;
+  if (name == "bhsd") return Layout::kBhsd;
+  raise_value_error("layout", describe(object), "'bshd' or 'bhsd'");
+}
+
+Array import_array(nb::handle object, const std::string& name, size_t rank, bool written) {
+  if (true_attribute(object, "requires_grad")) {
+    raise_value_error(name, class_name(object) + " that requires grad",
+                      "one that does not: attn8 has no backward pass (torch.no_grad(), detach())");
+  }
+  Array array;
+  if (written) {
+    nb::ndarray<> writable;
+    if (!try_cast(object, writable, false)) {
+      AnyArray readable;
+      if (try_cast(object, readable, false)) {
+        raise_value_error(name, "read-only " + class_name(object), "an array to write to");
+      }
+      raise_type_error(name, describe(object), "an array that is written to through DLPack");
+    }
+    array.handle = AnyArray(writable);
+  } else if (!try_cast(object, array.handle, false)) {
+    raise_type_error(name, describe(object),
+                     "an array that shares its memory through DLPack (NumPy, torch, JAX, ...)");
+  }
+  const AnyArray& handle = array.handle;
+  const std::optional<DType> dtype = to_dtype(handle.dtype());
+  if (!dtype.has_value()) {
+    raise_type_error(name, describe(object), "float32, float16, bfloat16 or, for codes, int8");
+  }
+  array.dtype = *dtype;
+  if (handle.ndim() != rank) {
+    raise_value_error(name, std::to_string(handle.ndim()) + " dimensions", std::to_string(rank));
+  }
+  switch (handle.device_type()) {
+    case kDlpackCpu:
+    case kDlpackCudaHost:
+      break;
+    case kDlpackCuda:
+      array.device = {DeviceType::kCuda, handle.device_id()};
+      break;
+    default:
+      raise_value_error(name, "device type " + std::to_string(handle.device_type()) + " of DLPack",
+                        "the CPU");
+  }
+  array.data = const_cast<void*>(handle.data());  // NOLINT: what is written came in writable
+  if (reinterpret_cast<uintptr_t>(array.data) % dtype_bytes(array.dtype) != 0) {
+    raise_value_error(name, "memory that is not aligned to its elements", "an aligned array");
+  }
+  return array;
+}
+
+TensorView view_of(const Array& array, Layout layout) {
+  TensorView view;
+  view.data = array.data;
+  view.dtype = array.dtype;
+  view.device = array.device;
+  constexpr std::array<std::array<size_t, 4>, 2> kOrder = {{{0, 1, 2, 3}, {0, 2, 1, 3}}};
+  for (size_t i = 0; i < 4; ++i) {
+    const size_t from = kOrder[static_cast<size_t>(layout)][i];
+    view.shape[i] = static_cast<int64_t>(array.handle.shape(from));
+    view.strides[i] = array.handle.stride(from);
+  }
+  return view;
+}
+
+QuantizedView to_quantized(nb::handle object, const std::string& name, Layout layout,
+                           Arrays& keep) {
+  constexpr size_t kFields = 5;
+  if (!PyTuple_Check(object.ptr()) || nb::len(object) != kFields) {
+    raise_type_error(name, describe(object), "(codes, scale, granularity, block, mean)");
+  }
+  const auto fields = nb::borrow<nb::tuple>(object);
+  const auto part = [&](size_t i, const char* suffix) {
+    keep.push_back(import_array(fields[i], name + suffix, 4, false));
+    return view_of(keep.back(), layout);
+  };
+  QuantizedView view;
+  view.codes = part(0, ".codes");
+  view.scale = part(1, ".scale");
+  view.spec.granularity = parse(fields[2], "granularity", parse_granularity);
+  view.spec.block = to_int32(fields[3], "block");
+  if (!fields[4].is_none()) view.mean = part(4, ".mean");
+  return view;
+}
+
+Operand to_operand(nb::handle object, const std::string& name, Layout layout, Arrays& keep) {
+  if (PyTuple_Check(object.ptr())) return to_quantized(object, name, layout, keep);
+  keep.push_back(import_array(object, name, 4, false));
+  const Array& array = keep.back();
+  if (!is_float(array.dtype)) {
+    raise_type_error(name, describe(object), "float32, float16, bfloat16 or a QuantizedTensor");
+  }
+  return ConstTensorView(view_of(array, layout));
+}
+
+void check_apart(const TensorView& written, const char* name, const Arrays& read) {
+  struct Range {
+    uintptr_t first, last;  // bytes; equal when empty
+  };
+  const auto range = [](const void* data, size_t bytes, size_t rank, auto&& shape, auto&& stride) {
+    const auto start = reinterpret_cast<uintptr_t>(data);
+    int64_t low = 0;
+    int64_t high = static_cast<int64_t>(bytes);
+    for (size_t i = 0; i < rank; ++i) {
+      if (shape(i) == 0) return Range{start, start};
+      const int64_t reach =
+          (static_cast<int64_t>(shape(i)) - 1) * stride(i) * static_cast<int64_t>(bytes);
+      (reach < 0 ? low : high) += reach;
+    }
+    return Range{start + static_cast<uintptr_t>(low), start + static_cast<uintptr_t>(high)};
+  };
+  const Range out = range(
+      written.data, dtype_bytes(written.dtype), 4, [&](size_t i) { return written.shape[i]; },
+      [&](size_t i) { return written.strides[i]; });
+  for (const Array& array : read) {
+    const AnyArray& handle = array.handle;
+    const Range in = range(
+        array.data, dtype_bytes(array.dtype), handle.ndim(),
+        [&](size_t i) { return handle.shape(i); }, [&](size_t i) { return handle.stride(i); });
+    if (in.first < out.last && out.first < in.last && in.first != in.last &&
+        out.first != out.last) {
+      raise_value_error(name, "memory that overlaps an input's", "memory of its own");
+    }
+  }
+}
+
+AttentionOptions to_options(nb::handle mode, nb::handle softmax_scale, nb::handle causal,
+                            nb::handle align, nb::handle window_size, nb::handle kv_block,
+                            nb::handle v_granularity, nb::handle smooth_k, nb::handle check_finite,
+                            nb::handle fp8_format) {
+  AttentionOptions options;
+  options.mode = parse(mode, "mode", parse_mode);
+  options.softmax_scale = to_optional_float(softmax_scale, "softmax_scale");
+  options.mask.causal = to_bool(causal, "causal");
+  const std::string align_name = to_text(align, "align");
+  if (align_name != "bottom_right" && align_name != "top_left") {
+    raise_value_error("align", describe(align), "'bottom_right' or 'top_left'");
+  }
+  options.mask.align = align_name == "top_left" ? CausalAlign::kTopLeft : CausalAlign::kBottomRight;
+  if (!PyTuple_Check(window_size.ptr()) && !PyList_Check(window_size.ptr())) {
+    raise_type_error("window_size", describe(window_size), "(left, right)");
+  }
+  if (nb::len(window_size) != 2) {
+    raise_value_error("window_size", std::to_string(nb::len(window_size)) + " numbers",
+                      "(left, right)");
+  }
+  options.mask.window_left = to_int(window_size[0], "window_size[0]");
+  options.mask.window_right = to_int(window_size[1], "window_size[1]");
+  options.kv_block = to_int32(kv_block, "kv_block");
+  options.v_granularity = parse(v_granularity, "v_granularity", parse_granularity);
+  options.smooth_k = to_bool(smooth_k, "smooth_k");
+  options.check_finite = to_bool(check_finite, "check_finite");
+  const std::string format = to_text(fp8_format, "fp8_format");
+  if (format != "e4m3" && format != "e5m2") {
+    raise_value_error("fp8_format", describe(fp8_format), "'e4m3' or 'e5m2'");
+  }
+  options.fp8_format = format == "e4m3" ? Fp8Format::kE4m3Tensor : Fp8Format::kE5m2Raw;
+  return options;
+}
+
+Context to_context(nb::handle threads, nb::handle isa) {
+  Context context;
+  context.threads = to_int32(threads, "threads");
+  constexpr int32_t kMostThreads = 4096;  // OpenMP ends the process when it cannot start a thread
+  if (context.threads < 1 || context.threads > kMostThreads) {
+    raise_value_error("threads", std::to_string(context.threads), "1 to 4096");
+  }
+  if (!isa.is_none()) {
+    context.force_isa = true;
+    context.isa = parse(isa, "isa", parse_isa);
+  }
+  return context;
+}
+
+}  // namespace attn8::python

@@ -1,0 +1,262 @@
+# SPDX-FileCopyrightText: The attn8 authors
+# SPDX-License-Identifier: Apache-2.0
+"""Attention of arrays, and the merge of its partial results."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from attn8 import _core
+from attn8.arrays import Array, empty, finish, shape_of, torch_of, without_grad
+from attn8.quantization import QuantizedTensor
+from attn8.runtime import isa_for, threads_for
+
+Operand = Any
+"""An :data:`attn8.arrays.Array` or a :class:`attn8.QuantizedTensor`."""
+
+
+def operand(x: Operand, name: str, layout: str) -> Any:
+    """Return an operand as the extension module takes it."""
+    if not isinstance(x, QuantizedTensor):
+        return without_grad(x, name)
+    if x.layout != layout:
+        raise ValueError(f"{name}.layout: got {x.layout!r}, want layout={layout!r}")
+    return x.fields()
+
+
+def attention(
+    q: Operand,
+    k: Operand,
+    v: Operand,
+    *,
+    layout: str = "bshd",
+    mode: str = "accurate",
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    align: str = "bottom_right",
+    window_size: tuple[int, int] = (-1, -1),
+    kv_block: int = 0,
+    v_granularity: str = "token",
+    smooth_k: bool = True,
+    check_finite: bool = False,
+    fp8_format: str = "e4m3",
+    return_lse: bool = False,
+    out: Array | None = None,
+    threads: int | None = None,
+    isa: str | None = None,
+) -> Any:
+    """Compute ``softmax(softmax_scale * q k^T) v`` with INT8 arithmetic.
+
+    Parameters
+    ----------
+    q : Array or QuantizedTensor
+        ``[batch, seqlen_q, nheads_q, head_dim]``, float32, float16 or bfloat16, any strides; read
+        in place. head_dim is 1 to 256.
+    k, v : Array or QuantizedTensor
+        ``[batch, seqlen_k, nheads_k, head_dim]``; nheads_k divides nheads_q.
+    layout : {"bshd", "bhsd"}
+        "bhsd": every rank-4 array has heads before the sequence, as torch's SDPA has.
+    mode : {"accurate", "paper", "half", "exact", "fp8"}
+        The arithmetic, see docs/numerics.md.
+    softmax_scale : float, optional
+        Factor of the scores; None is ``1/sqrt(head_dim)``.
+    causal : bool
+        Query i sees keys up to its own position ::
+
+            seqlen_q = 2, seqlen_k = 4    bottom_right    top_left
+                                            1 1 1 0       1 0 0 0
+                                            1 1 1 1       1 1 0 0
+    align : {"bottom_right", "top_left"}
+        Diagonal of ``causal`` and ``window_size``: flash-attn's or torch SDPA's.
+    window_size : tuple of int
+        Keys seen to the left and to the right of the query's position; -1 is unlimited.
+    kv_block : int
+        Keys per block of the softmax, a multiple of 64 up to 512, 0 for the default. Part of the
+        result's definition: it decides how P is rounded.
+    v_granularity : {"token", "tensor", "channel", "block", "block_channel"}
+        Scales of a V that arrives as floats (mode accurate only).
+    smooth_k : bool
+        Subtract the mean of K before quantizing it (modes accurate and half).
+    check_finite : bool
+        Raise ValueError when an operand holds a NaN or an Inf.
+    fp8_format : {"e4m3", "e5m2"}
+        e4m3 with a scale per (batch, head), or e5m2 without one (mode fp8 only).
+    return_lse : bool
+        Return ``(out, lse)``.
+    out : Array, optional
+        Where to write, float32, float16 or bfloat16, shaped as q, sharing no memory with an
+        operand. Without it a new array of q's framework and type (float32 for INT8 codes).
+    threads : int, optional
+        See :func:`attn8.get_num_threads`. Never changes the result.
+    isa : str, optional
+        Insist on one instruction set of :func:`attn8.info`; ``ATTN8_ISA`` does so for all calls.
+
+    Returns
+    -------
+    out : Array
+        As q. A row that sees no key is 0.
+    lse : Array
+        Only with ``return_lse``: float32 ``[batch, nheads_q, seqlen_q]`` in both layouts, the
+        natural logarithm of the softmax denominator; -inf for a row that sees no key.
+
+    Raises
+    ------
+    TypeError, ValueError
+        The text names the argument, what it got and what it wants.
+    UnsupportedError, UnavailableError
+        Nothing computes this; or this machine cannot.
+
+    Examples
+    --------
+    >>> import attn8, numpy as np
+    >>> rng = np.random.default_rng(0)
+    >>> q, k, v = (rng.standard_normal((1, 8, 2, 64), np.float32) for _ in "qkv")
+    >>> attn8.attention(q, k, v, causal=True).shape
+    (1, 8, 2, 64)
+    """
+    first = q.codes if isinstance(q, QuantizedTensor) else q
+    shape = shape_of(first, "q", 4)
+    torch = torch_of(first)
+    if torch is not None and torch.compiler.is_compiling():
+        from attn8 import torch_ops
+
+        return torch_ops.traced_attention(
+            q, k, v, layout, mode, softmax_scale, causal, align, window_size, kv_block,
+            v_granularity, smooth_k, check_finite, fp8_format, return_lse, out, threads, isa,
+        )  # fmt: skip
+    if not isinstance(return_lse, bool):
+        raise TypeError(f"return_lse: got {type(return_lse).__name__}, want a bool")
+    operands = operand(q, "q", layout), operand(k, "k", layout), operand(v, "v", layout)
+    float_type = "float32" if isinstance(q, QuantizedTensor) else None
+    written = empty(first, shape, float_type) if out is None else without_grad(out, "out")
+    lse = None
+    if return_lse:
+        heads, tokens = (shape[2], shape[1]) if layout == "bshd" else (shape[1], shape[2])
+        lse = empty(first, (shape[0], heads, tokens), "float32")
+    _core.attention(
+        *operands, written, lse, layout, mode, softmax_scale, causal, align, window_size, kv_block,
+        v_granularity, smooth_k, check_finite, fp8_format, threads_for(first, threads),
+        isa_for(isa),
+    )  # fmt: skip
+    result = finish(first, written, keep_dtype=float_type is not None) if out is None else out
+    return (result, finish(first, lse, keep_dtype=True)) if return_lse else result
+
+
+def attention_varlen(
+    q: Array,
+    k: Array,
+    v: Array,
+    cu_seqlens_q: Array,
+    cu_seqlens_k: Array,
+    *,
+    mode: str = "accurate",
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    align: str = "bottom_right",
+    window_size: tuple[int, int] = (-1, -1),
+    kv_block: int = 0,
+    v_granularity: str = "token",
+    smooth_k: bool = True,
+    check_finite: bool = False,
+    fp8_format: str = "e4m3",
+    return_lse: bool = False,
+    threads: int | None = None,
+    isa: str | None = None,
+) -> Any:
+    """Compute attention of sequences that lie one after the other, without padding.
+
+    Parameters
+    ----------
+    q : Array
+        ``[total_q, nheads_q, head_dim]``.
+    k, v : Array
+        ``[total_k, nheads_k, head_dim]``.
+    cu_seqlens_q, cu_seqlens_k : Array
+        int32 ``[batch + 1]``: sequence i is the rows from element i up to, without, element
+        i + 1; the first is 0, the last the number of rows.
+    mode, softmax_scale, causal, align, window_size, kv_block, v_granularity, smooth_k, \
+check_finite, fp8_format, return_lse, threads, isa
+        As for :func:`attention`.
+
+    Returns
+    -------
+    out : Array
+        As q.
+    lse : Array
+        Only with ``return_lse``: float32 ``[nheads_q, total_q]``.
+    """
+    shape = shape_of(q, "q", 3)
+    if not isinstance(return_lse, bool):
+        raise TypeError(f"return_lse: got {type(return_lse).__name__}, want a bool")
+    operands = without_grad(q, "q"), without_grad(k, "k"), without_grad(v, "v")
+    written = empty(q, shape)
+    lse = empty(q, (shape[1], shape[0]), "float32") if return_lse else None
+    _core.attention_varlen(
+        *operands, written, lse, cu_seqlens_q, cu_seqlens_k, mode, softmax_scale, causal, align,
+        window_size, kv_block, v_granularity, smooth_k, check_finite, fp8_format,
+        threads_for(q, threads), isa_for(isa),
+    )  # fmt: skip
+    result = finish(q, written)
+    return (result, finish(q, lse, keep_dtype=True)) if return_lse else result
+
+
+def merge_states(
+    outs: Sequence[Array], lses: Sequence[Array], *, layout: str = "bshd"
+) -> tuple[Array, Array]:
+    """Merge attention over parts of the keys into attention over all of them.
+
+    Parameters
+    ----------
+    outs : sequence of Array
+        Output of each part, NumPy or torch, ``[batch, seqlen_q, nheads_q, head_dim]``.
+    lses : sequence of Array
+        Their LSE, float32 ``[batch, nheads_q, seqlen_q]``, natural logarithm.
+    layout : {"bshd", "bhsd"}
+        Of ``outs``.
+
+    Returns
+    -------
+    out, lse : Array
+        In the type of ``outs[0]``, and float32. Computed in float32. A part that sees no key of a
+        row (LSE -inf) leaves that row's bits as they are, whatever its ``out`` holds.
+    """
+    outs, lses = list(outs), list(lses)
+    if not outs:
+        raise ValueError("outs: got none, want at least one")
+    if len(lses) != len(outs):
+        raise ValueError(f"lses: got {len(lses)}, want {len(outs)}, as outs")
+    if layout not in ("bshd", "bhsd"):
+        raise ValueError(f"layout: got {layout!r}, want 'bshd' or 'bhsd'")
+    shape = shape_of(outs[0], "outs[0]", 4)
+    heads_first = layout == "bhsd"
+    rows = (shape[0], shape[1], shape[2]) if heads_first else (shape[0], shape[2], shape[1])
+    for i, (part, lse) in enumerate(zip(outs, lses, strict=True)):
+        if shape_of(part, f"outs[{i}]", 4) != shape:
+            raise ValueError(f"outs[{i}]: got shape {tuple(part.shape)}, want {shape}")
+        if shape_of(lse, f"lses[{i}]", 3) != rows:
+            raise ValueError(f"lses[{i}]: got shape {tuple(lse.shape)}, want {rows}")
+    xp: Any = torch_of(outs[0]) or np
+    f32 = xp.float32
+    as_float = (lambda x: x.to(f32)) if xp is not np else (lambda x: np.asarray(x, f32))
+    stacked = xp.stack([as_float(lse) for lse in lses])
+    highest = stacked.max(0) if xp is np else stacked.amax(0)
+    finite = xp.where(highest == -xp.inf, xp.zeros_like(highest), highest)
+    weights = xp.exp(stacked - finite)
+    total = weights.sum(0)
+    empty_row = total == 0
+    lse = xp.where(empty_row, highest, finite + xp.log(xp.where(empty_row, 1.0, total)))
+    shares = weights / xp.where(empty_row, 1.0, total)
+    if not heads_first:
+        shares = xp.swapaxes(shares, 2, 3)
+    shares = shares[..., None]
+    merged = None
+    for share, part in zip(shares, outs, strict=True):
+        term = xp.where(share == 0, 0.0, share * as_float(part))
+        merged = term if merged is None else merged + term
+    assert merged is not None
+    first = outs[0]
+    out = merged.to(first.dtype) if xp is not np else merged.astype(first.dtype)
+    return out, lse.astype(f32) if xp is np else lse.to(f32)

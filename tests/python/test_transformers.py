@@ -1,0 +1,273 @@
+# SPDX-FileCopyrightText: The attn8 authors
+# SPDX-License-Identifier: Apache-2.0
+"""attn8 in Transformers, on small random models, against their own SDPA."""
+
+import pytest
+
+attn8 = pytest.importorskip("attn8", reason="attn8 is not installed: pip install .")
+torch = pytest.importorskip("torch", reason="torch (CPU) is not installed")
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+import attn8.transformers as integration  # noqa: E402
+
+SIZES = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 100,
+}
+BATCH, TOKENS = 3, 50
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _registered():
+    integration.register()
+    integration.register("attn8-exact", mode="exact")
+
+
+def build(config, cls):
+    torch.manual_seed(0)
+    return cls(config).eval()
+
+
+def llama():
+    return build(
+        transformers.LlamaConfig(**SIZES, num_key_value_heads=2), transformers.LlamaForCausalLM
+    )
+
+
+def mistral():
+    config = transformers.MistralConfig(**SIZES, num_key_value_heads=2, sliding_window=16)
+    return build(config, transformers.MistralForCausalLM)
+
+
+def bert():
+    return build(transformers.BertConfig(**SIZES), transformers.BertModel)
+
+
+def modernbert():
+    config = transformers.ModernBertConfig(
+        **SIZES, local_attention=16, global_attn_every_n_layers=2, pad_token_id=0, bos_token_id=1,
+        eos_token_id=2, cls_token_id=1, sep_token_id=2,
+    )  # fmt: skip
+    return build(config, transformers.ModernBertModel)
+
+
+def ids():
+    return torch.randint(3, 100, (BATCH, TOKENS), generator=torch.Generator().manual_seed(1))
+
+
+def padding(side):
+    mask = torch.ones(BATCH, TOKENS, dtype=torch.long)
+    if side == "left":
+        mask[0, :10] = mask[2, :3] = 0
+    elif side == "right":
+        mask[0, 40:] = mask[2, 47:] = 0
+    return mask
+
+
+def forward(model, implementation, **inputs):
+    model.set_attn_implementation(implementation)
+    with torch.no_grad():
+        return model(**inputs)[0]
+
+
+def distance(out, wanted):
+    return float((out - wanted).norm() / wanted.norm())
+
+
+@pytest.mark.parametrize("side", ["none", "left", "right"])
+@pytest.mark.parametrize("make", [llama, mistral, bert, modernbert])
+def test_forward(make, side):
+    model, mask = make(), padding(side)
+    seen = mask.bool()
+    wanted = forward(model, "sdpa", input_ids=ids(), attention_mask=mask)[seen]
+    # exact: the same numbers as SDPA in other order of sums; a mask that went wrong shows.
+    out = forward(model, "attn8-exact", input_ids=ids(), attention_mask=mask)[seen]
+    assert distance(out, wanted) < 1e-5
+    out = forward(model, "attn8", input_ids=ids(), attention_mask=mask)[seen]
+    assert 0 < distance(out, wanted) < 0.02
+
+
+@pytest.mark.parametrize("side", ["none", "left"])
+@pytest.mark.parametrize("make", [llama, mistral])
+def test_a_prompt_in_pieces_is_the_whole_prompt(make, side):
+    model, mask = make(), padding(side)
+    wanted = forward(model, "sdpa", input_ids=ids(), attention_mask=mask)
+    for implementation, bound in (("attn8-exact", 1e-5), ("attn8", 0.02)):
+        cache = transformers.DynamicCache(config=model.config)
+        for first, last in ((0, 20), (20, 21), (21, 50)):
+            out = forward(
+                model, implementation, input_ids=ids()[:, first:last], past_key_values=cache,
+                attention_mask=mask[:, :last],
+            )  # fmt: skip
+            seen = mask[:, first:last].bool()
+            assert distance(out[seen], wanted[:, first:last][seen]) < bound
+
+
+@pytest.mark.parametrize("side", ["none", "left"])
+@pytest.mark.parametrize("make", [llama, mistral])
+def test_int8_cache(make, side):
+    model, mask = make(), padding(side)
+    wanted = forward(model, "sdpa", input_ids=ids(), attention_mask=mask)
+    cache = integration.Int8Cache()
+    for first, last in ((0, 20), (20, 21), (21, 50)):
+        out = forward(
+            model, "attn8", input_ids=ids()[:, first:last], past_key_values=cache,
+            attention_mask=mask[:, :last],
+        )  # fmt: skip
+        seen = mask[:, first:last].bool()
+        assert distance(out[seen], wanted[:, first:last][seen]) < 0.02
+    assert cache.get_seq_length() == TOKENS
+    head_dim = 32
+    per_layer = 2 * BATCH * 2 * TOKENS * (head_dim + 4) + BATCH * 2 * head_dim * 4
+    assert cache.nbytes == 2 * per_layer
+    for layer in cache.layers:
+        assert layer.keys.dtype == layer.values.dtype == torch.int8
+
+
+def test_int8_cache_quantizes_a_token_once():
+    cache = integration.Int8Cache()
+    k, v = torch.randn(2, 1, 2, 40, 32, generator=torch.Generator().manual_seed(0)).unbind()
+    cache.update(k[:, :, :30], v[:, :, :30], 0)
+    layer = cache.layers[0]
+    first, mean = layer.keys.clone(), layer.mean.clone()
+    codes, _ = cache.update(k[:, :, 30:], v[:, :, 30:], 0)
+    assert torch.equal(codes[:, :, :30], first)
+    assert torch.equal(layer.mean, mean)
+    back, _ = (attn8.dequantize(x).transpose(1, 2) for x in layer.operands())
+    assert distance(back, k) < 0.01
+
+
+def generate(model, implementation, **options):
+    model.set_attn_implementation(implementation)
+    out = model.generate(
+        input_ids=ids(), attention_mask=padding("left"), do_sample=False, max_new_tokens=12,
+        min_new_tokens=12, pad_token_id=0, **options,
+    )  # fmt: skip
+    return out[:, TOKENS:]
+
+
+@pytest.mark.parametrize("make", [llama, mistral])
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_generate(make, num_beams):
+    model = make()
+    wanted = generate(model, "sdpa", num_beams=num_beams)
+    assert torch.equal(generate(model, "attn8-exact", num_beams=num_beams), wanted)
+    out = generate(model, "attn8", num_beams=num_beams, past_key_values=integration.Int8Cache())
+    # A token may differ where two logits nearly tie, and all after it then.
+    assert (out[:, :3] == wanted[:, :3]).float().mean() > 0.6
+
+
+def test_cache_can_be_cut_and_rearranged():
+    cache = integration.Int8Cache()
+    k, v = torch.randn(2, 3, 2, 10, 16, generator=torch.Generator().manual_seed(0)).unbind()
+    cache.update(k, v, 0)
+    layer = cache.layers[0]
+    codes = layer.keys.clone()
+    cache.crop(-4)
+    assert cache.get_seq_length() == 6
+    assert torch.equal(layer.keys, codes[:, :, :6])
+    cache.reorder_cache(torch.tensor([2, 0, 0]))
+    assert torch.equal(layer.keys, codes[[2, 0, 0], :, :6])
+    assert layer.mean.shape[0] == 3
+    cache.batch_select_indices(torch.tensor([1]))
+    cache.batch_repeat_interleave(2)
+    assert torch.equal(layer.keys, codes[[0, 0], :, :6])
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    cache.update(k, v, 0)
+    assert torch.equal(layer.keys, codes)
+
+
+def test_cache_without_tokens():
+    model = llama()
+    cache = integration.Int8Cache()
+    assert cache.get_seq_length() == 0
+    empty = torch.zeros(1, 2, 0, 32)
+    cache.update(empty, empty, 0)
+    assert cache.get_seq_length() == 0
+    cache.reset()
+    forward(model, "attn8", input_ids=ids(), past_key_values=cache)
+    assert cache.get_seq_length() == TOKENS
+
+
+# What cannot be honoured.
+
+
+def refused(match, *, make=llama, error=None, implementation="attn8", **inputs):
+    with pytest.raises(error or attn8.UnsupportedError, match=match):
+        forward(make(), implementation, **{"input_ids": ids(), **inputs})
+
+
+def test_masks_that_are_not_padding():
+    holes = padding("none")
+    holes[1, 20] = 0
+    refused("attention_mask: got row 1 with padding between", attention_mask=holes)
+    square = torch.ones(BATCH, 1, TOKENS, TOKENS, dtype=torch.bool)
+    refused("attention_mask: got 4 dimensions, want", attention_mask=square)
+
+
+def test_packed_sequences():
+    positions = torch.arange(TOKENS) % 25
+    refused("mask_function: got packed_sequence", position_ids=positions[None], use_cache=False)
+
+
+def test_chunked_attention_is_refused():
+    from transformers.masking_utils import chunked_causal_mask_function
+
+    function = chunked_causal_mask_function(8, torch.zeros(1, dtype=torch.long))
+    with pytest.raises(attn8.UnsupportedError, match="mask_function: got chunked_overlay"):
+        integration._mask(1, 50, 50, 0, 0, function)
+
+
+def test_a_cache_with_room_to_spare():
+    model = llama()
+    model.set_attn_implementation("attn8")
+    with pytest.raises(attn8.UnsupportedError, match="past_key_values: got a cache that holds"):
+        model.generate(
+            input_ids=ids(), cache_implementation="static", max_new_tokens=5, pad_token_id=0
+        )
+
+
+@pytest.mark.parametrize("name", ["softcap", "s_aux", "position_bias", "cu_seq_lens_q"])
+def test_arguments_that_are_not_computed(name):
+    module = torch.nn.Module()
+    x = torch.zeros(1, 2, 4, 8)
+    with pytest.raises(attn8.UnsupportedError, match=f"{name}: got"):
+        integration._attention(module, x, x, x, None, **{name: torch.zeros(2)})
+
+
+def test_softcap_of_a_model_is_refused():
+    config = transformers.Gemma2Config(
+        **SIZES, num_key_value_heads=2, head_dim=32, attn_logit_softcapping=50.0
+    )
+    refused(
+        "softcap: got float, want None",
+        make=lambda: build(config, transformers.Gemma2ForCausalLM),
+    )
+
+
+def test_training_is_refused():
+    model = llama()
+    model.set_attn_implementation("attn8")
+    with pytest.raises(ValueError, match="q: got a tensor that requires grad"):
+        model(input_ids=ids())
+
+
+def test_int8_cache_with_another_implementation_does_not_go_unseen():
+    with pytest.raises((RuntimeError, ValueError)):
+        forward(llama(), "sdpa", input_ids=ids(), past_key_values=integration.Int8Cache())
+
+
+def test_codes_without_a_cache():
+    codes = torch.zeros(1, 2, 4, 8, dtype=torch.int8)
+    with pytest.raises(ValueError, match="key: got int8 codes that belong to no Int8Cache"):
+        integration._attention(torch.nn.Module(), torch.zeros(1, 2, 4, 8), codes, codes, None)
+
+
+def test_register_checks_its_arguments():
+    with pytest.raises(ValueError, match="mode: got 'best', want accurate"):
+        integration.register(mode="best")
+    with pytest.raises(TypeError, match="name: got ''"):
+        integration.register("")
