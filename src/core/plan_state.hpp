@@ -26,8 +26,9 @@ struct HeadState {
 /// Byte offsets into the workspace of one run; H = batch * nheads_k heads.
 struct WorkspaceLayout {
   BlockLayout block;                         ///< of one kv block
-  size_t blocks = 0;                         ///< [H][kv blocks] blocks
-  size_t block_pointers = 0;                 ///< const std::byte* [H][kv blocks]
+  size_t blocks = 0;                         ///< [H][kv blocks] data of blocks
+  size_t block_headers = 0;                  ///< [H][kv blocks] their headers
+  size_t packed_blocks = 0;                  ///< PackedBlock [H][kv blocks]
   size_t heads = 0;                          ///< HeadState [H]
   size_t poison = 0;                         ///< uint8 [H][seqlen_k]: a NaN or an Inf in K or V
   size_t k_mean = 0;                         ///< float [H][head_dim]

@@ -20,7 +20,9 @@ namespace attn8::cpu {
 namespace {
 
 constexpr int kMaxDim = 256;
-constexpr size_t kAlignment = 64;
+/// Of what lies in the workspace: a page, so that the distances between what a kernel stores and
+/// what it loads next, modulo the 12 bits by which CPUs match them, do not depend on the caller.
+constexpr size_t kAlignment = 4096;
 
 constexpr size_t aligned(size_t bytes) noexcept {
   return (bytes + kAlignment - 1) / kAlignment * kAlignment;
@@ -101,7 +103,7 @@ class TileRunner {
     tile.row_max = reinterpret_cast<float*>(memory + buffers_.row_max);
     tile.scratch = memory + buffers_.scratch;
     const HeadState& state = work_.head(head);
-    tile.kv.blocks = work_.block_pointers(head);
+    tile.kv.blocks = work_.packed_blocks(head);
     tile.kv.layout = plan_.layout.block;
     tile.kv.keys = plan_.keys;
     tile.kv.v_ref = state.v_ref;
@@ -138,7 +140,8 @@ class TileRunner {
   bool load_query(int64_t head, int r, Row& row, std::byte* q, AttendTile& tile) const noexcept {
     const int64_t batch = head / plan_.nheads_k;
     const int dim = static_cast<int>(plan_.head_dim);
-    const float log2_scale = plan_.softmax_scale * std::numbers::log2e_v<float>;
+    const auto log2_scale =
+        static_cast<float>(static_cast<double>(plan_.softmax_scale) * std::numbers::log2e);
     float values[kMaxDim];
     bool good = true;
     if (plan_.exact_bfloat16()) {
@@ -284,7 +287,9 @@ Status lay_out(AttentionPlan::State& plan) noexcept {
                    plan.v_granularity == Granularity::kBlockChannel);
   layout.blocks =
       take(product({heads, plan.kv_blocks(), static_cast<int64_t>(layout.block.bytes)}));
-  layout.block_pointers = take(product({heads, plan.kv_blocks(), int64_t{sizeof(std::byte*)}}));
+  layout.block_headers =
+      take(product({heads, plan.kv_blocks(), static_cast<int64_t>(layout.block.header_bytes)}));
+  layout.packed_blocks = take(product({heads, plan.kv_blocks(), int64_t{sizeof(PackedBlock)}}));
   layout.heads = take(product({heads, int64_t{sizeof(HeadState)}}));
   layout.poison = take(product({heads, plan.seqlen_k}));
   if (plan.smooths_k()) {
@@ -302,7 +307,7 @@ Status lay_out(AttentionPlan::State& plan) noexcept {
   layout.bytes_per_worker = tile_buffers(plan).total;
   layout.workers =
       take(product({plan.context.threads, static_cast<int64_t>(layout.bytes_per_worker)}));
-  layout.total = next;
+  layout.total = next + kAlignment;  // run() may have to round its start up
   if (overflow || next > size_t{1} << 62) {
     return invalid("k.shape asks for a workspace of over 2^62 bytes");
   }
@@ -315,6 +320,7 @@ Status run(const AttentionPlan::State& plan, const AttentionInputs& inputs,
   const auto milliseconds = [](Clock::time_point from, Clock::time_point to) {
     return std::chrono::duration<double, std::milli>(to - from).count();
   };
+  workspace += (kAlignment - reinterpret_cast<uintptr_t>(workspace) % kAlignment) % kAlignment;
   const Workspace work{plan, workspace};
   const Clock::time_point start = Clock::now();
   if (Status status = prepare(work, inputs); !status.ok()) return status;

@@ -40,7 +40,9 @@ std::vector<float> run_half(const KernelTable& table) {
   const BlockLayout layout = block_layout(kBlock, kHeadDim, 1, 2, false);
   const auto padded = static_cast<size_t>(padded_dim(kHeadDim));
   Memory blocks(2 * layout.bytes);
-  const std::byte* pointers[2] = {blocks.data(), blocks.data() + layout.bytes};
+  Memory header(layout.header_bytes);
+  const PackedBlock packed[2] = {{blocks.data(), header.data()},
+                                 {blocks.data() + layout.bytes, header.data()}};
   for (size_t b = 0; b < 2; ++b) {
     std::byte* block = blocks.data() + b * layout.bytes;
     auto& record = reinterpret_cast<KeyRecord*>(block + layout.records)[0];
@@ -64,7 +66,7 @@ std::vector<float> run_half(const KernelTable& table) {
   tile.head_dim = kHeadDim;
   tile.kv_block = kBlock;
   tile.rows = kQueryTile - 1;  // whole groups of rows and single ones
-  tile.kv.blocks = pointers;
+  tile.kv.blocks = packed;
   tile.kv.layout = layout;
   tile.kv.keys = {0, kKeys};
   for (int r = 0; r < kQueryTile; ++r) {
