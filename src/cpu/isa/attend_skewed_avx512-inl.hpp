@@ -91,7 +91,9 @@ struct SkewedItem {
   int first_row = 0;  ///< of the tile
   int groups = 0;
   int64_t first_key = 0;
-  bool masked = false;           ///< whether a row does not see all its keys
+  int64_t k_ahead = 0;  ///< bytes to the K of the next block where it is time to ask for it, else 0
+  int64_t v_ahead = 0;  ///< likewise V
+  bool masked = false;  ///< whether a row does not see all its keys
   const std::byte* k = nullptr;  ///< [groups] packed
   const std::byte* v = nullptr;  ///< [groups] packed
   const KeyRecord* records = nullptr;
@@ -271,12 +273,16 @@ ATTN8_INLINE void add_row(const Skewed& work, const SkewedState& state, const fl
 }
 
 /// One step of a dot product for four rows: kStride bytes between rows of `a`, kVectors vectors of
-/// b.
-template <int kVectors, int kStride>
-ATTN8_INLINE void dot_step(Vector (&sum)[4][4], const std::byte* a, const std::byte* b) {
+/// b; kAhead: asks for those `ahead` bytes further.
+template <bool kAhead, int kVectors, int kStride>
+ATTN8_INLINE void dot_step(Vector (&sum)[4][4], const std::byte* a, const std::byte* b,
+                           int64_t ahead) {
   Vector column[kVectors];
 #pragma GCC unroll 16
-  for (int c = 0; c < kVectors; ++c) column[c] = load_now(b + 64 * c);
+  for (int c = 0; c < kVectors; ++c) {
+    column[c] = load_now(b + 64 * c);
+    if constexpr (kAhead) asm volatile("prefetcht1 %0" : : "m"(*(b + ahead + 64 * c)));
+  }
 #pragma GCC unroll 16
   for (int r = 0; r < 4; ++r) {
     const Vector x = broadcast_bytes(a + r * kStride);
@@ -306,17 +312,17 @@ inline constexpr int kCodesStride = 64;
 inline constexpr int kQueryStep = 16;
 
 /// Steps kFirst..15 of P V of a group, with kPieces pieces of the next item's weights between.
-template <int kVectors, int kFirst, int kPieces>
+template <bool kAhead, int kVectors, int kFirst, int kPieces>
 ATTN8_INLINE void value_group(Vector (&sum)[4][4], const std::byte* p, const std::byte* v,
-                              const Weigher& weigher, int piece, Vector table_low,
+                              int64_t ahead, const Weigher& weigher, int piece, Vector table_low,
                               Vector table_high) {
   constexpr int kSteps = 16 - kFirst;
   constexpr int kHalves = 2 * kPieces;
   HalfPiece half;
 #pragma GCC unroll 16
   for (int step = 0; step < kSteps; ++step) {
-    dot_step<kVectors, kCodesStride>(sum, p + 4 * (kFirst + step),
-                                     v + (kFirst + step) * kVectors * 64);
+    dot_step<kAhead, kVectors, kCodesStride>(sum, p + 4 * (kFirst + step),
+                                             v + (kFirst + step) * kVectors * 64, ahead);
     // At most one half per step: the halves are spread over the steps.
     const int done = step * kHalves / kSteps;
     if ((step + 1) * kHalves / kSteps > done) {
@@ -500,6 +506,11 @@ class SkewedWalk {
     item.mean = kv.mean(block_);
     item.value_scale = header.v_scale / kv.v_ref;
     item.any_high = header.any_high != 0;
+    // The first row group asks for K, the last one for V.
+    const int64_t next =
+        block_ + 1 < end_ ? kv.blocks[block_ + 1].data - kv.blocks[block_].data : 0;
+    item.k_ahead = item.first_row == 0 ? next : 0;
+    item.v_ahead = row_ >= tile_.rows ? next : 0;
     item.masked =
         rows.full_lo > item.first_key || rows.full_hi < item.first_key + item.groups * kKeyGroup;
     const RowGroup group = {item.first_row, block_, group_lo, group_hi};
@@ -535,16 +546,17 @@ ATTN8_INLINE void start_query_row(Vector (&sum)[4], const KeyRecord& record, con
 }
 
 /// The other steps of Q K of one group.
+template <bool kAhead>
 ATTN8_INLINE void finish_query_group(Vector (&sum)[4][4], const std::byte* q, int padded,
-                                     const std::byte* k) {
-  dot_step<4, 4>(sum, q + 2 * kQueryStep, k + 512);
-  dot_step<4, 4>(sum, q + 3 * kQueryStep, k + 768);
+                                     const std::byte* k, int64_t ahead) {
+  dot_step<kAhead, 4, 4>(sum, q + 2 * kQueryStep, k + 512, ahead);
+  dot_step<kAhead, 4, 4>(sum, q + 3 * kQueryStep, k + 768, ahead);
   for (int dim = 16; dim < padded; dim += 16) {
     q += 4 * kQueryStep;
     k += 1024;
 #pragma GCC unroll 4
     for (int step = 0; step < 4; ++step) {
-      dot_step<4, 4>(sum, q + kQueryStep * step, k + 256 * step);
+      dot_step<kAhead, 4, 4>(sum, q + kQueryStep * step, k + 256 * step, ahead);
     }
   }
 }
@@ -585,46 +597,58 @@ ATTN8_INLINE int take_pieces(Weigher& weigher) {
 
 /// P V of an item for one slab of channels whose rows are started, with kPieces pieces of the next
 /// item's weights in each of its groups.
-template <int kVectors, int kPieces>
+template <bool kAhead, int kVectors, int kPieces>
 ATTN8_INLINE void value_slab(Vector (&sum)[4][4], int groups, const std::byte* p,
-                             const std::byte* v, size_t v_group_bytes, Weigher& weigher,
-                             Vector table_low, Vector table_high) {
-  value_group<kVectors, 2, kPieces>(sum, p, v, weigher, take_pieces<kPieces>(weigher), table_low,
-                                    table_high);
+                             const std::byte* v, size_t v_group_bytes, int64_t ahead,
+                             Weigher& weigher, Vector table_low, Vector table_high) {
+  value_group<kAhead, kVectors, 2, kPieces>(sum, p, v, ahead, weigher,
+                                            take_pieces<kPieces>(weigher), table_low, table_high);
   for (int group = 1; group < groups; ++group) {
     v += v_group_bytes;
     p += kRowGroup * kCodesStride;
-    value_group<kVectors, 0, kPieces>(sum, p, v, weigher, take_pieces<kPieces>(weigher), table_low,
-                                      table_high);
+    value_group<kAhead, kVectors, 0, kPieces>(sum, p, v, ahead, weigher,
+                                              take_pieces<kPieces>(weigher), table_low, table_high);
   }
+}
+
+/// P V of an item for kVectors vectors of channels from `channel` on, added to its O.
+template <int kVectors>
+ATTN8_INLINE void drain_channels(const Skewed& work, const SkewedItem& item,
+                                 const SkewedState& state, int channel) {
+  const int slab = channel / 64 * 64;
+  const int64_t step_bytes = slab_width(work.padded, slab) * 4;
+  Vector sum[4][4];
+#pragma GCC unroll 4
+  for (int r = 0; r < 4; ++r) {
+#pragma GCC unroll 4
+    for (int c = 0; c < kVectors; ++c) sum[r][c] = _mm512_setzero_si512();
+  }
+  const std::byte* p = state.codes;
+  const std::byte* v = item.v + slab * kKeyGroup + (channel - slab) * 4;
+  for (int group = 0; group < item.groups; ++group) {
+    for (int step = 0; step < 16; ++step) {
+      dot_step<false, kVectors, kCodesStride>(sum, p + 4 * step, v + step * step_bytes, 0);
+    }
+    p += kRowGroup * kCodesStride;
+    v += work.tile.kv.layout.v_group_bytes;
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < 4; ++r) add_row<kVectors>(work, state, item.mean, channel, r, sum[r]);
 }
 
 /// P V of the last item, which has nothing to run beside.
 inline __attribute__((noinline)) void drain(const Skewed& work, const SkewedItem& item,
                                             const SkewedState& state) {
   if (state.rescales) rescale_rows(state, work.padded);
-  for (int channel = 0; channel < work.padded; channel += 16) {
-    const int slab = channel / 64 * 64;
-    const int64_t width = slab_width(work.padded, slab);
-    for (int r = 0; r < kRowGroup; ++r) {
-      Vector sum[4] = {_mm512_setzero_si512()};
-      for (int group = 0; group < item.groups; ++group) {
-        const std::byte* p = state.codes + (group * kRowGroup + r) * kCodesStride;
-        const std::byte* v = item.v +
-                             static_cast<size_t>(group) * work.tile.kv.layout.v_group_bytes +
-                             slab * kKeyGroup + (channel - slab) * 4;
-        for (int quad = 0; quad < 16; ++quad) {
-          dot(sum[0], broadcast_bytes(p + 4 * quad), load_vector(v + quad * width * 4));
-        }
-      }
-      add_row<1>(work, state, item.mean, channel, r, sum);
-    }
-  }
+  int channel = 0;
+  for (; channel + 64 <= work.padded; channel += 64) drain_channels<4>(work, item, state, channel);
+  for (; channel < work.padded; channel += 16) drain_channels<1>(work, item, state, channel);
 }
 
 /// kTail: channels of the last slab when it is narrower than 64, else 0. kPieces: pieces of weights
-/// per group and slab of P V, about four over the slabs of an item.
-template <int kTail, int kPieces>
+/// per group and slab of P V, about four over the slabs of an item. kAhead: for few rows, whose K
+/// and V come from memory: asks for the next block while it computes on one.
+template <int kTail, int kPieces, bool kAhead>
 inline void attend_skewed(const AttendTile& tile) {
   constexpr int kTailVectors = kTail / 16;
   Skewed work(tile);
@@ -676,13 +700,13 @@ inline void attend_skewed(const AttendTile& tile) {
       }
       start_query_row(sum[r], *record, q + 4 * r, k);
     }
-    finish_query_group(sum, q, padded, k);
+    finish_query_group<kAhead>(sum, q, padded, k, item.k_ahead);
     for (int group = item.groups; group > 1; --group) {
       k += k_group_bytes;
       next_query_group(sum, record, factors, scores, q, k, largest);
       ++record;
       scores += kRowGroup * 64;
-      finish_query_group(sum, q, padded, k);
+      finish_query_group<kAhead>(sum, q, padded, k, item.k_ahead);
     }
 
     // P V of the previous item; the narrow slab is last in memory and first in time.
@@ -704,11 +728,11 @@ inline void attend_skewed(const AttendTile& tile) {
     if constexpr (kTail > 0) {
       // With no full slab beside it, the weights go here.
       if (slabs > 0) {
-        value_slab<kTailVectors, 0>(sum, previous.groups, p, v, v_group_bytes, weigher, table_low,
-                                    table_high);
+        value_slab<kAhead, kTailVectors, 0>(sum, previous.groups, p, v, v_group_bytes,
+                                            previous.v_ahead, weigher, table_low, table_high);
       } else {
-        value_slab<kTailVectors, kPieces>(sum, previous.groups, p, v, v_group_bytes, weigher,
-                                          table_low, table_high);
+        value_slab<kAhead, kTailVectors, kPieces>(sum, previous.groups, p, v, v_group_bytes,
+                                                  previous.v_ahead, weigher, table_low, table_high);
       }
     }
     for (int h = 0; h < slabs; ++h) {
@@ -726,8 +750,8 @@ inline void attend_skewed(const AttendTile& tile) {
           dot_head<4, 4>(sum[r], p + r * kCodesStride, v);
         }
       }
-      value_slab<4, kPieces>(sum, previous.groups, p, v, v_group_bytes, weigher, table_low,
-                             table_high);
+      value_slab<kAhead, 4, kPieces>(sum, previous.groups, p, v, v_group_bytes, previous.v_ahead,
+                                     weigher, table_low, table_high);
     }
     if constexpr (kTail > 0 && kPieces == 4) {
       if (slabs == 0) {
@@ -760,30 +784,31 @@ inline void attend_skewed(const AttendTile& tile) {
 /// The pipeline for the tile's head_dim.
 inline void attend_skewed(const AttendTile& tile) {
   const auto padded = padded_dim(tile.head_dim);
+  const bool few = tile.rows <= 2 * kRowGroup;
   switch (padded / 64 * 4 + padded % 64 / 16) {
     case 0 * 4 + 1:
     case 1 * 4 + 1:
-      return attend_skewed<16, 4>(tile);
+      return attend_skewed<16, 4, false>(tile);
     case 0 * 4 + 2:
     case 1 * 4 + 2:
-      return attend_skewed<32, 4>(tile);
+      return attend_skewed<32, 4, false>(tile);
     case 0 * 4 + 3:
     case 1 * 4 + 3:
-      return attend_skewed<48, 4>(tile);
+      return attend_skewed<48, 4, false>(tile);
     case 1 * 4:
-      return attend_skewed<0, 4>(tile);
+      return few ? attend_skewed<0, 4, true>(tile) : attend_skewed<0, 4, false>(tile);
     case 2 * 4:
     case 3 * 4:
-      return attend_skewed<0, 2>(tile);
+      return few ? attend_skewed<0, 2, true>(tile) : attend_skewed<0, 2, false>(tile);
     case 4 * 4:
-      return attend_skewed<0, 1>(tile);
+      return attend_skewed<0, 1, false>(tile);
     case 2 * 4 + 1:
     case 3 * 4 + 1:
-      return attend_skewed<16, 2>(tile);
+      return attend_skewed<16, 2, false>(tile);
     case 2 * 4 + 2:
     case 3 * 4 + 2:
-      return attend_skewed<32, 2>(tile);
+      return attend_skewed<32, 2, false>(tile);
     default:
-      return attend_skewed<48, 2>(tile);
+      return attend_skewed<48, 2, false>(tile);
   }
 }

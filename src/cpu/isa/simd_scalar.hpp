@@ -209,6 +209,11 @@ ATTN8_INLINE I32 load_scores16(const int16_t* p, int c) {
 }
 
 // Rows.
+/// Whether `fused` is one instruction, and whether rows are transposed by instructions of the ISA.
+inline constexpr bool kFastFused = false;
+inline constexpr bool kTransposesRows = false;
+inline void transpose_words(const int8_t* rows, int row_stride, std::byte* out);
+inline void interleave_rows(const int8_t* rows, int row_stride, std::byte* out);
 ATTN8_INLINE F32 load_float16(const uint16_t* p) {
   F32 result;
   for (int i = 0; i < 16; ++i) result.v[i] = float16_to_float(p[i]);
