@@ -28,6 +28,8 @@ namespace {
 #include "cpu/kernels/online_softmax-inl.hpp"
 #include "cpu/kernels/score_grid-inl.hpp"
 #include "cpu/kernels/attend_accurate-inl.hpp"
+#include "cpu/isa/skewed_items_avx512-inl.hpp"
+#include "cpu/isa/skewed_softmax_avx512-inl.hpp"
 #include "cpu/isa/attend_skewed_avx512-inl.hpp"
 #include "cpu/kernels/attend_paper-inl.hpp"
 #include "cpu/kernels/attend_float-inl.hpp"

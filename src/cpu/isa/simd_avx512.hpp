@@ -18,6 +18,7 @@ namespace attn8::avx512_vnni {
 inline constexpr Isa kIsa = Isa::kAvx512Vnni;
 /// vpdpbusd multiplies u8 by s8, so Q codes are stored + 128 and undone by the key's correction.
 inline constexpr bool kQueryCodesOffset = true;
+inline constexpr bool kValueCodesOffset = false;
 /// Vectors of 16 columns per pass of a matrix product: 4 rows x 4 vectors are 16 accumulators,
 /// which with 4 operands and 1 broadcast leave 11 of 32 registers to the softmax.
 inline constexpr int kVectors = 4;
@@ -97,8 +98,11 @@ ATTN8_INLINE I32 load_bytes(const std::byte* p) { return {_mm512_loadu_si512(p)}
 ATTN8_INLINE void dot4_u8_s8(I32& sum, I32 a, I32 b) {
   asm("vpdpbusd %2, %1, %0" : "+v"(sum.v) : "v"(a.v), "v"(b.v));
 }
-/// The same for Q codes (stored + 128 here) against K codes.
+/// The same for Q codes (stored + 128 here) against K codes, for P against V codes, and for bytes
+/// below 128.
 ATTN8_INLINE void dot4_query(I32& sum, I32 a, I32 b) { dot4_u8_s8(sum, a, b); }
+ATTN8_INLINE void dot4_value(I32& sum, I32 a, I32 b) { dot4_u8_s8(sum, a, b); }
+ATTN8_INLINE void dot4_u7_s8(I32& sum, I32 a, I32 b) { dot4_u8_s8(sum, a, b); }
 
 /// sum[lane] += both products of the bfloat16 pairs in `a` and `b`.
 template <bool kNative>

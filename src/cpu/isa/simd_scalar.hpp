@@ -22,6 +22,7 @@ namespace attn8::scalar {
 
 inline constexpr Isa kIsa = Isa::kScalar;
 inline constexpr bool kQueryCodesOffset = false;
+inline constexpr bool kValueCodesOffset = false;
 inline constexpr int kVectors = 1;
 
 /// 16 lanes as a vector type of the compiler's, which lowers it to whatever the target has; every
@@ -140,6 +141,9 @@ ATTN8_INLINE void dot4_u8_s8(I32& sum, const I32& a, const I32& b) {
     sum.v += x * y;
   }
 }
+/// The same for P against V codes, and for bytes below 128.
+ATTN8_INLINE void dot4_value(I32& sum, const I32& a, const I32& b) { dot4_u8_s8(sum, a, b); }
+ATTN8_INLINE void dot4_u7_s8(I32& sum, const I32& a, const I32& b) { dot4_u8_s8(sum, a, b); }
 /// The same for Q codes (s8) against K codes.
 ATTN8_INLINE void dot4_query(I32& sum, const I32& a, const I32& b) {
 #pragma GCC unroll 4
