@@ -7,6 +7,7 @@
 #include <cstring>
 #include <limits>
 #include <new>
+#include <type_traits>
 #include <utility>
 
 #include "core/element.hpp"
@@ -34,8 +35,16 @@ namespace {
 #include "cpu/kernels/attend_float-inl.hpp"
 #include "cpu/kernels/table-inl.hpp"
 // clang-format on
+
+constexpr KernelTable kPairTable = [] {
+  KernelTable table = kTable;
+  table.bfloat16_pairs = true;
+  table.attend = attend<true>;
+  return table;
+}();
 }  // namespace
 
 const KernelTable& table() noexcept { return kTable; }
+const KernelTable& table_with_bf16() noexcept { return kPairTable; }
 
 }  // namespace attn8::avx512_vnni
