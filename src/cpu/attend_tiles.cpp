@@ -9,6 +9,7 @@
 #include <limits>
 #include <numbers>
 
+#include "core/element.hpp"
 #include "core/message.hpp"
 #include "core/plan_state.hpp"
 #include "core/quant_math.hpp"
@@ -38,7 +39,7 @@ TileBuffers tile_buffers(const KernelTable& table, int kv_block, int64_t head_di
   };
   const auto dim = static_cast<size_t>(head_dim);
   const auto padded = static_cast<size_t>(padded_dim(head_dim));
-  buffers.q = take(kQueryTile * std::max(padded, dim * sizeof(float)));
+  buffers.q = take(kQueryTile * std::max(padded * sizeof(uint16_t), dim * sizeof(float)));
   buffers.out = take(kQueryTile * padded * sizeof(float));
   buffers.normalizer = take(kQueryTile * sizeof(float));
   buffers.weight_sum = take(kQueryTile * sizeof(float));
@@ -145,6 +146,7 @@ class TileRunner {
                   Row* rows) const noexcept {
     const AttendSequence& sequence = head.sequence;
     tile.mode = call_.mode;
+    tile.bfloat16 = call_.bfloat16;
     tile.head_dim = static_cast<int>(call_.head_dim);
     tile.kv_block = call_.kv_block;
     tile.rows =
@@ -249,6 +251,15 @@ class TileRunner {
         static_cast<float>(static_cast<double>(call_.softmax_scale) * std::numbers::log2e);
     float values[kMaxDim];
     bool good = true;
+    if (call_.bfloat16) {
+      const int64_t padded = padded_dim(dim);
+      auto* out = reinterpret_cast<uint16_t*>(q) + r * padded;
+      call_.table.load_row(element(q_, batch, seq, row.head), q_.dtype, q_.strides[3], dim,
+                           values);
+      for (int d = 0; d < padded; ++d) out[d] = d < dim ? float_to_bfloat16(values[d]) : 0;
+      tile.score_factor[r] = log2_scale;
+      return true;
+    }
     if (!int8_scores()) {
       auto* out = reinterpret_cast<float*>(q) + r * dim;
       call_.table.load_row(element(q_, batch, seq, row.head), q_.dtype, q_.strides[3], dim, out);

@@ -52,6 +52,7 @@ struct AttendCall {
   const KernelTable& table;
   const Context& context;
   Mode mode;
+  bool bfloat16;  ///< as AttendTile's
   const Mask& mask;
   float softmax_scale;
   int kv_block;

@@ -38,6 +38,7 @@ Status attend(const Workspace& work, const AttentionInputs& inputs,
   return attend_tiles({.table = *plan.table,
                        .context = plan.context,
                        .mode = plan.options.mode,
+                       .bfloat16 = plan.exact_bfloat16(),
                        .mask = plan.options.mask,
                        .softmax_scale = plan.softmax_scale,
                        .kv_block = plan.options.kv_block,
@@ -75,11 +76,13 @@ Status lay_out(AttentionPlan::State& plan) noexcept {
   const bool empty = plan.keys.empty() || plan.heads() == 0;
   const int64_t heads = empty ? 0 : plan.heads();
   const int64_t padded = padded_dim(plan.head_dim);
-  layout.block = block_layout(plan.options.kv_block, plan.head_dim, plan.int8_scores() ? 1 : 4,
-                              plan.int8_values()   ? 1
-                              : plan.int8_scores() ? 2
-                                                   : 4,
-                              plan.v_granularity == Granularity::kBlockChannel);
+  const int float_bytes = plan.exact_bfloat16() ? 2 : 4;
+  layout.block =
+      block_layout(plan.options.kv_block, plan.head_dim, plan.int8_scores() ? 1 : float_bytes,
+                   plan.int8_values()   ? 1
+                   : plan.int8_scores() ? 2
+                                        : float_bytes,
+                   plan.v_granularity == Granularity::kBlockChannel);
   layout.blocks =
       take(product({heads, plan.kv_blocks(), static_cast<int64_t>(layout.block.bytes)}));
   layout.block_headers =
