@@ -48,8 +48,8 @@ struct KvCacheAttentionOptions {
   Mask mask = {};
 };
 
-/// Paged KV cache in INT8 on the CPU, for Mode::kAccurate: one scale per token and kv head for K and
-/// for V, packed as attention reads it, quantized as it is appended by the rules of
+/// Paged KV cache in INT8 on the CPU, for Mode::kAccurate: one scale per token and kv head for K
+/// and for V, packed as attention reads it, quantized as it is appended by the rules of
 /// docs/numerics.md. A page holds page_size tokens of one sequence, all kv heads; sequences that
 /// were forked share pages until one of them writes.
 ///
@@ -79,8 +79,8 @@ class ATTN8_API KvCache {
   Status append(KvSequence sequence, const ConstTensorView& k, const ConstTensorView& v,
                 const Context& context) noexcept;
 
-  /// A new sequence with the first `length` tokens of `parent` (and its K mean). Shares their pages;
-  /// takes one of its own only where `length` ends inside a page that holds more tokens.
+  /// A new sequence with the first `length` tokens of `parent` (and its K mean). Shares their
+  /// pages; takes one of its own only where `length` ends inside a page that holds more tokens.
   /// Errors: kInvalidArgument, kOutOfMemory.
   Result<KvSequence> fork(KvSequence parent, int64_t length) noexcept;
 

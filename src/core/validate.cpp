@@ -339,8 +339,7 @@ Status validate_kv_append(const KvCacheOptions& options, const ConstTensorView& 
 }
 
 Status validate_kv_attention(const KvCacheOptions& cache, int64_t sequences, const Operand& q,
-                             std::span<const int32_t> cu_seqlens_q,
-                             const AttentionOutputs& outputs,
+                             std::span<const int32_t> cu_seqlens_q, const AttentionOutputs& outputs,
                              const KvCacheAttentionOptions& options) noexcept {
   return guarded([&]() -> Status {
     ATTN8_RETURN_IF_ERROR(check_softmax_scale(options.softmax_scale));
@@ -352,8 +351,8 @@ Status validate_kv_attention(const KvCacheOptions& cache, int64_t sequences, con
                      "]");
     }
     if (shape[2] < 1 || shape[2] % cache.nheads_k != 0) {
-      return invalid("q.shape[2]=", shape[2], " (nheads_q) wants a multiple of nheads_k=",
-                     cache.nheads_k);
+      return invalid("q.shape[2]=", shape[2],
+                     " (nheads_q) wants a multiple of nheads_k=", cache.nheads_k);
     }
     const auto wanted = static_cast<size_t>(sequences) + 1;
     if (cu_seqlens_q.size() != wanted) {

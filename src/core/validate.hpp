@@ -23,8 +23,7 @@ Status validate_kv_cache(const KvCacheOptions& options) noexcept;
 Status validate_kv_append(const KvCacheOptions& options, const ConstTensorView& k,
                           const ConstTensorView& v) noexcept;
 Status validate_kv_attention(const KvCacheOptions& cache, int64_t sequences, const Operand& q,
-                             std::span<const int32_t> cu_seqlens_q,
-                             const AttentionOutputs& outputs,
+                             std::span<const int32_t> cu_seqlens_q, const AttentionOutputs& outputs,
                              const KvCacheAttentionOptions& options) noexcept;
 
 /// kInvalidArgument naming the first element that is a NaN or an Inf.

@@ -164,8 +164,7 @@ class TileRunner {
       row = {};
       row.seq = (first_row + r) / group_;
       row.head = head.kv_head * group_ + (first_row + r) % group_;
-      tile.visible[r] =
-          visible_range(call_.mask, sequence.seqlen_q, sequence.seqlen_k, row.seq);
+      tile.visible[r] = visible_range(call_.mask, sequence.seqlen_q, sequence.seqlen_k, row.seq);
       good = load_query(head, r, row, memory + buffers_.q, tile) && good;
       row.poisoned = row.poisoned || sees_poison(head, tile.visible[r]);
     }
@@ -254,8 +253,7 @@ class TileRunner {
     if (call_.bfloat16) {
       const int64_t padded = padded_dim(dim);
       auto* out = reinterpret_cast<uint16_t*>(q) + r * padded;
-      call_.table.load_row(element(q_, batch, seq, row.head), q_.dtype, q_.strides[3], dim,
-                           values);
+      call_.table.load_row(element(q_, batch, seq, row.head), q_.dtype, q_.strides[3], dim, values);
       for (int d = 0; d < padded; ++d) out[d] = d < dim ? float_to_bfloat16(values[d]) : 0;
       tile.score_factor[r] = log2_scale;
       return true;
@@ -276,8 +274,7 @@ class TileRunner {
         for (int d = 0; d < dim; ++d) values[d] = static_cast<float>(codes[d]) * scale;
       }
     } else {
-      call_.table.load_row(element(q_, batch, seq, row.head), q_.dtype, q_.strides[3], dim,
-                           values);
+      call_.table.load_row(element(q_, batch, seq, row.head), q_.dtype, q_.strides[3], dim, values);
       const uint32_t bits = call_.table.max_abs_bits(values, dim);
       scale = scale_from_bits(bits);
       if (!codes_are_zero(bits)) call_.table.encode(values, dim, &scale, 0, codes);

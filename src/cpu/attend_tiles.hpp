@@ -60,10 +60,10 @@ struct AttendCall {
   const Operand& q;
   const AttentionOutputs& outputs;
   std::span<const AttendSequence> sequences;
-  std::byte* workers;         ///< [context.threads][worker_bytes()], on pages
-  std::byte* partials;        ///< [begin_tasks().partials][partial_bytes()], 64-byte aligned
-  size_t bytes_per_partial;   ///< partial_bytes() of the most rows of a sequence that is split
-  int64_t tasks = 0;          ///< of begin_tasks()
+  std::byte* workers;        ///< [context.threads][worker_bytes()], on pages
+  std::byte* partials;       ///< [begin_tasks().partials][partial_bytes()], 64-byte aligned
+  size_t bytes_per_partial;  ///< partial_bytes() of the most rows of a sequence that is split
+  int64_t tasks = 0;         ///< of begin_tasks()
 };
 
 /// Bytes of a worker's buffers.

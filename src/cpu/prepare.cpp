@@ -193,8 +193,7 @@ class Preparation {
         pack_k_floats(head, group_first, range, block.k(group));
       }
       if (plan_.int8_values()) {
-        fold_v(scales, group * kKeyGroup,
-               {range.lo - first, range.hi - first}, block);
+        fold_v(scales, group * kKeyGroup, {range.lo - first, range.hi - first}, block);
         pack_v_codes(head, group, group_first, range, scales, block, v_sums);
       } else {
         pack_v_floats(head, group, group_first, range, block);

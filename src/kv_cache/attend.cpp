@@ -51,8 +51,8 @@ struct CallMemory {
 };
 
 /// Points at the pages of a sequence; v_out_scale [padded_dim] is filled.
-PackedHead pack_head(const PagePool& pool, const Sequence& sequence, int64_t head,
-                     int64_t head_dim, PackedBlock* blocks, float* v_out_scale) noexcept {
+PackedHead pack_head(const PagePool& pool, const Sequence& sequence, int64_t head, int64_t head_dim,
+                     PackedBlock* blocks, float* v_out_scale) noexcept {
   PackedHead packed;
   float largest = 0;
   for (size_t page = 0; page < sequence.pages.size(); ++page) {
@@ -143,10 +143,10 @@ Status KvCache::attend(std::span<const KvSequence> handles, const Operand& q,
     const int64_t head = task % heads;
     const size_t pages = found[i]->pages.size();
     const auto index = static_cast<size_t>(task);
-    packed[index] = pack_head(state_->pool, *found[i], head, head_dim,
-                              packed_blocks.data() + first_block[i] +
-                                  static_cast<size_t>(head) * pages,
-                              v_out_scale + index * padded);
+    packed[index] =
+        pack_head(state_->pool, *found[i], head, head_dim,
+                  packed_blocks.data() + first_block[i] + static_cast<size_t>(head) * pages,
+                  v_out_scale + index * padded);
   });
   const float softmax_scale = attention_options.softmax_scale.value_or(
       static_cast<float>(1.0 / std::sqrt(static_cast<double>(head_dim))));

@@ -126,8 +126,7 @@ Status KvCache::append(KvSequence handle, const ConstTensorView& k, const ConstT
     const int64_t wanted = pages_after - pages_before + (copies ? 1 : 0);
     if (const int64_t left = pool.free_pages(); wanted > left) return out_of_pages(wanted, left);
 
-    const KernelTable& table =
-        context.force_isa ? *find_kernel_table(context.isa) : state_->table;
+    const KernelTable& table = context.force_isa ? *find_kernel_table(context.isa) : state_->table;
     std::vector<float> mean;
     const bool first = before == 0 && options().smooth_k;
     if (first) mean = mean_of_k(table, k, context);
@@ -152,11 +151,10 @@ Status KvCache::append(KvSequence handle, const ConstTensorView& k, const ConstT
       const int64_t head = task / touched;
       const int64_t lo = std::max(before, page * page_size);
       const int64_t hi = std::min(after, (page + 1) * page_size);
-      writer.append(pool.block(pages[static_cast<size_t>(page)], head), lo - page * page_size, k,
-                    v, head, lo - before, hi - lo,
-                    sequence->k_mean.empty()
-                        ? nullptr
-                        : sequence->k_mean.data() + head * options().head_dim);
+      writer.append(
+          pool.block(pages[static_cast<size_t>(page)], head), lo - page * page_size, k, v, head,
+          lo - before, hi - lo,
+          sequence->k_mean.empty() ? nullptr : sequence->k_mean.data() + head * options().head_dim);
     });
     sequence->length = after;
     return {};

@@ -88,8 +88,7 @@ void PageWriter::write_v(const PageBlock& block, int64_t key, const int8_t* code
 void PageWriter::read_v(const PageBlock& block, int64_t key, int8_t* codes) const noexcept {
   const std::byte* group = block.memory.v(key / kKeyGroup);
   for (int d = 0; d < padded_; ++d) {
-    codes[d] =
-        std::to_integer<int8_t>(group[packed_v_offset(key % kKeyGroup, d, padded_)]);
+    codes[d] = std::to_integer<int8_t>(group[packed_v_offset(key % kKeyGroup, d, padded_)]);
   }
 }
 

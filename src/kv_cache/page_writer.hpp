@@ -18,8 +18,8 @@ class PageWriter {
         dim_(static_cast<int>(head_dim)),
         padded_(static_cast<int>(padded_dim(head_dim))) {}
 
-  /// Quantizes rows [first, first + count) of kv head `head` of k and v ([1, n, nheads_k, head_dim])
-  /// behind the `filled` tokens of a page. k_mean [head_dim] is subtracted, or nullptr.
+  /// Quantizes rows [first, first + count) of kv head `head` of k and v ([1, n, nheads_k,
+  /// head_dim]) behind the `filled` tokens of a page. k_mean [head_dim] is subtracted, or nullptr.
   void append(const PageBlock& block, int64_t filled, const ConstTensorView& k,
               const ConstTensorView& v, int64_t head, int64_t first, int64_t count,
               const float* k_mean) const noexcept;
