@@ -26,7 +26,7 @@ class ModelSequence {
     Tensor codes, scale, mean;
     bool with_mean = false;
     [[nodiscard]] QuantizedView view() const;
-    /// codes * scale + mean as float32.
+    /// codes * scale as float32; softmax does not see the mean.
     [[nodiscard]] Tensor dequantized() const;
   };
   [[nodiscard]] Quantized k() const { return quantized(k_, smooth_k_ && !k_.empty()); }
@@ -40,5 +40,8 @@ class ModelSequence {
   std::vector<float> k_, v_;  // [tokens][heads][dim]
   std::vector<float> mean_;   // [heads][dim]
 };
+
+/// Every row of x [1, tokens, heads, dim] quantized and back.
+Tensor through_codes(const Tensor& x);
 
 }  // namespace attn8::testing
