@@ -6,6 +6,10 @@
 set(ATTN8_ISA_FLAGS_avx2 -mavx2 -mfma -mf16c)
 set(ATTN8_ISA_FLAGS_avx512_vnni
     -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vbmi -mavx512vnni -mfma -mf16c)
+if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
+  # Each of these computes addresses and loads ahead of where attend_skewed has registers for them.
+  list(APPEND ATTN8_ISA_FLAGS_avx512_vnni -fno-tree-pre -fno-code-hoisting -fno-ivopts)
+endif()
 if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU" AND CMAKE_CXX_COMPILER_VERSION VERSION_LESS 13)
   # GCC's own AVX-512 headers warn of themselves (https://gcc.gnu.org/PR105593).
   list(APPEND ATTN8_ISA_FLAGS_avx512_vnni -Wno-uninitialized -Wno-maybe-uninitialized)

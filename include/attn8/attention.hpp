@@ -72,7 +72,7 @@ struct AttentionOptions {
 };
 
 /// kv_block that 0 stands for.
-inline constexpr int32_t kDefaultKvBlock = 128;
+inline constexpr int32_t kDefaultKvBlock = 256;
 
 /// A float tensor, or one already quantized. Float operands of INT8 modes are quantized by the
 /// call.

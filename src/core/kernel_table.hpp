@@ -16,30 +16,39 @@ inline constexpr int kQueryTile = 64;
 /// Query rows that one pass of the inner loops computes.
 inline constexpr int kRowGroup = 4;
 
+/// Where one kv block lies.
+struct PackedBlock {
+  const std::byte* data;
+  const std::byte* header;
+};
+
 /// Packed K and V of one (batch, kv head).
 struct PackedKv {
-  const std::byte* const* blocks = nullptr;  ///< [kv block] start of each; those no row sees unread
+  const PackedBlock* blocks = nullptr;  ///< [kv block]; those no row sees are not read
   BlockLayout layout;
-  KeyRange keys;       ///< what the means of V average: every key that counts
-  float v_ref = 1;     ///< largest v_scale of the blocks
-  float key_norm = 0;  ///< largest key_norm of the blocks
+  KeyRange keys;               ///< what the means of V average: every key that counts
+  float v_ref = 1;             ///< largest v_scale of the blocks
+  float key_norm = 0;          ///< largest key_norm of the blocks
   bool channel_scale = false;  ///< whether blocks have V scales per channel
 
   [[nodiscard]] const BlockHeader& header(int64_t block) const noexcept {
-    return *reinterpret_cast<const BlockHeader*>(blocks[block]);
+    return *reinterpret_cast<const BlockHeader*>(blocks[block].header);
   }
   [[nodiscard]] const float* mean(int64_t block) const noexcept {
-    return reinterpret_cast<const float*>(blocks[block] + layout.mean);
+    return reinterpret_cast<const float*>(blocks[block].header + layout.mean);
+  }
+  [[nodiscard]] const float* v_channel_scale(int64_t block) const noexcept {
+    return reinterpret_cast<const float*>(blocks[block].header + layout.channel_scale);
   }
   [[nodiscard]] const KeyRecord* records(int64_t block) const noexcept {
-    return reinterpret_cast<const KeyRecord*>(blocks[block] + layout.records);
+    return reinterpret_cast<const KeyRecord*>(blocks[block].data + layout.records);
   }
   /// Group `group` of the block, counted from the block's first key.
   [[nodiscard]] const std::byte* k(int64_t block, int64_t group) const noexcept {
-    return blocks[block] + layout.k + static_cast<size_t>(group) * layout.k_group_bytes;
+    return blocks[block].data + layout.k + static_cast<size_t>(group) * layout.k_group_bytes;
   }
   [[nodiscard]] const std::byte* v(int64_t block, int64_t group) const noexcept {
-    return blocks[block] + layout.v + static_cast<size_t>(group) * layout.v_group_bytes;
+    return blocks[block].data + layout.v + static_cast<size_t>(group) * layout.v_group_bytes;
   }
 };
 
@@ -53,9 +62,9 @@ struct AttendTile {
   KeyRange visible[kQueryTile];    ///< per row
   float score_factor[kQueryTile];  ///< c_i of docs/numerics.md; softmax_scale * log2 e in kExact
   float query_norm[kQueryTile];    ///< length of the codes of the row
-  const std::byte* q = nullptr;  ///< codes at packed_q_offset() (s8, or u8 = code + 128 where the
-                                 ///< ISA wants it), rows up to the next multiple of kRowGroup; or
-                                 ///< floats [rows][head_dim] in kExact
+  const std::byte* q = nullptr;    ///< codes at packed_q_offset() (s8, or u8 = code + 128 where the
+                                   ///< ISA wants it), rows up to the next multiple of kRowGroup; or
+                                   ///< floats [rows][head_dim] in kExact
   // Results, unnormalised: the caller divides.
   float* out = nullptr;          ///< [kQueryTile][padded_dim]
   float* normalizer = nullptr;   ///< [kQueryTile] l

@@ -15,8 +15,8 @@ constexpr int64_t round_up(int64_t value, int64_t multiple) noexcept {
 }
 constexpr int64_t key_groups(int64_t keys) noexcept { return (keys + kKeyGroup - 1) / kKeyGroup; }
 
-/// Vectors hold 16 channels of V, and 16 dims of Q and K are four steps of a dot product, as many as
-/// the inner loops take at a time.
+/// Vectors hold 16 channels of V, and 16 dims of Q and K are four steps of a dot product, as many
+/// as the inner loops take at a time.
 constexpr int64_t padded_dim(int64_t head_dim) noexcept { return round_up(head_dim, 16); }
 
 // Codes of Q: four rows at a time, for each quad of dims the rows' bytes side by side, as one step
@@ -89,50 +89,47 @@ struct alignas(64) KeyRecord {
   int16_t inv_high[kKeyGroup];    ///< W >> 12, likewise
 };
 
-/// First bytes of a block.
+/// What is known of a block as a whole; the mean V codes and, for `block_channel`, the scales
+/// follow (BlockLayout).
 struct alignas(64) BlockHeader {
-  float v_scale;    ///< v_block of docs/numerics.md, > 0 or NaN
-  float key_norm;   ///< largest k_scale * length of the codes among its keys
-  int32_t any_high; ///< whether an inv_high differs from 0
+  float v_scale;     ///< v_block of docs/numerics.md, > 0 or NaN
+  float key_norm;    ///< largest k_scale * length of the codes among its keys
+  int32_t any_high;  ///< whether an inv_high differs from 0
 };
 
-/// Where things are in the memory of one kv block of one (batch, kv head). Everything a pass over
-/// the block reads lies together, so that a page of a cache is the same thing as a block of a call:
+/// Memory of one kv block of one (batch, kv head): what grows with the keys, and a header apart
+/// from it. A page of a cache is the same thing as a block of a call.
 ///
-///   | BlockHeader | mean V | V channel scales | records | K groups | V groups |
+///   data    | records | K groups | V groups |
+///   header  | BlockHeader | mean V | V channel scales |
 ///
 /// K and V are int8 groups as above; in float modes K is [group][head_dim][64] floats and V rows
 /// [key][padded_dim] of bfloat16 (`half`) or float (`exact`).
 struct BlockLayout {
-  size_t mean = 0;           ///< float [padded_dim] mean V codes of the keys that count (INT8 V)
-  size_t channel_scale = 0;  ///< float [padded_dim] V scales of the block (`block_channel`)
-  size_t records = 0;        ///< KeyRecord [groups] (INT8 K)
+  size_t records = 0;  ///< KeyRecord [groups] (INT8 K)
   size_t k = 0, k_group_bytes = 0;
   size_t v = 0, v_group_bytes = 0;
   size_t bytes = 0;
+  size_t mean = 0;           ///< float [padded_dim] mean V codes of the keys that count (INT8 V)
+  size_t channel_scale = 0;  ///< float [padded_dim] V scales of the block (`block_channel`)
+  size_t header_bytes = 0;
 };
 
-/// Bytes of one element of K and of V: 1 for codes, 2 for bfloat16, 4 for float.
+/// k_bytes, v_bytes: of one element of K and of V: 1 for codes, 2 for bfloat16, 4 for float.
 constexpr BlockLayout block_layout(int64_t kv_block, int64_t head_dim, int k_bytes, int v_bytes,
                                    bool with_channel_scale) noexcept {
   BlockLayout layout;
   const auto groups = static_cast<size_t>(kv_block / kKeyGroup);
   const auto padded = static_cast<size_t>(padded_dim(head_dim));
-  size_t next = sizeof(BlockHeader);
-  layout.mean = next;
-  if (v_bytes == 1) next += padded * sizeof(float);
-  layout.channel_scale = next;
-  if (with_channel_scale) next += padded * sizeof(float);
-  layout.records = next;
-  if (k_bytes == 1) next += groups * sizeof(KeyRecord);
-  layout.k = next;
+  layout.k = k_bytes == 1 ? groups * sizeof(KeyRecord) : 0;
   const auto k_dim = k_bytes == 1 ? padded : static_cast<size_t>(head_dim);
   layout.k_group_bytes = static_cast<size_t>(kKeyGroup) * k_dim * static_cast<size_t>(k_bytes);
-  next += groups * layout.k_group_bytes;
-  layout.v = next;
+  layout.v = layout.k + groups * layout.k_group_bytes;
   layout.v_group_bytes = static_cast<size_t>(kKeyGroup) * padded * static_cast<size_t>(v_bytes);
-  next += groups * layout.v_group_bytes;
-  layout.bytes = next;
+  layout.bytes = layout.v + groups * layout.v_group_bytes;
+  layout.mean = sizeof(BlockHeader);
+  layout.channel_scale = layout.mean + (v_bytes == 1 ? padded * sizeof(float) : 0);
+  layout.header_bytes = layout.channel_scale + (with_channel_scale ? padded * sizeof(float) : 0);
   return layout;
 }
 

@@ -71,7 +71,8 @@ class Preparation {
   void point_at_blocks(int64_t head) const noexcept {
     if (plan_.keys.empty()) return;
     for (int64_t block = 0; block < plan_.kv_blocks(); ++block) {
-      work_.block_pointers(head)[block] = work_.block(head, block);
+      work_.packed_blocks(head)[block] = {work_.block(head, block),
+                                          work_.block_header(head, block)};
     }
   }
 
@@ -166,12 +167,13 @@ class Preparation {
   void pack_block(int64_t head, int64_t block) noexcept {
     const KeyRange keys = keys_of_block(block);
     std::byte* memory = work_.block(head, block);
-    auto& header = *reinterpret_cast<BlockHeader*>(memory);
+    std::byte* header_memory = work_.block_header(head, block);
+    auto& header = *reinterpret_cast<BlockHeader*>(header_memory);
     header = {.v_scale = 1.0f, .key_norm = 0, .any_high = 0};
     const int64_t first = block * plan_.options.kv_block;
     const BlockLayout& layout = plan_.layout.block;
     VScales scales;
-    if (plan_.int8_values()) scale_v(head, block, keys, memory, scales);
+    if (plan_.int8_values()) scale_v(head, block, keys, header_memory, scales);
     std::array<int64_t, kMaxDim> v_sums = {};
     for (int64_t group = (keys.lo - first) / kKeyGroup; group < key_groups(keys.hi - first);
          ++group) {
@@ -197,7 +199,7 @@ class Preparation {
       }
     }
     if (!plan_.int8_values()) return;
-    auto* mean = reinterpret_cast<float*>(memory + layout.mean);
+    auto* mean = reinterpret_cast<float*>(header_memory + layout.mean);
     for (int64_t d = 0; d < padded_dim(dim()); ++d) {
       mean[d] = static_cast<float>(v_sums[static_cast<size_t>(d)]) /
                 static_cast<float>(keys.hi - keys.lo);
@@ -310,8 +312,7 @@ class Preparation {
       }
       // Most ratios repeat in no tensor, but 1 does in every other granularity.
       record.offset[slot] =
-          ratio == 1 ? 0.0f
-                     : static_cast<float>(64 * std::log2(static_cast<double>(ratio)));
+          ratio == 1 ? 0.0f : static_cast<float>(64 * std::log2(static_cast<double>(ratio)));
       const auto weight = static_cast<int32_t>(std::nearbyint(256 / ratio));
       const int64_t position = score_position(slot);
       record.inv_low[position] = static_cast<int16_t>(weight % 4096);
@@ -452,15 +453,14 @@ class Preparation {
                                  static_cast<size_t>(plan_.keys.hi - plan_.keys.lo)) != nullptr;
     float largest = 0;  // of the V scales; comparisons leave a NaN where it is
     for (int64_t b = plan_.keys.lo / plan_.options.kv_block; b < last_block(); ++b) {
-      const std::byte* memory = work_.block(head, b);
+      const std::byte* memory = work_.block_header(head, b);
       const auto& header = *reinterpret_cast<const BlockHeader*>(memory);
       state.key_norm = std::max(state.key_norm, header.key_norm);
       if (plan_.v_granularity != Granularity::kBlockChannel) {
         largest = std::max(largest, header.v_scale);
         continue;
       }
-      const auto* scale =
-          reinterpret_cast<const float*>(memory + plan_.layout.block.channel_scale);
+      const auto* scale = reinterpret_cast<const float*>(memory + plan_.layout.block.channel_scale);
       for (int d = 0; d < dim(); ++d) largest = std::max(largest, scale[d]);
     }
     if (!plan_.int8_values()) return;

@@ -19,16 +19,39 @@ namespace attn8::cpu {
 namespace {
 
 constexpr int kMaxDim = 256;
-constexpr size_t kAlignment = 64;
+/// Of what lies in the workspace: a page, so that the distances between what a kernel stores and
+/// what it loads next, modulo the 12 bits by which CPUs match them, do not depend on the caller.
+constexpr size_t kAlignment = 4096;
 
 constexpr size_t aligned(size_t bytes) noexcept {
   return (bytes + kAlignment - 1) / kAlignment * kAlignment;
 }
 
+/// Few queries against at least this many keys are split over the keys: enough parts for the
+/// threads of a machine, each long enough that starting it costs little. A function of the shape
+/// alone, so that the threads do not change the result.
+constexpr int64_t kKeysPerSplit = 8192;
+
 /// Buffers of one worker, one after the other.
 struct TileBuffers {
   size_t q = 0, out = 0, normalizer = 0, weight_sum = 0, row_max = 0, scratch = 0, total = 0;
 };
+
+/// Results of one part of the keys.
+struct PartialBuffers {
+  size_t out = 0, normalizer = 0, weight_sum = 0, row_max = 0, total = 0;
+};
+
+PartialBuffers partial_buffers(const AttentionPlan::State& plan) noexcept {
+  const auto rows = static_cast<size_t>(
+      round_up(plan.seqlen_q * (plan.nheads_q / std::max<int64_t>(1, plan.nheads_k)), kRowGroup));
+  PartialBuffers buffers;
+  buffers.normalizer = rows * static_cast<size_t>(padded_dim(plan.head_dim)) * sizeof(float);
+  buffers.weight_sum = buffers.normalizer + rows * sizeof(float);
+  buffers.row_max = buffers.weight_sum + rows * sizeof(float);
+  buffers.total = (buffers.row_max + rows * sizeof(float) + 63) / 64 * 64;
+  return buffers;
+}
 
 TileBuffers tile_buffers(const AttentionPlan::State& plan) noexcept {
   TileBuffers buffers;
@@ -67,12 +90,19 @@ class TileRunner {
 
   Status run() noexcept {
     const int64_t tiles = (rows_ + kQueryTile - 1) / kQueryTile;
+    const int64_t splits = plan_.key_splits;
     std::atomic<bool> bad_code = false;
-    for_each_task(plan_.context, plan_.heads() * tiles, [&](int64_t task, int64_t worker) {
-      // The last tiles of a causal mask see the most keys; they start first.
-      const int64_t tile = tiles - 1 - task % tiles;
-      if (!run_tile(task / tiles, tile * kQueryTile, worker)) bad_code = true;
+    for_each_task(plan_.context, plan_.heads() * tiles * splits, [&](int64_t task, int64_t worker) {
+      // The last tiles of a causal mask see the most keys; they start first. Splits have one tile.
+      const int64_t tile = tiles - 1 - task / splits % tiles;
+      if (!run_tile(task / splits / tiles, tile * kQueryTile, task % splits, worker)) {
+        bad_code = true;
+      }
     });
+    if (splits > 1) {
+      for_each_task(plan_.context, plan_.heads(),
+                    [&](int64_t head, int64_t worker) { merge_splits(head, worker); });
+    }
     if (bad_code) return invalid("q.codes holds -128, wants codes in [-127, 127]");
     return {};
   }
@@ -84,10 +114,26 @@ class TileRunner {
     float mean_score = 0;  ///< softmax_scale * q.k_mean, what smoothing took from the LSE
   };
 
-  bool run_tile(int64_t head, int64_t first_row, int64_t worker) const noexcept {
-    std::byte* memory = work_.base + plan_.layout.workers +
-                        static_cast<size_t>(worker) * plan_.layout.bytes_per_worker;
-    AttendTile tile;
+  [[nodiscard]] std::byte* worker_memory(int64_t worker) const noexcept {
+    return work_.base + plan_.layout.workers +
+           static_cast<size_t>(worker) * plan_.layout.bytes_per_worker;
+  }
+
+  /// Points a tile's results at the partial of a split.
+  void use_partial(int64_t head, int64_t split, AttendTile& tile) const noexcept {
+    const PartialBuffers buffers = partial_buffers(plan_);
+    std::byte* memory =
+        work_.base + plan_.layout.partials +
+        static_cast<size_t>(head * plan_.key_splits + split) * plan_.layout.bytes_per_partial;
+    tile.out = reinterpret_cast<float*>(memory + buffers.out);
+    tile.normalizer = reinterpret_cast<float*>(memory + buffers.normalizer);
+    tile.weight_sum = reinterpret_cast<float*>(memory + buffers.weight_sum);
+    tile.row_max = reinterpret_cast<float*>(memory + buffers.row_max);
+  }
+
+  /// The tile's operands and what each row is and sees; false when given codes hold -128.
+  bool begin_tile(int64_t head, int64_t first_row, std::byte* memory, AttendTile& tile,
+                  Row* rows) const noexcept {
     tile.mode = plan_.options.mode;
     tile.head_dim = static_cast<int>(plan_.head_dim);
     tile.kv_block = plan_.options.kv_block;
@@ -99,16 +145,16 @@ class TileRunner {
     tile.row_max = reinterpret_cast<float*>(memory + buffers_.row_max);
     tile.scratch = memory + buffers_.scratch;
     const HeadState& state = work_.head(head);
-    tile.kv.blocks = work_.block_pointers(head);
+    tile.kv.blocks = work_.packed_blocks(head);
     tile.kv.layout = plan_.layout.block;
     tile.kv.keys = plan_.keys;
     tile.kv.v_ref = state.v_ref;
     tile.kv.key_norm = state.key_norm;
     tile.kv.channel_scale = plan_.v_granularity == Granularity::kBlockChannel;
-    Row rows[kQueryTile];
     bool good = true;
     for (int r = 0; r < tile.rows; ++r) {
       Row& row = rows[r];
+      row = {};
       row.seq = (first_row + r) / group_;
       row.head = head % plan_.nheads_k * group_ + (first_row + r) % group_;
       tile.visible[r] = visible_range(plan_.options.mask, plan_.seqlen_q, plan_.seqlen_k, row.seq);
@@ -116,9 +162,61 @@ class TileRunner {
       row.poisoned = row.poisoned || sees_poison(head, tile.visible[r]);
     }
     if (plan_.int8_scores()) pad_queries(memory + buffers_.q, tile);
-    plan_.table->attend(tile);
-    for (int r = 0; r < tile.rows; ++r) finish_row(head, tile, r, rows[r]);
     return good;
+  }
+
+  bool run_tile(int64_t head, int64_t first_row, int64_t split, int64_t worker) const noexcept {
+    AttendTile tile;
+    Row rows[kQueryTile];
+    const bool good = begin_tile(head, first_row, worker_memory(worker), tile, rows);
+    if (plan_.key_splits == 1) {
+      plan_.table->attend(tile);
+      for (int r = 0; r < tile.rows; ++r) finish_row(head, tile, r, tile.visible[r], rows[r]);
+      return good;
+    }
+    const int64_t keys_per_split = plan_.blocks_per_split * plan_.options.kv_block;
+    const int64_t begin =
+        plan_.keys.lo / plan_.options.kv_block * plan_.options.kv_block + split * keys_per_split;
+    for (int r = 0; r < tile.rows; ++r) {
+      KeyRange& range = tile.visible[r];
+      range = {std::max(range.lo, begin), std::min(range.hi, begin + keys_per_split)};
+      if (range.empty()) range = {};
+    }
+    use_partial(head, split, tile);
+    plan_.table->attend(tile);
+    return good;
+  }
+
+  /// Adds up what the parts of the keys gave, in their order, and finishes the rows of a head.
+  void merge_splits(int64_t head, int64_t worker) const noexcept {
+    AttendTile tile;
+    Row rows[kQueryTile];
+    begin_tile(head, 0, worker_memory(worker), tile, rows);
+    const int64_t padded = padded_dim(plan_.head_dim);
+    for (int r = 0; r < tile.rows; ++r) {
+      tile.row_max[r] = -std::numeric_limits<float>::infinity();
+      AttendTile part;
+      for (int64_t split = 0; split < plan_.key_splits; ++split) {
+        use_partial(head, split, part);
+        tile.row_max[r] = std::max(tile.row_max[r], part.row_max[r]);
+      }
+      float* out = tile.out + r * padded;
+      std::fill_n(out, padded, 0.0f);
+      tile.normalizer[r] = 0;
+      tile.weight_sum[r] = 0;
+      for (int64_t split = 0; split < plan_.key_splits; ++split) {
+        use_partial(head, split, part);
+        if (std::isinf(part.row_max[r])) continue;  // sees none of this part
+        // kAccurate: a whole power of two, so that nothing is rounded.
+        const float scale = std::exp2(part.row_max[r] - tile.row_max[r]);
+        if (scale < 0x1p-100f) continue;
+        const float* partial = part.out + r * padded;
+        for (int64_t d = 0; d < padded; ++d) out[d] += scale * partial[d];
+        tile.normalizer[r] += scale * part.normalizer[r];
+        tile.weight_sum[r] += scale * part.weight_sum[r];
+      }
+      finish_row(head, tile, r, tile.visible[r], rows[r]);
+    }
   }
 
   /// Rows of zeros that see nothing up to the next multiple of kRowGroup.
@@ -136,7 +234,8 @@ class TileRunner {
   bool load_query(int64_t head, int r, Row& row, std::byte* q, AttendTile& tile) const noexcept {
     const int64_t batch = head / plan_.nheads_k;
     const int dim = static_cast<int>(plan_.head_dim);
-    const float log2_scale = plan_.softmax_scale * std::numbers::log2e_v<float>;
+    const auto log2_scale =
+        static_cast<float>(static_cast<double>(plan_.softmax_scale) * std::numbers::log2e);
     float values[kMaxDim];
     bool good = true;
     if (!plan_.int8_scores()) {
@@ -204,13 +303,14 @@ class TileRunner {
                        static_cast<size_t>(range.hi - range.lo)) != nullptr;
   }
 
-  void finish_row(int64_t head, const AttendTile& tile, int r, const Row& row) const noexcept {
+  void finish_row(int64_t head, const AttendTile& tile, int r, KeyRange visible,
+                  const Row& row) const noexcept {
     const int64_t batch = head / plan_.nheads_k;
     const int dim = tile.head_dim;
     float* out = tile.out + r * padded_dim(dim);
     constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
     float lse = -std::numeric_limits<float>::infinity();
-    if (tile.visible[r].empty()) {
+    if (visible.empty()) {
       std::fill_n(out, dim, 0.0f);
     } else if (row.poisoned) {
       std::fill_n(out, dim, kNan);
@@ -242,6 +342,21 @@ class TileRunner {
   const int64_t rows_;
 };
 
+/// Decides whether the keys are split. `paper` and `half` round P relative to a running maximum
+/// that parts would not share.
+void split_keys(AttentionPlan::State& plan) noexcept {
+  const int64_t keys = plan.keys.hi - plan.keys.lo;
+  const bool can = plan.options.mode == Mode::kAccurate || plan.options.mode == Mode::kExact;
+  if (!can || plan.nheads_k == 0 || keys < 2 * kKeysPerSplit ||
+      plan.seqlen_q * (plan.nheads_q / plan.nheads_k) > kQueryTile) {
+    return;
+  }
+  const int64_t kv_block = plan.options.kv_block;
+  const int64_t blocks = (plan.keys.hi + kv_block - 1) / kv_block - plan.keys.lo / kv_block;
+  plan.blocks_per_split = kKeysPerSplit / kv_block;
+  plan.key_splits = (blocks + plan.blocks_per_split - 1) / plan.blocks_per_split;
+}
+
 }  // namespace
 
 Status lay_out(AttentionPlan::State& plan) noexcept {
@@ -271,7 +386,9 @@ Status lay_out(AttentionPlan::State& plan) noexcept {
                               plan.v_granularity == Granularity::kBlockChannel);
   layout.blocks =
       take(product({heads, plan.kv_blocks(), static_cast<int64_t>(layout.block.bytes)}));
-  layout.block_pointers = take(product({heads, plan.kv_blocks(), int64_t{sizeof(std::byte*)}}));
+  layout.block_headers =
+      take(product({heads, plan.kv_blocks(), static_cast<int64_t>(layout.block.header_bytes)}));
+  layout.packed_blocks = take(product({heads, plan.kv_blocks(), int64_t{sizeof(PackedBlock)}}));
   layout.heads = take(product({heads, int64_t{sizeof(HeadState)}}));
   layout.poison = take(product({heads, plan.seqlen_k}));
   if (plan.smooths_k()) {
@@ -286,10 +403,16 @@ Status lay_out(AttentionPlan::State& plan) noexcept {
           take(product({heads, plan.kv_blocks(), plan.head_dim, int64_t{sizeof(uint32_t)}}));
     }
   }
+  split_keys(plan);
+  if (plan.key_splits > 1) {
+    layout.bytes_per_partial = partial_buffers(plan).total;
+    layout.partials =
+        take(product({heads, plan.key_splits, static_cast<int64_t>(layout.bytes_per_partial)}));
+  }
   layout.bytes_per_worker = tile_buffers(plan).total;
   layout.workers =
       take(product({plan.context.threads, static_cast<int64_t>(layout.bytes_per_worker)}));
-  layout.total = next;
+  layout.total = next + kAlignment;  // run() may have to round its start up
   if (overflow || next > size_t{1} << 62) {
     return invalid("k.shape asks for a workspace of over 2^62 bytes");
   }
@@ -302,6 +425,7 @@ Status run(const AttentionPlan::State& plan, const AttentionInputs& inputs,
   const auto milliseconds = [](Clock::time_point from, Clock::time_point to) {
     return std::chrono::duration<double, std::milli>(to - from).count();
   };
+  workspace += (kAlignment - reinterpret_cast<uintptr_t>(workspace) % kAlignment) % kAlignment;
   const Workspace work{plan, workspace};
   const Clock::time_point start = Clock::now();
   if (Status status = prepare(work, inputs); !status.ok()) return status;

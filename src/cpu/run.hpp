@@ -21,8 +21,12 @@ struct Workspace {
     return base + plan.layout.blocks +
            static_cast<size_t>(head * plan.kv_blocks() + block) * plan.layout.block.bytes;
   }
-  [[nodiscard]] const std::byte** block_pointers(int64_t head) const noexcept {
-    return at<const std::byte*>(plan.layout.block_pointers) + head * plan.kv_blocks();
+  [[nodiscard]] std::byte* block_header(int64_t head, int64_t block) const noexcept {
+    return base + plan.layout.block_headers +
+           static_cast<size_t>(head * plan.kv_blocks() + block) * plan.layout.block.header_bytes;
+  }
+  [[nodiscard]] PackedBlock* packed_blocks(int64_t head) const noexcept {
+    return at<PackedBlock>(plan.layout.packed_blocks) + head * plan.kv_blocks();
   }
   [[nodiscard]] HeadState& head(int64_t head) const noexcept {
     return at<HeadState>(plan.layout.heads)[head];

@@ -150,6 +150,7 @@ double emulate_grid_row(const Arithmetic& arithmetic, const KeyValues& kv, const
     const double beta = scale_of_steps(block_max - *reference);
     const double added_weight = beta * static_cast<double>(block_weight);
     denominator.add(added_weight, kUnit * added_weight, 0);
+    if (beta == 0) continue;  // not even a NaN scale of V counts
     const double rho = static_cast<double>(residual) / 256;
     for (int64_t d = 0; d < head_dim; ++d) {
       const auto at = static_cast<size_t>(begin / kv_block * head_dim + d);

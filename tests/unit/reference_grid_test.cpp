@@ -149,6 +149,15 @@ TEST(ScoreGrid, WhatLiesOutOfReachIsZero) {
   }
 }
 
+// Out of reach not even a poisoned V counts; within reach it does.
+TEST(ScoreGrid, PoisonOutOfReachIsZeroToo) {
+  EmulationOptions options = grid_options(Granularity::kBlock);
+  options.kv_block = 1;
+  const Tensor v = column({127, std::numeric_limits<float>::quiet_NaN()});
+  EXPECT_NEAR(attend(column({6400, -1}), v, options).out[0], 127, 1e-11);
+  EXPECT_TRUE(std::isnan(attend(column({6400, 0}), v, options).out[0]));
+}
+
 // Scores beyond 2^30 steps are equal, those 2^31 below them weigh nothing.
 TEST(ScoreGrid, ScoresAreClamped) {
   EmulationOptions options = grid_options();

@@ -89,7 +89,7 @@ TEST(Validation, ValidCallsOfEveryForm) {
   call.quantized_k();
   call.quantized_v(Granularity::kToken, {2, 5, 2, 1});
   EXPECT_TRUE(call.run().ok()) << call.run().message();
-  call.quantized_v(Granularity::kBlockChannel, {2, 1, 2, 8}, 128);
+  call.quantized_v(Granularity::kBlockChannel, {2, 1, 2, 8}, 256);
   EXPECT_TRUE(call.run().ok()) << call.run().message();
   call.outputs.lse.reset();
   EXPECT_TRUE(call.run().ok()) << call.run().message();
@@ -286,7 +286,7 @@ TEST(Validation, QuantizedOperands) {
     c.options.mode = Mode::kPaper;
     c.quantized_v(Granularity::kToken, {2, 5, 2, 1});
   });
-  expect_refused("v.spec.block got 64, wants kv_block=128", [](Call& c) {
+  expect_refused("v.spec.block got 64, wants kv_block=256", [](Call& c) {
     c.quantized_v(Granularity::kBlock, {2, 1, 2, 1}, 64);
   });
   expect_refused("v.spec.block got 128, wants kv_block=192", [](Call& c) {

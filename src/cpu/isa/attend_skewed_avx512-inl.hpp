@@ -33,14 +33,11 @@ inline constexpr int kMaxGroups = 8;
 
 /// E of docs/numerics.md.
 alignas(64) constexpr uint16_t kGridWeight16[64] = {
-    65280, 64577, 63881, 63193, 62512, 61839, 61173, 60514,
-    59862, 59217, 58579, 57948, 57324, 56707, 56096, 55491,
-    54894, 54302, 53717, 53139, 52566, 52000, 51440, 50886,
-    50338, 49796, 49259, 48729, 48204, 47684, 47171, 46663,
-    46160, 45663, 45171, 44684, 44203, 43727, 43256, 42790,
-    42329, 41873, 41422, 40976, 40534, 40098, 39666, 39238,
-    38816, 38398, 37984, 37575, 37170, 36770, 36374, 35982,
-    35594, 35211, 34831, 34456, 34085, 33718, 33355, 32995};
+    65280, 64577, 63881, 63193, 62512, 61839, 61173, 60514, 59862, 59217, 58579, 57948, 57324,
+    56707, 56096, 55491, 54894, 54302, 53717, 53139, 52566, 52000, 51440, 50886, 50338, 49796,
+    49259, 48729, 48204, 47684, 47171, 46663, 46160, 45663, 45171, 44684, 44203, 43727, 43256,
+    42790, 42329, 41873, 41422, 40976, 40534, 40098, 39666, 39238, 38816, 38398, 37984, 37575,
+    37170, 36770, 36374, 35982, 35594, 35211, 34831, 34456, 34085, 33718, 33355, 32995};
 
 struct alignas(64) Words {
   int16_t word[32];
@@ -94,19 +91,22 @@ struct SkewedItem {
   int first_row = 0;  ///< of the tile
   int groups = 0;
   int64_t first_key = 0;
+  int64_t k_ahead = 0;  ///< bytes to the K of the next block where it is time to ask for it, else 0
+  int64_t v_ahead = 0;  ///< likewise V
   bool masked = false;  ///< whether a row does not see all its keys
-  const std::byte* k = nullptr;      ///< [groups] packed
-  const std::byte* v = nullptr;      ///< [groups] packed
+  const std::byte* k = nullptr;  ///< [groups] packed
+  const std::byte* v = nullptr;  ///< [groups] packed
   const KeyRecord* records = nullptr;
   const float* mean = nullptr;  ///< [padded_dim]
   float value_scale = 1;
   bool any_high = false;
-  alignas(16) float sees_block[kRowGroup] = {};  ///< all bits set where the row sees the block whole
+  alignas(
+      16) float sees_block[kRowGroup] = {};  ///< all bits set where the row sees the block whole
 };
 
 /// What an item leaves for its P V and for the update of O.
 struct SkewedState {
-  float* out = nullptr;  ///< [kRowGroup][padded]
+  float* out = nullptr;        ///< [kRowGroup][padded]
   std::byte* codes = nullptr;  ///< [groups][kRowGroup][64] u8
   bool rescales = false;
   alignas(16) float rescale[kRowGroup] = {1, 1, 1, 1};
@@ -124,12 +124,12 @@ struct alignas(64) GroupSums {
 /// The weights of an item, computed half a group of one row at a time between products. Everything
 /// is laid out group by group, rows within.
 struct Weigher {
-  const int16_t* scores = nullptr;      ///< [groups][kRowGroup][64]
-  std::byte* codes = nullptr;           ///< [groups][kRowGroup][64]
-  const KeyRecord* records = nullptr;   ///< [groups]
-  const int32_t* top = nullptr;         ///< [kRowGroup] maxima, in both halves of a word
-  GroupSums* sums = nullptr;            ///< [groups][kRowGroup]
-  int next = 0;  ///< of the groups * kRowGroup pieces
+  const int16_t* scores = nullptr;     ///< [groups][kRowGroup][64]
+  std::byte* codes = nullptr;          ///< [groups][kRowGroup][64]
+  const KeyRecord* records = nullptr;  ///< [groups]
+  const int32_t* top = nullptr;        ///< [kRowGroup] maxima, in both halves of a word
+  GroupSums* sums = nullptr;           ///< [groups][kRowGroup]
+  int next = 0;                        ///< of the groups * kRowGroup pieces
   int end = 0;
 };
 
@@ -171,32 +171,36 @@ ATTN8_INLINE void weigh_half(const Weigher& weigher, int piece, HalfPiece& half,
   _mm512_store_si512(sums.rest, _mm512_add_epi16(half.rest, rest));
 }
 
-/// Everything a tile's pipeline works on.
-struct Skewed {
+/// Everything a tile's pipeline works on. On a page of its own: which loads of K and V wait for
+/// stores whose addresses share their low 12 bits is then the same in every call (measured: up to a
+/// tenth of the time otherwise, by where the stack happens to lie).
+struct alignas(4096) Skewed {
   explicit Skewed(const AttendTile& the_tile)
       : tile(the_tile),
         scratch(tile_scratch(the_tile)),
         padded(static_cast<int>(padded_dim(the_tile.head_dim))),
-        // The 32-bit scores of the other paths leave room for 16-bit ones and a second P.
-        scores(reinterpret_cast<int16_t*>(scratch.scores)),
-        codes{scratch.codes, reinterpret_cast<std::byte*>(scores + kRowGroup * the_tile.kv_block)} {
+        scores(score_memory),
+        codes{codes_memory, codes_memory + 2048} {
     std::memset(nothing, 0, sizeof(nothing));
+    std::memcpy(factors, the_tile.score_factor, sizeof(factors));
   }
 
+  alignas(64) float factors[kQueryTile];
+  alignas(64) int16_t score_memory[2048];
+  alignas(64) std::byte codes_memory[4096];
   const AttendTile& tile;
   TileScratch scratch;
   int padded;
-  int16_t* scores;      ///< [groups][kRowGroup][64]
-  std::byte* codes[2];  ///< [groups][kRowGroup][64]
-  GroupSums sums[kMaxGroups * kRowGroup];  // NOLINT: filled before they are read
-  int32_t top[kRowGroup] = {};             ///< maxima, in both halves of a word
-  alignas(16) float weight[kRowGroup] = {};  ///< beta
+  int16_t* scores;                             ///< [groups][kRowGroup][64]
+  std::byte* codes[2];                         ///< [groups][kRowGroup][64]
+  GroupSums sums[kMaxGroups * kRowGroup];      // NOLINT: filled before they are read
+  int32_t top[kRowGroup] = {};                 ///< maxima, in both halves of a word
+  alignas(16) float weight[kRowGroup] = {};    ///< beta
   alignas(64) float nothing[kRowGroup * 256];  ///< where the O of no item goes
 };
 
 ATTN8_INLINE int16_t largest_word(Vector v) {
-  const __m256i m16 =
-      _mm256_max_epi16(_mm512_castsi512_si256(v), _mm512_extracti64x4_epi64(v, 1));
+  const __m256i m16 = _mm256_max_epi16(_mm512_castsi512_si256(v), _mm512_extracti64x4_epi64(v, 1));
   const __m128i m8 = _mm_max_epi16(_mm256_castsi256_si128(m16), _mm256_extracti128_si256(m16, 1));
   // vphminposuw finds the smallest unsigned word; this flip reverses and unsigns the order.
   const __m128i least = _mm_minpos_epu16(_mm_xor_si128(m8, _mm_set1_epi16(0x7fff)));
@@ -212,8 +216,8 @@ ATTN8_INLINE void score_row(const KeyRecord* record, const float* factor, int16_
   for (int c = 0; c < 4; ++c) {
     const __m512 x =
         _mm512_mul_ps(_mm512_cvtepi32_ps(sum[c]), _mm512_load_ps(record->k_scale + 16 * c));
-    w[c] = _mm512_cvtps_epi32(
-        _mm512_fmadd_ps(x, row_factor, _mm512_load_ps(record->offset + 16 * c)));
+    w[c] =
+        _mm512_cvtps_epi32(_mm512_fmadd_ps(x, row_factor, _mm512_load_ps(record->offset + 16 * c)));
   }
   const Vector low = _mm512_packs_epi32(w[0], w[1]);
   const Vector high = _mm512_packs_epi32(w[2], w[3]);
@@ -234,12 +238,11 @@ inline __attribute__((noinline)) void hide_scores(const Skewed& work, const Skew
         return static_cast<int16_t>(key < first ? 0 : key > first + 32 ? 32 : key - first);
       };
       const Vector keys = load_vector(&kScoreKeys);
-      const __mmask32 seen =
-          _mm512_cmpge_epi16_mask(keys, _mm512_set1_epi16(clamped(range.lo))) &
-          _mm512_cmplt_epi16_mask(keys, _mm512_set1_epi16(clamped(range.hi)));
+      const __mmask32 seen = _mm512_cmpge_epi16_mask(keys, _mm512_set1_epi16(clamped(range.lo))) &
+                             _mm512_cmplt_epi16_mask(keys, _mm512_set1_epi16(clamped(range.hi)));
       int16_t* scores = work.scores + (half / 2 * kRowGroup + r) * 64 + half % 2 * 32;
-      const Vector kept = _mm512_mask_mov_epi16(_mm512_set1_epi16(kHiddenScore16), seen,
-                                                load_vector(scores));
+      const Vector kept =
+          _mm512_mask_mov_epi16(_mm512_set1_epi16(kHiddenScore16), seen, load_vector(scores));
       _mm512_store_si512(scores, kept);
       largest = _mm512_max_epi16(largest, kept);
     }
@@ -270,17 +273,23 @@ ATTN8_INLINE void add_row(const Skewed& work, const SkewedState& state, const fl
 }
 
 /// One step of a dot product for four rows: kStride bytes between rows of `a`, kVectors vectors of
-/// b.
-template <int kVectors, int kStride>
-ATTN8_INLINE void dot_step(Vector (&sum)[4][4], const std::byte* a, const std::byte* b) {
+/// b; kAhead: asks for those `ahead` bytes further.
+template <bool kAhead, int kVectors, int kStride>
+ATTN8_INLINE void dot_step(Vector (&sum)[4][4], const std::byte* a, const std::byte* b,
+                           int64_t ahead) {
   Vector column[kVectors];
 #pragma GCC unroll 16
-  for (int c = 0; c < kVectors; ++c) column[c] = load_now(b + 64 * c);
+  for (int c = 0; c < kVectors; ++c) {
+    column[c] = load_now(b + 64 * c);
+    if constexpr (kAhead) asm volatile("prefetcht1 %0" : : "m"(*(b + ahead + 64 * c)));
+  }
 #pragma GCC unroll 16
   for (int r = 0; r < 4; ++r) {
     const Vector x = broadcast_bytes(a + r * kStride);
 #pragma GCC unroll 16
-    for (int c = 0; c < kVectors; ++c) { dot(sum[r][c], x, column[c]); }
+    for (int c = 0; c < kVectors; ++c) {
+      dot(sum[r][c], x, column[c]);
+    }
   }
 }
 
@@ -292,7 +301,9 @@ ATTN8_INLINE void dot_head(Vector (&sum)[4], const std::byte* a, const std::byte
   for (int step = 0; step < 2; ++step) {
     const Vector x = broadcast_bytes(a + kNext * step);
 #pragma GCC unroll 16
-    for (int c = 0; c < kVectors; ++c) { dot_memory(sum[c], x, b + (step * kVectors + c) * 64); }
+    for (int c = 0; c < kVectors; ++c) {
+      dot_memory(sum[c], x, b + (step * kVectors + c) * 64);
+    }
   }
 }
 
@@ -301,17 +312,17 @@ inline constexpr int kCodesStride = 64;
 inline constexpr int kQueryStep = 16;
 
 /// Steps kFirst..15 of P V of a group, with kPieces pieces of the next item's weights between.
-template <int kVectors, int kFirst, int kPieces>
+template <bool kAhead, int kVectors, int kFirst, int kPieces>
 ATTN8_INLINE void value_group(Vector (&sum)[4][4], const std::byte* p, const std::byte* v,
-                              const Weigher& weigher, int piece, Vector table_low,
+                              int64_t ahead, const Weigher& weigher, int piece, Vector table_low,
                               Vector table_high) {
   constexpr int kSteps = 16 - kFirst;
   constexpr int kHalves = 2 * kPieces;
   HalfPiece half;
 #pragma GCC unroll 16
   for (int step = 0; step < kSteps; ++step) {
-    dot_step<kVectors, kCodesStride>(sum, p + 4 * (kFirst + step),
-                                     v + (kFirst + step) * kVectors * 64);
+    dot_step<kAhead, kVectors, kCodesStride>(sum, p + 4 * (kFirst + step),
+                                             v + (kFirst + step) * kVectors * 64, ahead);
     // At most one half per step: the halves are spread over the steps.
     const int done = step * kHalves / kSteps;
     if ((step + 1) * kHalves / kSteps > done) {
@@ -352,17 +363,17 @@ ATTN8_INLINE void advance_rows(Skewed& work, const SkewedItem& item, const Vecto
   }
 }
 
-/// 2^12 sum_j h_j (W_j >> 12) of the rows, from the scores: for the few blocks whose V scales differ
-/// by more than 16.
+/// 2^12 sum_j h_j (W_j >> 12) of the rows, from the scores: for the few blocks whose V scales
+/// differ by more than 16.
 inline __attribute__((noinline)) __m256i high_weights(const Skewed& work, const SkewedItem& item) {
   alignas(32) int64_t total[kRowGroup] = {};
   for (int half = 0; half < 2 * kRowGroup * item.groups; ++half) {
     const int piece = half / 2;
     const int r = piece % kRowGroup;
-    const Vector d = _mm512_sub_epi16(_mm512_set1_epi32(work.top[r]),
-                                      load_vector(work.scores + 32 * half));
-    const Vector e = _mm512_permutex2var_epi16(load_vector(kGridWeight16), d,
-                                               load_vector(kGridWeight16 + 32));
+    const Vector d =
+        _mm512_sub_epi16(_mm512_set1_epi32(work.top[r]), load_vector(work.scores + 32 * half));
+    const Vector e =
+        _mm512_permutex2var_epi16(load_vector(kGridWeight16), d, load_vector(kGridWeight16 + 32));
     const Vector y = _mm512_srlv_epi16(e, _mm512_srli_epi16(d, 6));
     const Vector h = _mm512_avg_epu16(y, _mm512_setzero_si512());
     Vector sum = _mm512_setzero_si512();
@@ -410,8 +421,7 @@ ATTN8_INLINE void finish_sums(Skewed& work, const SkewedItem& item, SkewedState&
 #pragma GCC unroll 4
     for (int r = 0; r < kRowGroup; ++r) {
       const Vector x = load_vector(sums[r].weights);
-      const Vector wide =
-          _mm512_add_epi64(_mm512_and_si512(x, low_half), _mm512_srli_epi64(x, 32));
+      const Vector wide = _mm512_add_epi64(_mm512_and_si512(x, low_half), _mm512_srli_epi64(x, 32));
       weights[r] = _mm512_add_epi64(weights[r], wide);
       rest[r] = _mm512_add_epi16(rest[r], load_vector(sums[r].rest));
     }
@@ -425,9 +435,9 @@ ATTN8_INLINE void finish_sums(Skewed& work, const SkewedItem& item, SkewedState&
   if (item.any_high) [[unlikely]]
     total = _mm256_add_epi64(total, high_weights(work, item));
   float* normalizer = work.tile.normalizer + item.first_row;
-  _mm_storeu_ps(normalizer, _mm_fmadd_ps(_mm_load_ps(work.weight), _mm256_cvtepi64_ps(total),
-                                         _mm_mul_ps(_mm_loadu_ps(normalizer),
-                                                    _mm_load_ps(state.rescale))));
+  _mm_storeu_ps(normalizer,
+                _mm_fmadd_ps(_mm_load_ps(work.weight), _mm256_cvtepi64_ps(total),
+                             _mm_mul_ps(_mm_loadu_ps(normalizer), _mm_load_ps(state.rescale))));
   const __m128 rho = _mm_mul_ps(_mm_cvtepi32_ps(residual), _mm_set1_ps(0x1p-8f));
   _mm_store_ps(state.residual, _mm_and_ps(rho, _mm_load_ps(item.sees_block)));
 }
@@ -496,6 +506,11 @@ class SkewedWalk {
     item.mean = kv.mean(block_);
     item.value_scale = header.v_scale / kv.v_ref;
     item.any_high = header.any_high != 0;
+    // The first row group asks for K, the last one for V.
+    const int64_t next =
+        block_ + 1 < end_ ? kv.blocks[block_ + 1].data - kv.blocks[block_].data : 0;
+    item.k_ahead = item.first_row == 0 ? next : 0;
+    item.v_ahead = row_ >= tile_.rows ? next : 0;
     item.masked =
         rows.full_lo > item.first_key || rows.full_hi < item.first_key + item.groups * kKeyGroup;
     const RowGroup group = {item.first_row, block_, group_lo, group_hi};
@@ -531,16 +546,17 @@ ATTN8_INLINE void start_query_row(Vector (&sum)[4], const KeyRecord& record, con
 }
 
 /// The other steps of Q K of one group.
+template <bool kAhead>
 ATTN8_INLINE void finish_query_group(Vector (&sum)[4][4], const std::byte* q, int padded,
-                                     const std::byte* k) {
-  dot_step<4, 4>(sum, q + 2 * kQueryStep, k + 512);
-  dot_step<4, 4>(sum, q + 3 * kQueryStep, k + 768);
+                                     const std::byte* k, int64_t ahead) {
+  dot_step<kAhead, 4, 4>(sum, q + 2 * kQueryStep, k + 512, ahead);
+  dot_step<kAhead, 4, 4>(sum, q + 3 * kQueryStep, k + 768, ahead);
   for (int dim = 16; dim < padded; dim += 16) {
     q += 4 * kQueryStep;
     k += 1024;
 #pragma GCC unroll 4
     for (int step = 0; step < 4; ++step) {
-      dot_step<4, 4>(sum, q + kQueryStep * step, k + 256 * step);
+      dot_step<kAhead, 4, 4>(sum, q + kQueryStep * step, k + 256 * step, ahead);
     }
   }
 }
@@ -581,17 +597,17 @@ ATTN8_INLINE int take_pieces(Weigher& weigher) {
 
 /// P V of an item for one slab of channels whose rows are started, with kPieces pieces of the next
 /// item's weights in each of its groups.
-template <int kVectors, int kPieces>
+template <bool kAhead, int kVectors, int kPieces>
 ATTN8_INLINE void value_slab(Vector (&sum)[4][4], int groups, const std::byte* p,
-                             const std::byte* v, size_t v_group_bytes, Weigher& weigher,
-                             Vector table_low, Vector table_high) {
-  value_group<kVectors, 2, kPieces>(sum, p, v, weigher, take_pieces<kPieces>(weigher), table_low,
-                                    table_high);
+                             const std::byte* v, size_t v_group_bytes, int64_t ahead,
+                             Weigher& weigher, Vector table_low, Vector table_high) {
+  value_group<kAhead, kVectors, 2, kPieces>(sum, p, v, ahead, weigher,
+                                            take_pieces<kPieces>(weigher), table_low, table_high);
   for (int group = 1; group < groups; ++group) {
     v += v_group_bytes;
     p += kRowGroup * kCodesStride;
-    value_group<kVectors, 0, kPieces>(sum, p, v, weigher, take_pieces<kPieces>(weigher), table_low,
-                                      table_high);
+    value_group<kAhead, kVectors, 0, kPieces>(sum, p, v, ahead, weigher,
+                                              take_pieces<kPieces>(weigher), table_low, table_high);
   }
 }
 
@@ -619,8 +635,9 @@ inline __attribute__((noinline)) void drain(const Skewed& work, const SkewedItem
 }
 
 /// kTail: channels of the last slab when it is narrower than 64, else 0. kPieces: pieces of weights
-/// per group and slab of P V, about four over the slabs of an item.
-template <int kTail, int kPieces>
+/// per group and slab of P V, about four over the slabs of an item. kAhead: for few rows, whose K
+/// and V come from memory: asks for the next block while it computes on one.
+template <int kTail, int kPieces, bool kAhead>
 inline void attend_skewed(const AttendTile& tile) {
   constexpr int kTailVectors = kTail / 16;
   Skewed work(tile);
@@ -660,7 +677,7 @@ inline void attend_skewed(const AttendTile& tile) {
     const std::byte* q = tile.q + item.first_row * padded;  // [padded / 4][4][4]
     const std::byte* k = item.k;
     const KeyRecord* record = item.records;
-    const float* factors = tile.score_factor + item.first_row;
+    const float* factors = work.factors + item.first_row;
     int16_t* scores = work.scores;
     const Vector hidden = _mm512_set1_epi16(kHiddenScore16);
     Vector largest[4] = {hidden, hidden, hidden, hidden};
@@ -672,13 +689,13 @@ inline void attend_skewed(const AttendTile& tile) {
       }
       start_query_row(sum[r], *record, q + 4 * r, k);
     }
-    finish_query_group(sum, q, padded, k);
+    finish_query_group<kAhead>(sum, q, padded, k, item.k_ahead);
     for (int group = item.groups; group > 1; --group) {
       k += k_group_bytes;
       next_query_group(sum, record, factors, scores, q, k, largest);
       ++record;
       scores += kRowGroup * 64;
-      finish_query_group(sum, q, padded, k);
+      finish_query_group<kAhead>(sum, q, padded, k, item.k_ahead);
     }
 
     // P V of the previous item; the narrow slab is last in memory and first in time.
@@ -700,11 +717,11 @@ inline void attend_skewed(const AttendTile& tile) {
     if constexpr (kTail > 0) {
       // With no full slab beside it, the weights go here.
       if (slabs > 0) {
-        value_slab<kTailVectors, 0>(sum, previous.groups, p, v, v_group_bytes, weigher, table_low,
-                                    table_high);
+        value_slab<kAhead, kTailVectors, 0>(sum, previous.groups, p, v, v_group_bytes,
+                                            previous.v_ahead, weigher, table_low, table_high);
       } else {
-        value_slab<kTailVectors, kPieces>(sum, previous.groups, p, v, v_group_bytes, weigher,
-                                          table_low, table_high);
+        value_slab<kAhead, kTailVectors, kPieces>(sum, previous.groups, p, v, v_group_bytes,
+                                                  previous.v_ahead, weigher, table_low, table_high);
       }
     }
     for (int h = 0; h < slabs; ++h) {
@@ -722,8 +739,8 @@ inline void attend_skewed(const AttendTile& tile) {
           dot_head<4, 4>(sum[r], p + r * kCodesStride, v);
         }
       }
-      value_slab<4, kPieces>(sum, previous.groups, p, v, v_group_bytes, weigher, table_low,
-                             table_high);
+      value_slab<kAhead, 4, kPieces>(sum, previous.groups, p, v, v_group_bytes, previous.v_ahead,
+                                     weigher, table_low, table_high);
     }
     if constexpr (kTail > 0 && kPieces == 4) {
       if (slabs == 0) {
@@ -756,30 +773,31 @@ inline void attend_skewed(const AttendTile& tile) {
 /// The pipeline for the tile's head_dim.
 inline void attend_skewed(const AttendTile& tile) {
   const auto padded = padded_dim(tile.head_dim);
+  const bool few = tile.rows <= 2 * kRowGroup;
   switch (padded / 64 * 4 + padded % 64 / 16) {
     case 0 * 4 + 1:
     case 1 * 4 + 1:
-      return attend_skewed<16, 4>(tile);
+      return attend_skewed<16, 4, false>(tile);
     case 0 * 4 + 2:
     case 1 * 4 + 2:
-      return attend_skewed<32, 4>(tile);
+      return attend_skewed<32, 4, false>(tile);
     case 0 * 4 + 3:
     case 1 * 4 + 3:
-      return attend_skewed<48, 4>(tile);
+      return attend_skewed<48, 4, false>(tile);
     case 1 * 4:
-      return attend_skewed<0, 4>(tile);
+      return few ? attend_skewed<0, 4, true>(tile) : attend_skewed<0, 4, false>(tile);
     case 2 * 4:
     case 3 * 4:
-      return attend_skewed<0, 2>(tile);
+      return few ? attend_skewed<0, 2, true>(tile) : attend_skewed<0, 2, false>(tile);
     case 4 * 4:
-      return attend_skewed<0, 1>(tile);
+      return attend_skewed<0, 1, false>(tile);
     case 2 * 4 + 1:
     case 3 * 4 + 1:
-      return attend_skewed<16, 2>(tile);
+      return attend_skewed<16, 2, false>(tile);
     case 2 * 4 + 2:
     case 3 * 4 + 2:
-      return attend_skewed<32, 2>(tile);
+      return attend_skewed<32, 2, false>(tile);
     default:
-      return attend_skewed<48, 2>(tile);
+      return attend_skewed<48, 2, false>(tile);
   }
 }

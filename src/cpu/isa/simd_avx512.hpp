@@ -103,17 +103,16 @@ ATTN8_INLINE void store_codes(std::byte* p, const I32 (&codes)[4]) {
 }
 
 // The score grid of `accurate`: E[f] = round(65280 * 2^(-f / 64)) is the rounded product of one of
-// eight coarse and one of eight fine powers; for all 64 f that is the correctly rounded value, which
-// a test checks.
+// eight coarse and one of eight fine powers; for all 64 f that is the correctly rounded value,
+// which a test checks.
 alignas(64) inline constexpr float kCoarsePower[16] = {
-    0x1.fep+15f, 0x1.d3ac0cp+15f, 0x1.acdb7p+15f, 0x1.894386p+15f,
-    0x1.689fdcp+15f, 0x1.4ab1bp+15f, 0x1.2f3f7p+15f, 0x1.161458p+15f,
-    0x1.fep+15f, 0x1.d3ac0cp+15f, 0x1.acdb7p+15f, 0x1.894386p+15f,
-    0x1.689fdcp+15f, 0x1.4ab1bp+15f, 0x1.2f3f7p+15f, 0x1.161458p+15f};
+    0x1.fep+15f,     0x1.d3ac0cp+15f, 0x1.acdb7p+15f, 0x1.894386p+15f,
+    0x1.689fdcp+15f, 0x1.4ab1bp+15f,  0x1.2f3f7p+15f, 0x1.161458p+15f,
+    0x1.fep+15f,     0x1.d3ac0cp+15f, 0x1.acdb7p+15f, 0x1.894386p+15f,
+    0x1.689fdcp+15f, 0x1.4ab1bp+15f,  0x1.2f3f7p+15f, 0x1.161458p+15f};
 alignas(64) inline constexpr float kFinePower[16] = {
-    0x1p+0f, 0x1.fa7c18p-1f, 0x1.f50766p-1f, 0x1.efa1bep-1f,
-    0x1.ea4afap-1f, 0x1.e502eep-1f, 0x1.dfc974p-1f, 0x1.da9e6p-1f,
-    0x1p+0f, 0x1.fa7c18p-1f, 0x1.f50766p-1f, 0x1.efa1bep-1f,
+    0x1p+0f,        0x1.fa7c18p-1f, 0x1.f50766p-1f, 0x1.efa1bep-1f, 0x1.ea4afap-1f, 0x1.e502eep-1f,
+    0x1.dfc974p-1f, 0x1.da9e6p-1f,  0x1p+0f,        0x1.fa7c18p-1f, 0x1.f50766p-1f, 0x1.efa1bep-1f,
     0x1.ea4afap-1f, 0x1.e502eep-1f, 0x1.dfc974p-1f, 0x1.da9e6p-1f};
 ATTN8_INLINE I32 broadcast_i32(int32_t x) { return {_mm512_set1_epi32(x)}; }
 ATTN8_INLINE I32 operator+(I32 a, I32 b) { return {_mm512_add_epi32(a.v, b.v)}; }

@@ -26,8 +26,8 @@ ATTN8_KERNEL_INLINE void grid_scores(const AttendTile& tile, const RowGroup& row
     int32_t* out = scores + group * kKeyGroup;  // [kRows][kv_block]
     query_products<kRows>(tile, rows, group, [&](int r, int lane, I32 sum) ATTN8_INLINE_LAMBDA {
       const F32 x = to_float(sum) * load(record.k_scale + lane);
-      const F32 v = fused(x, broadcast(tile.score_factor[rows.first_row + r]),
-                          load(record.offset + lane));
+      const F32 v =
+          fused(x, broadcast(tile.score_factor[rows.first_row + r]), load(record.offset + lane));
       I32 t = round_to_grid(max(broadcast(-kGridLimit), min(broadcast(kGridLimit), v)));
       if (!full) [[unlikely]] {
         int lo = 0;
@@ -106,22 +106,20 @@ ATTN8_KERNEL_INLINE void attend_block_accurate(const AttendTile& tile, const Til
                                        scratch.codes + r * tile.kv_block);
     step.residual[r] =
         sees_block(tile, rows, r) ? static_cast<float>(sums.residual) * 0x1p-8f : 0.0f;
-    tile.normalizer[row] =
-        __builtin_fmaf(step.weight[r], static_cast<float>(sums.weights),
-                       tile.normalizer[row] * step.rescale[r]);
+    tile.normalizer[row] = __builtin_fmaf(step.weight[r], static_cast<float>(sums.weights),
+                                          tile.normalizer[row] * step.rescale[r]);
   }
   const int64_t padded = padded_dim(tile.head_dim);
   const float* mean = tile.kv.mean(rows.block);
-  const auto* channel_scale =
-      reinterpret_cast<const float*>(tile.kv.blocks[rows.block] + tile.kv.layout.channel_scale);
+  const float* channel_scale = tile.kv.v_channel_scale(rows.block);
   value_products<kRows>(
       tile, rows, scratch.codes, [&](int r, int channel, const auto& sum) ATTN8_INLINE_LAMBDA {
         float* out = tile.out + (rows.first_row + r) * padded + channel;  // [16 * vectors]
         constexpr int kCount = sizeof(sum) / sizeof(sum[0]);
 #pragma GCC unroll 4
         for (int c = 0; c < kCount; ++c) {
-          F32 x = fused(broadcast(step.residual[r]), load(mean + channel + 16 * c),
-                        to_float(sum[c]));
+          F32 x =
+              fused(broadcast(step.residual[r]), load(mean + channel + 16 * c), to_float(sum[c]));
           if (tile.kv.channel_scale) {
             x = x * divide(load(channel_scale + channel + 16 * c), broadcast(tile.kv.v_ref));
           }
@@ -146,9 +144,8 @@ inline void end_accurate(const AttendTile& tile, const TileScratch& scratch) {
   for (int r = 0; r < tile.rows; ++r) {
     tile.normalizer[r] *= 0x1p-15f;
     tile.weight_sum[r] = tile.normalizer[r];
-    tile.row_max[r] = scratch.ref[r] == kNoReference
-                          ? -std::numeric_limits<float>::infinity()
-                          : static_cast<float>(scratch.ref[r] / 64);
+    tile.row_max[r] = scratch.ref[r] == kNoReference ? -std::numeric_limits<float>::infinity()
+                                                     : static_cast<float>(scratch.ref[r] / 64);
   }
 }
 

@@ -8,8 +8,7 @@
 template <int kRows>
 ATTN8_KERNEL_INLINE void score_group_float(const AttendTile& tile, const RowGroup& rows,
                                            int64_t group, float* scores, F32 (&largest)[kRows]) {
-  const auto* k =
-      reinterpret_cast<const float*>(tile.kv.k(rows.block, group));  // [head_dim][64]
+  const auto* k = reinterpret_cast<const float*>(tile.kv.k(rows.block, group));  // [head_dim][64]
   const auto* q = reinterpret_cast<const float*>(tile.q) + rows.first_row * tile.head_dim;
   const bool full = all_visible<kRows>(tile, rows, group);
   float* out = scores + group * kKeyGroup;  // [kRows][kv_block]
@@ -108,8 +107,9 @@ ATTN8_KERNEL_INLINE void add_values_float(const AttendTile& tile, const RowGroup
   }
   key = key > rows.group_lo * kKeyGroup ? key : rows.group_lo * kKeyGroup;
   end = end < rows.group_hi * kKeyGroup ? end : rows.group_hi * kKeyGroup;
-  const std::byte* v = tile.kv.v(rows.block, 0) + (key * padded + channel) * kBytes;  // [key][padded]
-  const float* p = weights + key;  // [kRows][kv_block]
+  const std::byte* v =
+      tile.kv.v(rows.block, 0) + (key * padded + channel) * kBytes;  // [key][padded]
+  const float* p = weights + key;                                    // [kRows][kv_block]
   for (; key < end; ++key, ++p, v += padded * kBytes) {
     F32 b[kCount];
 #pragma GCC unroll 4
@@ -154,8 +154,8 @@ ATTN8_KERNEL_INLINE void attend_block_float(const AttendTile& tile, const RowGro
     F32 weight_sum = broadcast(0.0f);
     for (int64_t group = rows.group_lo; group < rows.group_hi; ++group) {
       const int64_t offset = r * tile.kv_block + group * kKeyGroup;
-      weigh_group<kHalf>(tile, rows, r, group, scratch.scores + offset,
-                         state.subtract[r], weight_sum);
+      weigh_group<kHalf>(tile, rows, r, group, scratch.scores + offset, state.subtract[r],
+                         weight_sum);
     }
     const F32 rescale = broadcast(state.rescale[r]);
     float* weights = scratch.weights + 16 * (rows.first_row + r);

@@ -83,8 +83,7 @@ ATTN8_KERNEL_INLINE void attend_block_paper(const AttendTile& tile, const TileSc
         constexpr int kCount = sizeof(sum) / sizeof(sum[0]);
 #pragma GCC unroll 4
         for (int c = 0; c < kCount; ++c) {
-          store(out + 16 * c,
-                load(out + 16 * c) * broadcast(state.rescale[r]) + to_float(sum[c]));
+          store(out + 16 * c, load(out + 16 * c) * broadcast(state.rescale[r]) + to_float(sum[c]));
         }
       });
 }

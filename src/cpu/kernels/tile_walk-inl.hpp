@@ -18,7 +18,8 @@ inline TileScratch tile_scratch(const AttendTile& tile) {
   float* weights = sums + 16 * kQueryTile;
   auto* ref = reinterpret_cast<int32_t*>(weights + 16 * kQueryTile);
   auto* scores = reinterpret_cast<float*>(ref + kQueryTile);
-  return {sums, weights, ref, scores, reinterpret_cast<std::byte*>(scores + kRowGroup * tile.kv_block)};
+  return {sums, weights, ref, scores,
+          reinterpret_cast<std::byte*>(scores + kRowGroup * tile.kv_block)};
 }
 
 /// The rows of a tile that one pass computes, and the key groups of a block that any of them sees.
@@ -74,7 +75,8 @@ inline RowGroup row_group(const AttendTile& tile, int first_row, int count, int6
   lo = lo > block_lo ? lo : block_lo;
   hi = hi < block_hi ? hi : block_hi;
   if (lo >= hi) return {first_row, block, 0, 0};
-  return {first_row, block, (lo - block_lo) / kKeyGroup, (hi - block_lo + kKeyGroup - 1) / kKeyGroup};
+  return {first_row, block, (lo - block_lo) / kKeyGroup,
+          (hi - block_lo + kKeyGroup - 1) / kKeyGroup};
 }
 
 /// Calls visit(rows, count) for every group of rows and every kv block it sees, block by block, so
