@@ -131,11 +131,13 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         needed = max(options.tokens, *options.lengths, *options.time_lengths, options.layer_tokens)
         ids = sources.token_ids(tokenizer, text, needed)
         if "perplexity" in parts:
-            results["perplexity"] = language.perplexities(
+            results["perplexity"] = []
+            for row in language.perplexities(
                 model, ids, options.lengths, options.tokens, options.modes, options.fp8_tokens,
                 _progress,
-            )  # fmt: skip
-            _store(options.results, results)
+            ):  # fmt: skip
+                results["perplexity"].append(row)
+                _store(options.results, results)
         if "layers" in parts:
             results["layers"] = language.layer_study(
                 model, ids[:, : options.layer_tokens], options.layer_modes, _progress

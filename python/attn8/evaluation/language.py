@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -110,8 +110,10 @@ def perplexities(
     modes: Sequence[str],
     fp8_tokens: int,
     progress: Progress,
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
     """Measure each mode at each length, over the first ``tokens`` tokens of the text.
+
+    Yields a row per mode as soon as a length is done.
 
     Parameters
     ----------
@@ -122,7 +124,6 @@ def perplexities(
     fp8_tokens : int
         Tokens that mode fp8 reads, which is emulated in software; none where a length is longer.
     """
-    rows = []
     for length in lengths:
         used = [m for m in modes if m != "fp8" or length <= fp8_tokens]
         sums = {mode: Comparison() for mode in ["float", *used]}
@@ -133,10 +134,8 @@ def perplexities(
             now = [mode for mode in sums if mode != "fp8" or within]
             hidden = {mode: hidden_states(model, piece, mode) for mode in now}
             compare(model, piece, hidden, sums)
-        rows += [
-            {"length": length, "mode": mode, **total.summary()} for mode, total in sums.items()
-        ]
-    return rows
+        for mode, total in sums.items():
+            yield {"length": length, "mode": mode, **total.summary()}
 
 
 # Which layers.
