@@ -89,8 +89,8 @@ struct KernelTable {
   void (*max_abs_bits_each)(const float* x, int n, uint32_t* bits);
   /// sums[i] += x[i].
   void (*add_to_sums)(const float* x, int n, double* sums);
-  /// x[i] -= mean[i].
-  void (*subtract)(float* x, const float* mean, int n);
+  /// dst[i] = x[i] - mean[i]; dst may be x.
+  void (*subtract)(const float* x, const float* mean, int n, float* dst);
   /// codes[i] = round-half-even(x[i] / scale[i * scale_step]); scale_step 0 or 1; x finite.
   void (*encode)(const float* x, int n, const float* scale, int scale_step, int8_t* codes);
   /// Sum of the squares of n codes; those up to the next multiple of 64 are readable and 0.

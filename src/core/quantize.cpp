@@ -68,7 +68,7 @@ class Quantizer {
     if (mean_use_ == Mean::kNone) return;
     float mean[kPiece];
     for (int64_t i = 0; i < n; ++i) mean[i] = cpu::float_at(*mean_, batch, 0, head, dim + i);
-    table_.subtract(row, mean, static_cast<int>(n));
+    table_.subtract(row, mean, static_cast<int>(n), row);
   }
 
   void compute_mean(int64_t batch, int64_t head) const noexcept {

@@ -76,6 +76,16 @@ class Preparation {
     }
   }
 
+  /// A row as floats: where it lies, or widened into `buffer`.
+  const float* row_of(const ConstTensorView& view, int64_t head, int64_t key,
+                      float* buffer) const noexcept {
+    if (view.dtype == DType::kFloat32 && view.strides[3] == 1) {
+      return reinterpret_cast<const float*>(element(view, batch(head), key, kv_head(head)));
+    }
+    load(view, head, key, buffer);
+    return buffer;
+  }
+
   void compute_k_means() noexcept {
     const int64_t keys = plan_.keys.hi - plan_.keys.lo;
     const int64_t chunks = (keys + kMeanChunk - 1) / kMeanChunk;
@@ -86,10 +96,9 @@ class Preparation {
       const int64_t end = std::min(begin + kMeanChunk, plan_.keys.hi);
       double* sum = sums + task * dim();
       std::fill_n(sum, dim(), 0.0);
-      float row[kMaxDim];
+      float buffer[kMaxDim];
       for (int64_t key = begin; key < end; ++key) {
-        load(k_, head, key, row);
-        table_.add_to_sums(row, dim(), sum);
+        table_.add_to_sums(row_of(k_, head, key, buffer), dim(), sum);
       }
     });
     for (int64_t head = 0; head < plan_.heads(); ++head) {
@@ -273,7 +282,8 @@ class Preparation {
         if (load_codes(v_, batch(head), key, kv_head(head), codes)) bad_code_ = "v";
         zero = std::all_of(codes, codes + dim(), [](int8_t code) { return code == 0; });
       } else {
-        const uint32_t bits = max_abs_bits(v_, head, key);
+        float buffer[kMaxDim];
+        const uint32_t bits = table_.max_abs_bits(row_of(v_, head, key, buffer), dim());
         scale = scale_from_bits(bits);
         zero = codes_are_zero(bits);
       }
@@ -286,18 +296,6 @@ class Preparation {
       largest = std::max(largest, scale);
     }
     if (largest > 0) scales.block = largest;
-  }
-
-  /// Bits of the largest magnitude of a row, from where it lies when it is float32.
-  [[nodiscard]] uint32_t max_abs_bits(const ConstTensorView& view, int64_t head,
-                                      int64_t key) const noexcept {
-    if (view.dtype == DType::kFloat32 && view.strides[3] == 1) {
-      return table_.max_abs_bits(
-          reinterpret_cast<const float*>(element(view, batch(head), key, kv_head(head))), dim());
-    }
-    float row[kMaxDim];
-    load(view, head, key, row);
-    return table_.max_abs_bits(row, dim());
   }
 
   /// g and W of a group's keys.
@@ -337,9 +335,12 @@ class Preparation {
         scale = float_at(quantized->scale, batch(head), key, kv_head(head));
         if (load_codes(k_, batch(head), key, kv_head(head), row)) bad_code_ = "k";
       } else {
-        float values[kMaxDim];
-        load(k_, head, key, values);
-        if (plan_.smooths_k()) table_.subtract(values, work_.k_mean(head), dim());
+        float buffer[kMaxDim];
+        const float* values = row_of(k_, head, key, buffer);
+        if (plan_.smooths_k()) {
+          table_.subtract(values, work_.k_mean(head), dim(), buffer);
+          values = buffer;
+        }
         const uint32_t bits = table_.max_abs_bits(values, dim());
         scale = scale_from_bits(bits);
         if (!codes_are_zero(bits)) table_.encode(values, dim(), &scale, 0, row);
@@ -387,9 +388,8 @@ class Preparation {
       return;
     }
     if (!quantized) {
-      float values[kMaxDim];
-      load(v_, head, key, values);
-      table_.encode(values, dim(), &scale, 0, row);
+      float buffer[kMaxDim];
+      table_.encode(row_of(v_, head, key, buffer), dim(), &scale, 0, row);
     }
     const float ratio = scale / block_scale;
     if (ratio >= kMinRatio) [[likely]]

@@ -611,27 +611,38 @@ ATTN8_INLINE void value_slab(Vector (&sum)[4][4], int groups, const std::byte* p
   }
 }
 
+/// P V of an item for kVectors vectors of channels from `channel` on, added to its O.
+template <int kVectors>
+ATTN8_INLINE void drain_channels(const Skewed& work, const SkewedItem& item,
+                                 const SkewedState& state, int channel) {
+  const int slab = channel / 64 * 64;
+  const int64_t step_bytes = slab_width(work.padded, slab) * 4;
+  Vector sum[4][4];
+#pragma GCC unroll 4
+  for (int r = 0; r < 4; ++r) {
+#pragma GCC unroll 4
+    for (int c = 0; c < kVectors; ++c) sum[r][c] = _mm512_setzero_si512();
+  }
+  const std::byte* p = state.codes;
+  const std::byte* v = item.v + slab * kKeyGroup + (channel - slab) * 4;
+  for (int group = 0; group < item.groups; ++group) {
+    for (int step = 0; step < 16; ++step) {
+      dot_step<false, kVectors, kCodesStride>(sum, p + 4 * step, v + step * step_bytes, 0);
+    }
+    p += kRowGroup * kCodesStride;
+    v += work.tile.kv.layout.v_group_bytes;
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < 4; ++r) add_row<kVectors>(work, state, item.mean, channel, r, sum[r]);
+}
+
 /// P V of the last item, which has nothing to run beside.
 inline __attribute__((noinline)) void drain(const Skewed& work, const SkewedItem& item,
                                             const SkewedState& state) {
   if (state.rescales) rescale_rows(state, work.padded);
-  for (int channel = 0; channel < work.padded; channel += 16) {
-    const int slab = channel / 64 * 64;
-    const int64_t width = slab_width(work.padded, slab);
-    for (int r = 0; r < kRowGroup; ++r) {
-      Vector sum[4] = {_mm512_setzero_si512()};
-      for (int group = 0; group < item.groups; ++group) {
-        const std::byte* p = state.codes + (group * kRowGroup + r) * kCodesStride;
-        const std::byte* v = item.v +
-                             static_cast<size_t>(group) * work.tile.kv.layout.v_group_bytes +
-                             slab * kKeyGroup + (channel - slab) * 4;
-        for (int quad = 0; quad < 16; ++quad) {
-          dot(sum[0], broadcast_bytes(p + 4 * quad), load_vector(v + quad * width * 4));
-        }
-      }
-      add_row<1>(work, state, item.mean, channel, r, sum);
-    }
-  }
+  int channel = 0;
+  for (; channel + 64 <= work.padded; channel += 64) drain_channels<4>(work, item, state, channel);
+  for (; channel < work.padded; channel += 16) drain_channels<1>(work, item, state, channel);
 }
 
 /// kTail: channels of the last slab when it is narrower than 64, else 0. kPieces: pieces of weights

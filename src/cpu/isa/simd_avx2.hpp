@@ -17,6 +17,8 @@ namespace attn8::avx2 {
 
 inline constexpr Isa kIsa = Isa::kAvx2;
 inline constexpr bool kQueryCodesOffset = false;
+/// P is stored - 128, because u8 times s8 in pairs overflows 16 bits; the sums of V undo it.
+inline constexpr bool kValueCodesOffset = true;
 /// 4 rows x 1 vector of 16 columns are 8 of 16 registers; two operands, one broadcast and the
 /// temporaries of the byte products take the rest.
 inline constexpr int kVectors = 1;
@@ -132,42 +134,39 @@ ATTN8_INLINE I32 broadcast4(const std::byte* p) {
 ATTN8_INLINE I32 load_bytes(const std::byte* p) {
   return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)(p + 32))};
 }
-// vpmaddubsw saturates a sum of two products to 16 bits. Both forms below keep it in range:
-// |q| * (+-k) of codes is at most 2 * 127 * 127 = 32258, and one product of a u8 with a code at a
-// time is at most 255 * 127 = 32385.
+// vpmaddubsw saturates a sum of two products to 16 bits. |a| * (+-b) of codes stays in range, also
+// where a is -128: 2 * 128 * 127 = 32512.
 ATTN8_INLINE __m256i dot4_s8_s8(__m256i sum, __m256i a, __m256i b) {
   const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(a), _mm256_sign_epi8(b, a));
   return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
-ATTN8_INLINE __m256i dot4_u8_s8(__m256i sum, __m256i a, __m256i b) {
-  const __m256i even = _mm256_maddubs_epi16(_mm256_and_si256(a, _mm256_set1_epi16(0xff)), b);
-  const __m256i odd = _mm256_maddubs_epi16(_mm256_andnot_si256(_mm256_set1_epi16(0xff), a), b);
-  const __m256i ones = _mm256_set1_epi16(1);
-  sum = _mm256_add_epi32(sum, _mm256_madd_epi16(even, ones));
-  return _mm256_add_epi32(sum, _mm256_madd_epi16(odd, ones));
-}
-/// sum[lane] += sum of 4 products of u8 in `a` with s8 in `b`; exact.
-ATTN8_INLINE void dot4_u8_s8(I32& sum, I32 a, I32 b) {
-  sum.lo = dot4_u8_s8(sum.lo, a.lo, b.lo);
-  sum.hi = dot4_u8_s8(sum.hi, a.hi, b.hi);
-}
-/// The same for Q codes (s8 in [-127, 127]) against K codes.
+/// sum[lane] += sum of 4 products of Q codes (s8 in [-127, 127]) in `a` with K codes in `b`.
 ATTN8_INLINE void dot4_query(I32& sum, I32 a, I32 b) {
   sum.lo = dot4_s8_s8(sum.lo, a.lo, b.lo);
   sum.hi = dot4_s8_s8(sum.hi, a.hi, b.hi);
+}
+/// The same for P, stored - 128, against V codes.
+ATTN8_INLINE void dot4_value(I32& sum, I32 a, I32 b) { dot4_query(sum, a, b); }
+/// sum[lane] += sum of 4 products of u8 below 128 in `a` with s8 in `b`.
+ATTN8_INLINE void dot4_u7_s8(I32& sum, I32 a, I32 b) {
+  const __m256i ones = _mm256_set1_epi16(1);
+  sum.lo = _mm256_add_epi32(sum.lo, _mm256_madd_epi16(_mm256_maddubs_epi16(a.lo, b.lo), ones));
+  sum.hi = _mm256_add_epi32(sum.hi, _mm256_madd_epi16(_mm256_maddubs_epi16(a.hi, b.hi), ones));
 }
 
 /// |b| of every byte, -128 excepted.
 ATTN8_INLINE I32 absolute_bytes(I32 a) { return {_mm256_abs_epi8(a.lo), _mm256_abs_epi8(a.hi)}; }
 
-/// Four vectors of 16 codes in [0, 255] to 64 bytes in the order of p_position().
+/// Four vectors of 16 codes in [0, 255] to 64 bytes in the order of p_position(), as dot4_value()
+/// wants them.
 ATTN8_INLINE void store_codes(std::byte* p, const I32 (&codes)[4]) {
+  const __m256i flip = _mm256_set1_epi8(-128);
   const __m256i low = _mm256_packus_epi16(_mm256_packs_epi32(codes[0].lo, codes[1].lo),
                                           _mm256_packs_epi32(codes[2].lo, codes[3].lo));
   const __m256i high = _mm256_packus_epi16(_mm256_packs_epi32(codes[0].hi, codes[1].hi),
                                            _mm256_packs_epi32(codes[2].hi, codes[3].hi));
-  _mm256_storeu_si256((__m256i*)p, low);
-  _mm256_storeu_si256((__m256i*)(p + 32), high);
+  _mm256_storeu_si256((__m256i*)p, _mm256_xor_si256(low, flip));
+  _mm256_storeu_si256((__m256i*)(p + 32), _mm256_xor_si256(high, flip));
 }
 
 // The score grid of `accurate`: E[f] = round(65280 * 2^(-f / 64)) is the rounded product of one of
@@ -236,6 +235,11 @@ ATTN8_INLINE I32 load_scores16(const int16_t* p, int c) {
 }
 
 // Rows.
+/// Whether `fused` is one instruction, and whether rows are transposed by instructions of the ISA.
+inline constexpr bool kFastFused = true;
+inline constexpr bool kTransposesRows = false;
+inline void transpose_words(const int8_t* rows, int row_stride, std::byte* out);
+inline void interleave_rows(const int8_t* rows, int row_stride, std::byte* out);
 ATTN8_INLINE F32 load_float16(const uint16_t* p) {
   return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)),
           _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + 8)))};

@@ -18,6 +18,7 @@ namespace attn8::avx512_vnni {
 inline constexpr Isa kIsa = Isa::kAvx512Vnni;
 /// vpdpbusd multiplies u8 by s8, so Q codes are stored + 128 and undone by the key's correction.
 inline constexpr bool kQueryCodesOffset = true;
+inline constexpr bool kValueCodesOffset = false;
 /// Vectors of 16 columns per pass of a matrix product: 4 rows x 4 vectors are 16 accumulators,
 /// which with 4 operands and 1 broadcast leave 11 of 32 registers to the softmax.
 inline constexpr int kVectors = 4;
@@ -89,8 +90,11 @@ ATTN8_INLINE I32 load_bytes(const std::byte* p) { return {_mm512_loadu_si512(p)}
 ATTN8_INLINE void dot4_u8_s8(I32& sum, I32 a, I32 b) {
   asm("vpdpbusd %2, %1, %0" : "+v"(sum.v) : "v"(a.v), "v"(b.v));
 }
-/// The same for Q codes (stored + 128 here) against K codes.
+/// The same for Q codes (stored + 128 here) against K codes, for P against V codes, and for bytes
+/// below 128.
 ATTN8_INLINE void dot4_query(I32& sum, I32 a, I32 b) { dot4_u8_s8(sum, a, b); }
+ATTN8_INLINE void dot4_value(I32& sum, I32 a, I32 b) { dot4_u8_s8(sum, a, b); }
+ATTN8_INLINE void dot4_u7_s8(I32& sum, I32 a, I32 b) { dot4_u8_s8(sum, a, b); }
 
 /// |b| of every byte, -128 excepted.
 ATTN8_INLINE I32 absolute_bytes(I32 a) { return {_mm512_abs_epi8(a.v)}; }
@@ -154,6 +158,66 @@ ATTN8_INLINE I32 load_scores16(const int16_t* p, int c) {
 }
 
 // Rows.
+/// Whether `fused` is one instruction, and the two functions below exist.
+inline constexpr bool kFastFused = true;
+inline constexpr bool kTransposesRows = true;
+/// 16 rows of 16 words, row_stride bytes apart, to 16 vectors of one word of each row, 256 bytes
+/// apart.
+ATTN8_INLINE void transpose_words(const int8_t* rows, int row_stride, std::byte* out) {
+  __m512i a[16];
+  __m512i b[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_si512(rows + i * row_stride);
+    // Words, then pairs of words, within quarters; then the quarters of four vectors, twice.
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+    b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {
+    a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
+    a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
+    a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
+    a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
+  }
+  // a[4 r + w] holds, in quarter q, word 4 q + w of rows 4 r .. 4 r + 3.
+#pragma GCC unroll 4
+  for (int w = 0; w < 4; ++w) {
+    const __m512i low01 = _mm512_shuffle_i32x4(a[w], a[4 + w], 0x44);
+    const __m512i high01 = _mm512_shuffle_i32x4(a[w], a[4 + w], 0xee);
+    const __m512i low23 = _mm512_shuffle_i32x4(a[8 + w], a[12 + w], 0x44);
+    const __m512i high23 = _mm512_shuffle_i32x4(a[8 + w], a[12 + w], 0xee);
+    _mm512_storeu_si512(out + 256 * w, _mm512_shuffle_i32x4(low01, low23, 0x88));
+    _mm512_storeu_si512(out + 256 * (4 + w), _mm512_shuffle_i32x4(low01, low23, 0xdd));
+    _mm512_storeu_si512(out + 256 * (8 + w), _mm512_shuffle_i32x4(high01, high23, 0x88));
+    _mm512_storeu_si512(out + 256 * (12 + w), _mm512_shuffle_i32x4(high01, high23, 0xdd));
+  }
+}
+/// Four rows of 64 bytes, row_stride apart, to 64 words of one byte of each row.
+ATTN8_INLINE void interleave_rows(const int8_t* rows, int row_stride, std::byte* out) {
+  const __m512i r0 = _mm512_loadu_si512(rows);
+  const __m512i r1 = _mm512_loadu_si512(rows + row_stride);
+  const __m512i r2 = _mm512_loadu_si512(rows + 2 * row_stride);
+  const __m512i r3 = _mm512_loadu_si512(rows + 3 * row_stride);
+  const __m512i low01 = _mm512_unpacklo_epi8(r0, r1);
+  const __m512i high01 = _mm512_unpackhi_epi8(r0, r1);
+  const __m512i low23 = _mm512_unpacklo_epi8(r2, r3);
+  const __m512i high23 = _mm512_unpackhi_epi8(r2, r3);
+  // w[j] holds, in quarter q, the words 16 q + 4 j .. 16 q + 4 j + 3.
+  const __m512i w0 = _mm512_unpacklo_epi16(low01, low23);
+  const __m512i w1 = _mm512_unpackhi_epi16(low01, low23);
+  const __m512i w2 = _mm512_unpacklo_epi16(high01, high23);
+  const __m512i w3 = _mm512_unpackhi_epi16(high01, high23);
+  const __m512i low_a = _mm512_shuffle_i32x4(w0, w1, 0x44);
+  const __m512i high_a = _mm512_shuffle_i32x4(w0, w1, 0xee);
+  const __m512i low_b = _mm512_shuffle_i32x4(w2, w3, 0x44);
+  const __m512i high_b = _mm512_shuffle_i32x4(w2, w3, 0xee);
+  _mm512_storeu_si512(out, _mm512_shuffle_i32x4(low_a, low_b, 0x88));
+  _mm512_storeu_si512(out + 64, _mm512_shuffle_i32x4(low_a, low_b, 0xdd));
+  _mm512_storeu_si512(out + 128, _mm512_shuffle_i32x4(high_a, high_b, 0x88));
+  _mm512_storeu_si512(out + 192, _mm512_shuffle_i32x4(high_a, high_b, 0xdd));
+}
 ATTN8_INLINE F32 load_float16(const uint16_t* p) {
   return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))};
 }

@@ -22,6 +22,7 @@ namespace attn8::scalar {
 
 inline constexpr Isa kIsa = Isa::kScalar;
 inline constexpr bool kQueryCodesOffset = false;
+inline constexpr bool kValueCodesOffset = false;
 inline constexpr int kVectors = 1;
 
 /// 16 lanes as a vector type of the compiler's, which lowers it to whatever the target has; every
@@ -124,6 +125,9 @@ ATTN8_INLINE void dot4_u8_s8(I32& sum, const I32& a, const I32& b) {
     sum.v += x * y;
   }
 }
+/// The same for P against V codes, and for bytes below 128.
+ATTN8_INLINE void dot4_value(I32& sum, const I32& a, const I32& b) { dot4_u8_s8(sum, a, b); }
+ATTN8_INLINE void dot4_u7_s8(I32& sum, const I32& a, const I32& b) { dot4_u8_s8(sum, a, b); }
 /// The same for Q codes (s8) against K codes.
 ATTN8_INLINE void dot4_query(I32& sum, const I32& a, const I32& b) {
 #pragma GCC unroll 4
@@ -209,6 +213,11 @@ ATTN8_INLINE I32 load_scores16(const int16_t* p, int c) {
 }
 
 // Rows.
+/// Whether `fused` is one instruction, and whether rows are transposed by instructions of the ISA.
+inline constexpr bool kFastFused = false;
+inline constexpr bool kTransposesRows = false;
+inline void transpose_words(const int8_t* rows, int row_stride, std::byte* out);
+inline void interleave_rows(const int8_t* rows, int row_stride, std::byte* out);
 ATTN8_INLINE F32 load_float16(const uint16_t* p) {
   F32 result;
   for (int i = 0; i < 16; ++i) result.v[i] = float16_to_float(p[i]);

@@ -6,7 +6,9 @@
 inline size_t scratch_bytes(int kv_block) {
   const size_t sums = sizeof(float) * (2 * 16 + 1) * kQueryTile;
   const auto block = static_cast<size_t>(kRowGroup * kv_block);
-  return sums + block * sizeof(float) + block;
+  const size_t value_sums =
+      kValueCodesOffset ? static_cast<size_t>(kv_block / kKeyGroup) * 256 * sizeof(int32_t) : 0;
+  return sums + block * sizeof(float) + block + value_sums;
 }
 
 inline void attend(const AttendTile& tile) {
