@@ -375,7 +375,7 @@ TEST_P(KvCacheTest, RandomOperationsFollowTheModel) {
     std::vector<ModelSequence> models;
     std::map<std::string, int> counts;
     const auto pick = [&] { return static_cast<size_t>(below(std::ssize(sequences))); };
-    for (int step = 0; step < 250; ++step) {
+    for (int step = 0; step < 500; ++step) {
       SCOPED_TRACE("step " + std::to_string(step));
       const int64_t operation = sequences.empty() ? 0 : below(12);
       if (operation == 0) {
