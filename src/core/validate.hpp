@@ -1,9 +1,11 @@
 // SPDX-FileCopyrightText: The attn8 authors
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
+#include <span>
 #include <string_view>
 
 #include "attn8/attention.hpp"
+#include "attn8/merge.hpp"
 #include "attn8/quantize.hpp"
 
 namespace attn8 {
@@ -16,6 +18,9 @@ Status validate_quantize(const ConstTensorView& x, const QuantSpec& spec,
                          const ConstTensorView& codes, const ConstTensorView& scale, Mean mean_use,
                          const std::optional<TensorView>& mean) noexcept;
 Status validate_dequantize(const QuantizedView& x, const ConstTensorView& out) noexcept;
+Status validate_scale_shape(const Extents& x, const QuantSpec& spec) noexcept;
+Status validate_merge(std::span<const AttentionState> states,
+                      const AttentionOutputs& merged) noexcept;
 
 /// kInvalidArgument naming the first element that is a NaN or an Inf.
 Status validate_finite(std::string_view name, const ConstTensorView& x) noexcept;
