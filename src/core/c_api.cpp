@@ -194,7 +194,7 @@ Context context_of(const attn8_context* context) noexcept {
   return context != nullptr ? context->value : Context{};
 }
 
-/// A dense tensor whose memory holds dimension order[0] outermost.
+/// A dense tensor; `order` names its dimensions in memory from the innermost to the outermost.
 Status dense(attn8_tensor* tensor, uint32_t struct_size, const void* data, int32_t dtype,
              const int64_t* shape, const std::array<int, 4>& order) {
   if (shape == nullptr) return invalid("shape got NULL");
@@ -202,13 +202,13 @@ Status dense(attn8_tensor* tensor, uint32_t struct_size, const void* data, int32
   value.dtype = dtype;
   value.data = const_cast<void*>(data);  // only outputs are written, and theirs came as void*
   int64_t stride = 1;
-  for (auto dim = order.rbegin(); dim != order.rend(); ++dim) {
-    const int64_t extent = shape[*dim];
-    if (extent < 0) return invalid("shape[", *dim, "] got ", extent, ", wants >= 0");
-    value.shape[*dim] = extent;
-    value.strides[*dim] = stride;
+  for (const int dim : order) {
+    const int64_t extent = shape[dim];
+    if (extent < 0) return invalid("shape[", dim, "] got ", extent, ", wants >= 0");
+    value.shape[dim] = extent;
+    value.strides[dim] = stride;
     if (__builtin_mul_overflow(stride, extent, &stride)) {
-      return invalid("shape[", *dim, "] got ", extent, ", more elements than 64 bits count");
+      return invalid("shape[", dim, "] got ", extent, ", more elements than 64 bits count");
     }
   }
   return initialize("tensor", value, tensor, struct_size, offsetof(attn8_tensor, quantization));
@@ -248,12 +248,12 @@ attn8_status attn8_isa_at(size_t index, int32_t* isa, int32_t* available, const 
 
 attn8_status attn8_tensor_bshd(attn8_tensor* tensor, uint32_t struct_size, const void* data,
                                int32_t dtype, const int64_t shape[4]) {
-  return call([&] { return dense(tensor, struct_size, data, dtype, shape, {0, 1, 2, 3}); });
+  return call([&] { return dense(tensor, struct_size, data, dtype, shape, {3, 2, 1, 0}); });
 }
 
 attn8_status attn8_tensor_bhsd(attn8_tensor* tensor, uint32_t struct_size, const void* data,
                                int32_t dtype, const int64_t shape[4]) {
-  return call([&] { return dense(tensor, struct_size, data, dtype, shape, {0, 2, 1, 3}); });
+  return call([&] { return dense(tensor, struct_size, data, dtype, shape, {3, 1, 2, 0}); });
 }
 
 attn8_status attn8_quantization_init(attn8_quantization* quantization, uint32_t struct_size) {
