@@ -5,19 +5,24 @@
 // -------------------------------------
 // T is a float32 chain of three operations that leaves a kernel no choice, and from it the weights,
 // the codes and the sums S, L and R of a block are integers: a kernel has the same ones. F, mu_d
-// and every power of two are the same numbers too. What a kernel rounds and this file does not,
-// with u = 2^-24 and kTiny = 2^-149 for what float32 cannot hold near zero (in the unit of O,
-// v_ref):
+// and every power of two are the same numbers too. What a kernel rounds and this file does not:
+// (u = 2^-24; kTiny = 2^-149 is what float32 cannot hold near zero, in the unit of O, v_ref)
 //
-//     v_block / v_ref, beta times it                                      2 u, kTiny (beta + 1) |x|
-//     x_d: S where it is beyond 2^24, the multiply-add                    u |S|, u |x|
-//     for block_channel in their place: the ratio of the scales, x_d times it
-//     O: the multiply-add, on the new value;  l likewise, with L rounded to float32 before
-//     the result: a division or a reciprocal and a product, the scale      3 u, kTiny
+//   bv: v_block / v_ref, beta times it               2 u and kTiny (beta + 1), times |x|
+//   x_d: S beyond 2^24, the multiply-add             u |S| + u |x|
+//   x_d of block_channel: the two of bv, here        2 u |x| and kTiny (beta + 1) |x|
+//   O: the multiply-add                              u of the new value
+//   l: L to float32, the multiply-add                u beta L + u of the new value
+//   result: a division, or a product with the reciprocal; the scale    3 u and kTiny
 //
-// Errors of O and l keep to beta and to the reference as the values do. With E for an error,
+// A kernel may cut the blocks of a row into parts, each with its own O, l and reference, and add
+// them up. A term then goes through at most one addition more than here: sums count with the
+// magnitudes of their terms, of which no part has more, and once more in the end. The parts'
+// references may put other blocks out of reach: at most kReach of the largest, each.
+//
+// Errors of O and l move with the reference as the values do. With E for an error,
 //     |out' - out| <= (E_O 2^15 + |out| E_l) / (l - E_l) + 4 u |out|.
-// One u more than counted, here and in the products, holds the terms in u^2.
+// One u more than counted, here and in x, holds the terms in u^2.
 
 #include <algorithm>
 #include <array>
@@ -32,7 +37,8 @@ namespace {
 
 constexpr double kUnit = 0x1p-24;
 constexpr double kTiny = 0x1p-149;
-constexpr int64_t kOctave = 64;  // steps of the grid
+constexpr double kReach = 0x1p-100;  // smaller factors are 0
+constexpr int64_t kOctave = 64;      // steps of the grid
 constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
 
 // Floor division by an octave.
@@ -40,8 +46,8 @@ int64_t octaves(int64_t steps) { return steps >> 6; }
 
 // 2^exponent, 0 where it is too small to matter.
 double power(int64_t exponent) {
-  constexpr int64_t kMinExponent = -100;
-  return exponent < kMinExponent ? 0 : std::exp2(static_cast<double>(exponent));
+  const double factor = std::exp2(static_cast<double>(exponent));
+  return factor < kReach ? 0 : factor;
 }
 
 // 2^(steps / 64): the fraction of an octave rounded to float32.
@@ -77,20 +83,28 @@ std::optional<int64_t> score(const KeyValues& kv, const Query& query, int64_t j)
   return static_cast<int64_t>(std::nearbyint(std::clamp(t, -kLargest, kLargest)));
 }
 
-// A sum and the distance of a kernel's from it.
+// A sum over blocks, and the distance of a kernel's from it.
 struct Sum {
   double value = 0, error = 0;
+  double magnitude = 0;   // of all that was added
+  double unweighted = 0;  // the same without beta
 
   // By a power of two, or 0.
   void scale(double factor, double tiny) {
     value *= factor;
+    magnitude *= factor;
     error = error * factor + (factor != 0 ? tiny : 0);
   }
-  // A fused multiply-add in float32, of a product that may be `added_error` off.
-  void add(double added, double added_error, double tiny) {
-    value += added;
-    error += added_error;
-    error += kUnit * (std::abs(value) + error) + tiny;
+  // beta * added, which may be `added_error` off, by a fused multiply-add in float32.
+  void add(double beta, double added, double added_error, double tiny) {
+    value += beta * added;
+    magnitude += beta * std::abs(added);
+    unweighted += std::abs(added);
+    error += added_error + kUnit * magnitude + tiny;
+  }
+  // The distance once parts are put together; top is the largest beta.
+  [[nodiscard]] double total_error(double top) const {
+    return error + kUnit * magnitude + 2 * kReach * top * unweighted;
   }
 };
 
@@ -99,13 +113,14 @@ struct Sum {
 double emulate_grid_row(const Arithmetic& arithmetic, const KeyValues& kv, const Query& query,
                         KeyRange keys, RowScratch& scratch, double* out, double* bound) {
   constexpr double kWeightUnits = 0x1p15;  // of l, for one code of P
-  constexpr int64_t kReach = 60 * kOctave;
+  constexpr int64_t kHeadroom = 60 * kOctave;
   const int64_t head_dim = kv.v.head_dim;
   const int64_t kv_block = arithmetic.kv_block;
   const double tiny = kTiny * kv.v_ref;
   std::vector<Sum> numerator(static_cast<size_t>(head_dim));  // O
   Sum denominator;                                            // l
   std::optional<int64_t> reference;
+  double top = 0;  // the largest beta
 
   for (int64_t begin = keys.first / kv_block * kv_block; begin < keys.last; begin += kv_block) {
     const int64_t first = std::max(begin, keys.first);
@@ -140,26 +155,28 @@ double emulate_grid_row(const Arithmetic& arithmetic, const KeyValues& kv, const
     }
 
     if (!reference) reference = octaves(block_max) * kOctave;
-    if (block_max > *reference + kReach) {
+    if (block_max > *reference + kHeadroom) {
       const int64_t moved = octaves(block_max) * kOctave;
       const double factor = power(octaves(*reference - moved));
       for (Sum& sum : numerator) sum.scale(factor, tiny);
       denominator.scale(factor, 0);
+      top *= factor;
       reference = moved;
     }
     const double beta = scale_of_steps(block_max - *reference);
-    const double added_weight = beta * static_cast<double>(block_weight);
-    denominator.add(added_weight, kUnit * added_weight, 0);
-    if (beta == 0) continue;  // not even a NaN scale of V counts
+    top = std::max(top, beta);
+    const auto added_weight = static_cast<double>(block_weight);
+    denominator.add(beta, added_weight, kUnit * beta * added_weight, 0);
     const double rho = static_cast<double>(residual) / 256;
     for (int64_t d = 0; d < head_dim; ++d) {
       const auto at = static_cast<size_t>(begin / kv_block * head_dim + d);
       const double sum = scratch.sum[static_cast<size_t>(d)];
       const double x = sum + rho * kv.v_mean[at];
-      const double size = std::abs(x), scale = beta * kv.v_scale[at];
+      const double size = std::abs(x), scale = kv.v_scale[at];
+      if (beta == 0 && !std::isfinite(scale)) continue;  // out of reach nothing poisons
       const double x_error = kUnit * (4 * size + (std::abs(sum) > 0x1p24 ? std::abs(sum) : 0));
-      numerator[static_cast<size_t>(d)].add(scale * x, scale * x_error + tiny * (beta + 1) * size,
-                                            tiny);
+      numerator[static_cast<size_t>(d)].add(
+          beta, scale * x, beta * scale * x_error + tiny * (beta + 1) * size, tiny);
     }
   }
 
@@ -168,8 +185,9 @@ double emulate_grid_row(const Arithmetic& arithmetic, const KeyValues& kv, const
     out[d] = total.value / (denominator.value / kWeightUnits);
     if (bound == nullptr) continue;
     const double size = std::abs(out[d]);
-    const double moved = total.error * kWeightUnits + size * denominator.error;
-    bound[d] = moved / (denominator.value - denominator.error) + 4 * kUnit * size + tiny + kTiny;
+    const double l_error = denominator.total_error(top);
+    const double moved = total.total_error(top) * kWeightUnits + size * l_error;
+    bound[d] = moved / (denominator.value - l_error) + 4 * kUnit * size + tiny + kTiny;
   }
   return std::log2(denominator.value / (255 * kWeightUnits)) +
          static_cast<double>(*reference) / kOctave;

@@ -17,6 +17,8 @@ namespace attn8::avx2 {
 
 inline constexpr Isa kIsa = Isa::kAvx2;
 inline constexpr bool kQueryCodesOffset = false;
+/// P is stored - 128, because u8 times s8 in pairs overflows 16 bits; the sums of V undo it.
+inline constexpr bool kValueCodesOffset = true;
 /// 4 rows x 1 vector of 16 columns are 8 of 16 registers; two operands, one broadcast and the
 /// temporaries of the byte products take the rest.
 inline constexpr int kVectors = 1;
@@ -104,15 +106,19 @@ ATTN8_INLINE float reduce_max(F32 a) {
   return _mm_cvtss_f32(_mm_max_ss(m2, _mm_shuffle_ps(m2, m2, 1)));
 }
 
-ATTN8_INLINE __m256 round_to_bfloat16(__m256 p) {
+ATTN8_INLINE __m256i round_to_bfloat16(__m256 p) {
   const __m256i bits = _mm256_castps_si256(p);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
   const __m256i sum = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
-  return _mm256_castsi256_ps(_mm256_and_si256(sum, _mm256_set1_epi32(~0xffff)));
+  return _mm256_srli_epi32(sum, 16);
 }
-/// p rounded to bfloat16 (nearest even) and back; p finite.
-ATTN8_INLINE F32 round_to_bfloat16(F32 p) {
-  return {round_to_bfloat16(p.lo), round_to_bfloat16(p.hi)};
+/// 16 numbers rounded to bfloat16 (nearest even); a finite.
+template <bool kNative>
+ATTN8_INLINE void store_bfloat16(std::byte* p, F32 a) {
+  static_assert(!kNative);
+  // Packing works by 128-bit lanes: lo0 hi0 | lo1 hi1, put in order by the permutation.
+  const __m256i words = _mm256_packus_epi32(round_to_bfloat16(a.lo), round_to_bfloat16(a.hi));
+  _mm256_storeu_si256((__m256i*)p, _mm256_permute4x64_epi64(words, _MM_SHUFFLE(3, 1, 2, 0)));
 }
 ATTN8_INLINE __m256 widen_bfloat16(const uint16_t* p) {
   const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p));
@@ -132,42 +138,54 @@ ATTN8_INLINE I32 broadcast4(const std::byte* p) {
 ATTN8_INLINE I32 load_bytes(const std::byte* p) {
   return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)(p + 32))};
 }
-// vpmaddubsw saturates a sum of two products to 16 bits. Both forms below keep it in range:
-// |q| * (+-k) of codes is at most 2 * 127 * 127 = 32258, and one product of a u8 with a code at a
-// time is at most 255 * 127 = 32385.
+// vpmaddubsw saturates a sum of two products to 16 bits. |a| * (+-b) of codes stays in range, also
+// where a is -128: 2 * 128 * 127 = 32512.
 ATTN8_INLINE __m256i dot4_s8_s8(__m256i sum, __m256i a, __m256i b) {
   const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(a), _mm256_sign_epi8(b, a));
   return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
-ATTN8_INLINE __m256i dot4_u8_s8(__m256i sum, __m256i a, __m256i b) {
-  const __m256i even = _mm256_maddubs_epi16(_mm256_and_si256(a, _mm256_set1_epi16(0xff)), b);
-  const __m256i odd = _mm256_maddubs_epi16(_mm256_andnot_si256(_mm256_set1_epi16(0xff), a), b);
-  const __m256i ones = _mm256_set1_epi16(1);
-  sum = _mm256_add_epi32(sum, _mm256_madd_epi16(even, ones));
-  return _mm256_add_epi32(sum, _mm256_madd_epi16(odd, ones));
-}
-/// sum[lane] += sum of 4 products of u8 in `a` with s8 in `b`; exact.
-ATTN8_INLINE void dot4_u8_s8(I32& sum, I32 a, I32 b) {
-  sum.lo = dot4_u8_s8(sum.lo, a.lo, b.lo);
-  sum.hi = dot4_u8_s8(sum.hi, a.hi, b.hi);
-}
-/// The same for Q codes (s8 in [-127, 127]) against K codes.
+/// sum[lane] += sum of 4 products of Q codes (s8 in [-127, 127]) in `a` with K codes in `b`.
 ATTN8_INLINE void dot4_query(I32& sum, I32 a, I32 b) {
   sum.lo = dot4_s8_s8(sum.lo, a.lo, b.lo);
   sum.hi = dot4_s8_s8(sum.hi, a.hi, b.hi);
+}
+/// The same for P, stored - 128, against V codes.
+ATTN8_INLINE void dot4_value(I32& sum, I32 a, I32 b) { dot4_query(sum, a, b); }
+/// sum[lane] += sum of 4 products of u8 below 128 in `a` with s8 in `b`.
+ATTN8_INLINE void dot4_u7_s8(I32& sum, I32 a, I32 b) {
+  const __m256i ones = _mm256_set1_epi16(1);
+  sum.lo = _mm256_add_epi32(sum.lo, _mm256_madd_epi16(_mm256_maddubs_epi16(a.lo, b.lo), ones));
+  sum.hi = _mm256_add_epi32(sum.hi, _mm256_madd_epi16(_mm256_maddubs_epi16(a.hi, b.hi), ones));
+}
+
+ATTN8_INLINE __m256 dot2_bfloat16(__m256 sum, __m256i a, __m256i b) {
+  const __m256i high = _mm256_set1_epi32(~0xffff);
+  const __m256 a_low = _mm256_castsi256_ps(_mm256_slli_epi32(a, 16));
+  const __m256 b_low = _mm256_castsi256_ps(_mm256_slli_epi32(b, 16));
+  const __m256 a_high = _mm256_castsi256_ps(_mm256_and_si256(a, high));
+  const __m256 b_high = _mm256_castsi256_ps(_mm256_and_si256(b, high));
+  return _mm256_fmadd_ps(a_high, b_high, _mm256_fmadd_ps(a_low, b_low, sum));
+}
+/// sum[lane] += both products of the bfloat16 pairs in `a` and `b`.
+template <bool kNative>
+ATTN8_INLINE void dot2_bfloat16(F32& sum, I32 a, I32 b) {
+  static_assert(!kNative);
+  sum = {dot2_bfloat16(sum.lo, a.lo, b.lo), dot2_bfloat16(sum.hi, a.hi, b.hi)};
 }
 
 /// |b| of every byte, -128 excepted.
 ATTN8_INLINE I32 absolute_bytes(I32 a) { return {_mm256_abs_epi8(a.lo), _mm256_abs_epi8(a.hi)}; }
 
-/// Four vectors of 16 codes in [0, 255] to 64 bytes in the order of p_position().
+/// Four vectors of 16 codes in [0, 255] to 64 bytes in the order of p_position(), as dot4_value()
+/// wants them.
 ATTN8_INLINE void store_codes(std::byte* p, const I32 (&codes)[4]) {
+  const __m256i flip = _mm256_set1_epi8(-128);
   const __m256i low = _mm256_packus_epi16(_mm256_packs_epi32(codes[0].lo, codes[1].lo),
                                           _mm256_packs_epi32(codes[2].lo, codes[3].lo));
   const __m256i high = _mm256_packus_epi16(_mm256_packs_epi32(codes[0].hi, codes[1].hi),
                                            _mm256_packs_epi32(codes[2].hi, codes[3].hi));
-  _mm256_storeu_si256((__m256i*)p, low);
-  _mm256_storeu_si256((__m256i*)(p + 32), high);
+  _mm256_storeu_si256((__m256i*)p, _mm256_xor_si256(low, flip));
+  _mm256_storeu_si256((__m256i*)(p + 32), _mm256_xor_si256(high, flip));
 }
 
 // The score grid of `accurate`: E[f] = round(65280 * 2^(-f / 64)) is the rounded product of one of

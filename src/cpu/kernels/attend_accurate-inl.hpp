@@ -113,7 +113,7 @@ ATTN8_KERNEL_INLINE void attend_block_accurate(const AttendTile& tile, const Til
   const float* mean = tile.kv.mean(rows.block);
   const float* channel_scale = tile.kv.v_channel_scale(rows.block);
   value_products<kRows>(
-      tile, rows, scratch.codes, [&](int r, int channel, const auto& sum) ATTN8_INLINE_LAMBDA {
+      tile, rows, scratch, [&](int r, int channel, const auto& sum) ATTN8_INLINE_LAMBDA {
         float* out = tile.out + (rows.first_row + r) * padded + channel;  // [16 * vectors]
         constexpr int kCount = sizeof(sum) / sizeof(sum[0]);
 #pragma GCC unroll 4
@@ -152,7 +152,12 @@ inline void end_accurate(const AttendTile& tile, const TileScratch& scratch) {
 inline void attend_accurate(const AttendTile& tile) {
   const TileScratch scratch = tile_scratch(tile);
   begin_accurate(tile, scratch);
+  int64_t summed = -1;  // block
   for_each_block(tile, [&](const RowGroup& rows, int count) ATTN8_INLINE_LAMBDA {
+    if (kValueCodesOffset && rows.block != summed) {
+      sum_values(tile, rows.block, scratch);
+      summed = rows.block;
+    }
     if (count == kRowGroup) {
       attend_block_accurate<kRowGroup>(tile, scratch, rows);
     } else {

@@ -78,7 +78,7 @@ ATTN8_KERNEL_INLINE void attend_block_paper(const AttendTile& tile, const TileSc
   }
   const int64_t padded = padded_dim(tile.head_dim);
   value_products<kRows>(
-      tile, rows, scratch.codes, [&](int r, int channel, const auto& sum) ATTN8_INLINE_LAMBDA {
+      tile, rows, scratch, [&](int r, int channel, const auto& sum) ATTN8_INLINE_LAMBDA {
         float* out = tile.out + (rows.first_row + r) * padded + channel;  // [16 * vectors]
         constexpr int kCount = sizeof(sum) / sizeof(sum[0]);
 #pragma GCC unroll 4
@@ -94,7 +94,12 @@ inline void attend_paper(const AttendTile& tile) {
   std::memset(scratch.sums, 0, sizeof(float) * 2 * 16 * kQueryTile);
   std::memset(tile.out, 0, sizeof(float) * static_cast<size_t>(tile.rows * padded));
   for (int r = 0; r < tile.rows; ++r) tile.row_max[r] = -std::numeric_limits<float>::infinity();
+  int64_t summed = -1;  // block
   for_each_block(tile, [&](const RowGroup& rows, int count) ATTN8_INLINE_LAMBDA {
+    if (kValueCodesOffset && rows.block != summed) {
+      sum_values(tile, rows.block, scratch);
+      summed = rows.block;
+    }
     if (count == kRowGroup) {
       attend_block_paper<kRowGroup>(tile, scratch, rows);
     } else {

@@ -119,7 +119,7 @@ inline int32_t squared_length(const int8_t* codes, int n) {
   I32 sum = zero_i32();
   for (int i = 0; i < n; i += 64) {
     const I32 x = absolute_bytes(load_bytes(reinterpret_cast<const std::byte*>(codes + i)));
-    dot4_u8_s8(sum, x, x);
+    dot4_u7_s8(sum, x, x);
   }
   int32_t lanes[16];
   store(lanes, sum);
@@ -162,9 +162,9 @@ inline void pack_k(const int8_t* codes, int row_stride, int padded, std::byte* g
     I32 square = zero_i32();
     for (int dim = 0; dim < padded; dim += 4) {
       const I32 k = load_bytes(group + packed_k_offset(key, dim));
-      dot4_u8_s8(sum, broadcast4(kOnes), k);
+      dot4_u7_s8(sum, broadcast4(kOnes), k);
       const I32 magnitude = absolute_bytes(k);
-      dot4_u8_s8(square, magnitude, magnitude);
+      dot4_u7_s8(square, magnitude, magnitude);
     }
     store(correction + key, sum);
     store(squares + key, square);
@@ -205,7 +205,7 @@ inline void sum_v(const std::byte* group, int padded, int32_t* sums) {
     const std::byte* v = group + slab * kKeyGroup + (channel - slab) * 4;
     I32 sum = zero_i32();
     for (int quad = 0; quad < 16; ++quad) {
-      dot4_u8_s8(sum, broadcast4(kOnes), load_bytes(v + quad * quad_stride));
+      dot4_u7_s8(sum, broadcast4(kOnes), load_bytes(v + quad * quad_stride));
     }
     store(sums + channel, sum);
   }

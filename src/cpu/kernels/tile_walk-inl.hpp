@@ -6,11 +6,12 @@
 
 /// The part of a tile's scratch that its row groups work in.
 struct TileScratch {
-  float* sums;       ///< [kQueryTile][16] sums of codes, by lane (`paper`)
-  float* weights;    ///< [kQueryTile][16] weights before rounding, by lane (float softmax)
-  int32_t* ref;      ///< [kQueryTile] references (`accurate`), 1/64 octaves
-  float* scores;     ///< [kRowGroup][kv_block] log2 units, or int32 1/64 octaves (`accurate`)
-  std::byte* codes;  ///< [kRowGroup][kv_block] u8, groups of 64 in P's order
+  float* sums;          ///< [kQueryTile][16] sums of codes, by lane (`paper`)
+  float* weights;       ///< [kQueryTile][16] weights before rounding, by lane (float softmax)
+  int32_t* ref;         ///< [kQueryTile] references (`accurate`), 1/64 octaves
+  float* scores;        ///< [kRowGroup][kv_block] log2 units, or int32 1/64 octaves (`accurate`)
+  std::byte* codes;     ///< [kRowGroup][kv_block] u8, groups of 64 in P's order
+  int32_t* value_sums;  ///< [kv_block / 64][256] 128 times the sums of the block's V codes
 };
 
 inline TileScratch tile_scratch(const AttendTile& tile) {
@@ -18,8 +19,9 @@ inline TileScratch tile_scratch(const AttendTile& tile) {
   float* weights = sums + 16 * kQueryTile;
   auto* ref = reinterpret_cast<int32_t*>(weights + 16 * kQueryTile);
   auto* scores = reinterpret_cast<float*>(ref + kQueryTile);
-  return {sums, weights, ref, scores,
-          reinterpret_cast<std::byte*>(scores + kRowGroup * tile.kv_block)};
+  auto* codes = reinterpret_cast<std::byte*>(scores + kRowGroup * tile.kv_block);
+  auto* value_sums = reinterpret_cast<int32_t*>(codes + kRowGroup * tile.kv_block);
+  return {sums, weights, ref, scores, codes, value_sums};
 }
 
 /// The rows of a tile that one pass computes, and the key groups of a block that any of them sees.
