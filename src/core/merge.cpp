@@ -10,7 +10,7 @@
 #include "core/message.hpp"
 #include "core/validate.hpp"
 #include "cpu/parallel.hpp"
-#include "cpu/run.hpp"
+#include "cpu/views.hpp"
 
 namespace attn8 {
 namespace {

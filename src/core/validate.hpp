@@ -5,6 +5,7 @@
 #include <string_view>
 
 #include "attn8/attention.hpp"
+#include "attn8/kv_cache.hpp"
 #include "attn8/merge.hpp"
 #include "attn8/quantize.hpp"
 
@@ -21,6 +22,13 @@ Status validate_dequantize(const QuantizedView& x, const ConstTensorView& out) n
 Status validate_scale_shape(const Extents& x, const QuantSpec& spec) noexcept;
 Status validate_merge(std::span<const AttentionState> states,
                       const AttentionOutputs& merged) noexcept;
+
+Status validate_kv_cache(const KvCacheOptions& options) noexcept;
+Status validate_kv_append(const KvCacheOptions& options, const ConstTensorView& k,
+                          const ConstTensorView& v) noexcept;
+Status validate_kv_attention(const KvCacheOptions& cache, int64_t sequences, const Operand& q,
+                             std::span<const int32_t> cu_seqlens_q, const AttentionOutputs& outputs,
+                             const KvCacheAttentionOptions& options) noexcept;
 
 /// kInvalidArgument naming the first element that is a NaN or an Inf.
 Status validate_finite(std::string_view name, const ConstTensorView& x) noexcept;
