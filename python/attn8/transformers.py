@@ -27,7 +27,7 @@ from attn8.functional import attention
 from attn8.int8_cache import Int8Cache, quantized_of
 from attn8.key_ranges import KeyRange, attend_ranges
 
-__all__ = ["Int8Cache", "register"]
+__all__ = ["Int8Cache", "attention_function", "register"]
 
 Window = tuple[int, int]
 
@@ -226,6 +226,11 @@ def _attention(
     return attend_ranges(q, k, v, ranges, **common), None
 
 
+def attention_function(mode: str = "accurate") -> Callable[..., tuple[torch.Tensor, None]]:
+    """Return the attention function that :func:`register` registers."""
+    return functools.partial(_attention, mode=mode)
+
+
 def register(name: str = "attn8", *, mode: str = "accurate") -> None:
     """Make ``attn_implementation=name`` known to transformers: attention and mask function.
 
@@ -247,5 +252,5 @@ def register(name: str = "attn8", *, mode: str = "accurate") -> None:
         raise TypeError(f"name: got {name!r}, want a str that is not empty")
     if mode not in ("accurate", "paper", "half", "exact", "fp8"):
         raise ValueError(f"mode: got {mode!r}, want accurate, paper, half, exact or fp8")
-    AttentionInterface.register(name, functools.partial(_attention, mode=mode))
+    AttentionInterface.register(name, attention_function(mode))
     AttentionMaskInterface.register(name, _mask)
