@@ -28,7 +28,7 @@ test: setup-test
 
 checks: check-format check-python check-sanitized check-cuda check-pytest check-tidy check-release
 
-lint: TIDY := (src/(core|reference|cpu)|apps/attn8)
+lint: TIDY := (src/(core|reference|cpu|kv_cache)|apps/attn8)
 lint: setup-test check-format check-python check-tidy
 
 setup-build:
@@ -83,7 +83,7 @@ check-python: setup-python
 	.venv/bin/mypy
 
 # The library; `make lint` adds the command line, which takes minutes for the headers it includes.
-TIDY := src/(core|reference|cpu)
+TIDY := src/(core|reference|cpu|kv_cache)
 check-tidy: release
 	run-clang-tidy -quiet -p build/release -j $(JOBS) -extra-arg=-Wno-unknown-warning-option \
 	  '/$(TIDY)/'

@@ -3,11 +3,13 @@
 #include "core/validate.hpp"
 
 #include <cmath>
+#include <limits>
 #include <string>
 
 #include "core/element.hpp"
 #include "core/kernel_table.hpp"
 #include "core/message.hpp"
+#include "core/plan_state.hpp"
 #include "core/quant_math.hpp"
 
 namespace attn8 {
@@ -124,7 +126,7 @@ Status check_quantized(const std::string& name, const QuantizedView& x, Device d
 
 /// One of q, k, v: its own consistency and whether the mode takes it in this form.
 Status check_operand(const std::string& name, const Operand& operand,
-                     const AttentionOptions& options, Device device) {
+                     const AttentionOptions& options, Device device = {}) {
   const bool is_v = name == "v";
   const Mode mode = options.mode;
   const auto* quantized = std::get_if<QuantizedView>(&operand);
@@ -154,6 +156,33 @@ Status check_operand(const std::string& name, const Operand& operand,
   return {};
 }
 
+Status check_kv_block(std::string_view name, int32_t kv_block) {
+  if (kv_block < 64 || kv_block > 512 || kv_block % 64 != 0) {
+    return invalid(name, " got ", kv_block, ", wants a multiple of 64 in [64, 512]");
+  }
+  return {};
+}
+
+Status check_softmax_scale(std::optional<float> softmax_scale) {
+  if (softmax_scale.has_value() && !std::isfinite(*softmax_scale)) {
+    return invalid("options.softmax_scale got ", *softmax_scale, ", wants a finite number");
+  }
+  return {};
+}
+
+Status check_mask(const Mask& mask) {
+  if (static_cast<int>(mask.align) > static_cast<int>(CausalAlign::kTopLeft)) {
+    return invalid("options.mask.align is not a value of attn8::CausalAlign");
+  }
+  if (mask.window_left < -1) {
+    return invalid("options.mask.window_left got ", mask.window_left, ", wants >= -1");
+  }
+  if (mask.window_right < -1) {
+    return invalid("options.mask.window_right got ", mask.window_right, ", wants >= -1");
+  }
+  return {};
+}
+
 Status check_options(const AttentionOptions& options) {
   if (static_cast<int>(options.mode) > static_cast<int>(Mode::kFp8)) {
     return invalid("options.mode is not a value of attn8::Mode");
@@ -164,18 +193,8 @@ Status check_options(const AttentionOptions& options) {
   if (static_cast<int>(options.fp8_format) > static_cast<int>(Fp8Format::kE5m2Raw)) {
     return invalid("options.fp8_format is not a value of attn8::Fp8Format");
   }
-  if (static_cast<int>(options.mask.align) > static_cast<int>(CausalAlign::kTopLeft)) {
-    return invalid("options.mask.align is not a value of attn8::CausalAlign");
-  }
-  if (options.softmax_scale.has_value() && !std::isfinite(*options.softmax_scale)) {
-    return invalid("options.softmax_scale got ", *options.softmax_scale, ", wants a finite number");
-  }
-  if (options.mask.window_left < -1) {
-    return invalid("options.mask.window_left got ", options.mask.window_left, ", wants >= -1");
-  }
-  if (options.mask.window_right < -1) {
-    return invalid("options.mask.window_right got ", options.mask.window_right, ", wants >= -1");
-  }
+  ATTN8_RETURN_IF_ERROR(check_mask(options.mask));
+  ATTN8_RETURN_IF_ERROR(check_softmax_scale(options.softmax_scale));
   const int32_t kv_block = options.kv_block;
   if (kv_block != 0 && (kv_block < 64 || kv_block > 512 || kv_block % 64 != 0)) {
     return invalid("options.kv_block got ", kv_block, ", wants 0 or a multiple of 64 in [64, 512]");
@@ -197,6 +216,17 @@ Status check_shapes(const Extents& q, const Extents& k, const Extents& v) {
     return invalid("k.shape[2]=", k[2], " (nheads_k) must divide q.shape[2]=", q[2], " (nheads_q)");
   }
   return {};
+}
+
+/// out and lse of a call with queries of shape q.
+Status check_outputs(const AttentionOutputs& outputs, const Extents& q, Device device = {}) {
+  ATTN8_RETURN_IF_ERROR(check_view("out", outputs.out, true, device));
+  ATTN8_RETURN_IF_ERROR(check_float("out", outputs.out));
+  ATTN8_RETURN_IF_ERROR(check_shape("out", outputs.out, q, ", as q"));
+  if (!outputs.lse.has_value()) return {};
+  ATTN8_RETURN_IF_ERROR(check_view("lse", *outputs.lse, true, device));
+  ATTN8_RETURN_IF_ERROR(check_type("lse", *outputs.lse, DType::kFloat32));
+  return check_shape("lse", *outputs.lse, {q[0], q[1], q[2], 1}, "");
 }
 
 /// Turns a failed allocation of a message into a status.
@@ -243,15 +273,7 @@ Status validate_attention(const AttentionInputs& inputs, const AttentionOutputs&
     };
     const Extents q = shape_of(inputs.q);
     ATTN8_RETURN_IF_ERROR(check_shapes(q, shape_of(inputs.k), shape_of(inputs.v)));
-    ATTN8_RETURN_IF_ERROR(check_view("out", outputs.out, true, device));
-    ATTN8_RETURN_IF_ERROR(check_float("out", outputs.out));
-    ATTN8_RETURN_IF_ERROR(check_shape("out", outputs.out, q, ", as q"));
-    if (outputs.lse.has_value()) {
-      ATTN8_RETURN_IF_ERROR(check_view("lse", *outputs.lse, true, device));
-      ATTN8_RETURN_IF_ERROR(check_type("lse", *outputs.lse, DType::kFloat32));
-      ATTN8_RETURN_IF_ERROR(check_shape("lse", *outputs.lse, {q[0], q[1], q[2], 1}, ""));
-    }
-    return {};
+    return check_outputs(outputs, q, device);
   });
 }
 
@@ -286,6 +308,74 @@ Status validate_dequantize(const QuantizedView& x, const ConstTensorView& out) n
     ATTN8_RETURN_IF_ERROR(check_view("out", out, true));
     ATTN8_RETURN_IF_ERROR(check_float("out", out));
     return check_shape("out", out, x.codes.shape, ", as x.codes");
+  });
+}
+
+Status validate_kv_cache(const KvCacheOptions& options) noexcept {
+  if (options.nheads_k < 1) {
+    return invalid("options.nheads_k got ", options.nheads_k, ", wants >= 1");
+  }
+  if (options.head_dim < 1 || options.head_dim > 256) {
+    return invalid("options.head_dim got ", options.head_dim, ", wants 1 to 256");
+  }
+  ATTN8_RETURN_IF_ERROR(check_kv_block("options.page_size", options.page_size));
+  constexpr int64_t kMaxPages = std::numeric_limits<int32_t>::max();
+  if (options.max_pages < 1 || options.max_pages > kMaxPages) {
+    return invalid("options.max_pages got ", options.max_pages, ", wants 1 to ", kMaxPages);
+  }
+  // A page is at most 512 tokens of 2 * 256 codes and what belongs to them.
+  int64_t blocks = 0;
+  if (__builtin_mul_overflow(options.max_pages, options.nheads_k, &blocks) ||
+      blocks > kMaxBytes / (int64_t{1} << 20)) {
+    return invalid("options.max_pages=", options.max_pages, " of nheads_k=", options.nheads_k,
+                   " heads asks for over 2^28 blocks");
+  }
+  return {};
+}
+
+Status validate_kv_append(const KvCacheOptions& options, const ConstTensorView& k,
+                          const ConstTensorView& v) noexcept {
+  return guarded([&]() -> Status {
+    ATTN8_RETURN_IF_ERROR(check_view("k", k, false));
+    ATTN8_RETURN_IF_ERROR(check_float("k", k));
+    ATTN8_RETURN_IF_ERROR(
+        check_shape("k", k, {1, k.shape[1], options.nheads_k, options.head_dim}, ", as the cache"));
+    ATTN8_RETURN_IF_ERROR(check_view("v", v, false));
+    ATTN8_RETURN_IF_ERROR(check_float("v", v));
+    return check_shape("v", v, k.shape, ", as k");
+  });
+}
+
+Status validate_kv_attention(const KvCacheOptions& cache, int64_t sequences, const Operand& q,
+                             std::span<const int32_t> cu_seqlens_q, const AttentionOutputs& outputs,
+                             const KvCacheAttentionOptions& options) noexcept {
+  return guarded([&]() -> Status {
+    ATTN8_RETURN_IF_ERROR(check_softmax_scale(options.softmax_scale));
+    ATTN8_RETURN_IF_ERROR(check_mask(options.mask));
+    ATTN8_RETURN_IF_ERROR(check_operand("q", q, {}));
+    const Extents& shape = data_view(q).shape;
+    if (shape[0] != 1 || shape[3] != cache.head_dim) {
+      return invalid("q.shape got ", text(shape), ", wants [1, total, nheads_q, ", cache.head_dim,
+                     "]");
+    }
+    if (shape[2] < 1 || shape[2] % cache.nheads_k != 0) {
+      return invalid("q.shape[2]=", shape[2],
+                     " (nheads_q) wants a multiple of nheads_k=", cache.nheads_k);
+    }
+    const auto wanted = static_cast<size_t>(sequences) + 1;
+    if (cu_seqlens_q.size() != wanted) {
+      return invalid("cu_seqlens_q got ", cu_seqlens_q.size(), " entries, wants ", wanted);
+    }
+    if (cu_seqlens_q.front() != 0 || cu_seqlens_q.back() != shape[1]) {
+      return invalid("cu_seqlens_q runs from ", cu_seqlens_q.front(), " to ", cu_seqlens_q.back(),
+                     ", wants 0 to q.shape[1]=", shape[1]);
+    }
+    for (size_t i = 1; i < wanted; ++i) {
+      if (cu_seqlens_q[i] >= cu_seqlens_q[i - 1]) continue;
+      return invalid("cu_seqlens_q[", i, "]=", cu_seqlens_q[i], " wants at least the ",
+                     cu_seqlens_q[i - 1], " before it");
+    }
+    return check_outputs(outputs, shape);
   });
 }
 

@@ -1,9 +1,11 @@
 // SPDX-FileCopyrightText: The attn8 authors
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
+#include <span>
 #include <string_view>
 
 #include "attn8/attention.hpp"
+#include "attn8/kv_cache.hpp"
 #include "attn8/quantize.hpp"
 
 namespace attn8 {
@@ -18,6 +20,13 @@ Status validate_quantize(const ConstTensorView& x, const QuantSpec& spec,
                          const ConstTensorView& codes, const ConstTensorView& scale, Mean mean_use,
                          const std::optional<TensorView>& mean) noexcept;
 Status validate_dequantize(const QuantizedView& x, const ConstTensorView& out) noexcept;
+
+Status validate_kv_cache(const KvCacheOptions& options) noexcept;
+Status validate_kv_append(const KvCacheOptions& options, const ConstTensorView& k,
+                          const ConstTensorView& v) noexcept;
+Status validate_kv_attention(const KvCacheOptions& cache, int64_t sequences, const Operand& q,
+                             std::span<const int32_t> cu_seqlens_q, const AttentionOutputs& outputs,
+                             const KvCacheAttentionOptions& options) noexcept;
 
 /// kInvalidArgument naming the first element that is a NaN or an Inf.
 Status validate_finite(std::string_view name, const ConstTensorView& x) noexcept;
