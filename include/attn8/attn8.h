@@ -6,16 +6,20 @@
 /* The C interface of attn8 (C11): all that C, or a language that calls C, needs. docs/c-abi.md is
  * its guide; what the functions compute stands with their C++ namesakes.
  *
- * Results.  A function that returns attn8_status returns ATTN8_OK or says in attn8_last_error()
- * what was wrong. Arguments are checked before anything is written. No function throws, aborts,
- * prints or reads the environment. Structs.  Each begins with struct_size, its size as the caller
- * was compiled with, a multiple of 8. A release appends fields and changes nothing else. Fields
- * beyond a smaller struct_size have their defaults; bytes beyond the size this library knows must
- * be 0. The _init functions fill in struct_size and defaults, and never write past the struct_size
- * they are given. Threads.  Every function may be called from any thread. Handles do not change
- * once made, so any number of threads may use one; only destroying it excludes all other use.
- * Lifetime.  Nothing is kept of what an argument points to once a call returns, except `pool` and
- *   `parallel_for` of a context. */
+ * Results: a function that returns attn8_status returns ATTN8_OK or says in attn8_last_error() what
+ * was wrong. Arguments are checked before anything is written. No function throws, aborts, prints
+ * or reads the environment.
+ *
+ * Structs: each begins with struct_size, its size as the caller was compiled with, a multiple of 8.
+ * A release appends fields and changes nothing else. Fields beyond a smaller struct_size have their
+ * defaults; bytes beyond the size this library knows must be 0. The _init functions fill in
+ * struct_size and defaults, and never write past the struct_size they are given.
+ *
+ * Threads: every function may be called from any thread. Handles do not change once made, so any
+ * number of threads may use one; only destroying it excludes all other use.
+ *
+ * Lifetime: nothing is kept of what an argument points to once a call returns, except `pool`,
+ * `parallel_for` and `stream` of a context. */
 #include <stddef.h>
 #include <stdint.h>
 
@@ -91,8 +95,7 @@ enum attn8_fp8_format { ATTN8_FP8_E4M3_TENSOR = 0, ATTN8_FP8_E5M2_RAW = 1 };
 ATTN8_API const char* attn8_version(void);
 
 /* One line that says what was wrong with this thread's last call that returned an attn8_status; ""
- * when that call succeeded. Never NULL; belongs to the library, valid until the thread's next call.
- */
+ * when that call succeeded. Never NULL. It belongs to the library, until the thread's next call. */
 ATTN8_API const char* attn8_last_error(void);
 
 /* "Ok", "InvalidArgument", ...; "?" for any other number. */
@@ -108,8 +111,7 @@ ATTN8_API size_t attn8_isa_count(void);
 ATTN8_API attn8_status attn8_isa_at(size_t index, int32_t* isa, int32_t* available,
                                     const char** name, const char** reason);
 
-/* ---- tensors ----------------------------------------------------------------------------------
- */
+/* tensors */
 
 struct attn8_quantization;
 
@@ -151,8 +153,7 @@ ATTN8_API attn8_status attn8_tensor_bhsd(attn8_tensor* tensor, uint32_t struct_s
 ATTN8_API attn8_status attn8_quantization_init(attn8_quantization* quantization,
                                                uint32_t struct_size);
 
-/* ---- context ----------------------------------------------------------------------------------
- */
+/* context */
 
 /* Runs body(argument, i) for every i in [0, count), in any order, on any threads, and returns when
  * all are done. Must not throw. */
@@ -168,9 +169,11 @@ typedef struct attn8_context_params {
   int32_t reserved;                /* 0 */
   attn8_parallel_for parallel_for; /* default NULL: OpenMP */
   void* pool;                      /* first argument of parallel_for */
+  void* stream; /* cudaStream_t of runs on ATTN8_CUDA; default NULL: the default stream */
 } attn8_context_params;
 
-/* Where and how calls run. A NULL context: the best ISA, the calling thread only. */
+/* Where and how calls run. A NULL context: the CPU, the best ISA, the calling thread only. Plans
+ * run on both devices, all other functions on the CPU. */
 typedef struct attn8_context attn8_context;
 
 ATTN8_API attn8_status attn8_context_params_init(attn8_context_params* params,
@@ -181,13 +184,14 @@ ATTN8_API attn8_status attn8_context_create(const attn8_context_params* params,
 /* NULL does nothing. */
 ATTN8_API void attn8_context_destroy(attn8_context* context);
 
-/* ---- quantization -----------------------------------------------------------------------------
- */
+/* quantization */
 
-/* Shape of the scales of a tensor of this shape:
- *   PER_TOKEN  [batch, seq, head, 1]        PER_BLOCK          [batch, ceil(seq / block), head, 1]
- *   PER_TENSOR [batch, 1, head, 1]          PER_BLOCK_CHANNEL  [batch, ceil(seq / block), head,
- * dim] PER_CHANNEL [batch, 1, head, dim] */
+/* Shape of the scales of a tensor of this shape, blocks = ceil(seq / block):
+ *   PER_TOKEN          [batch, seq, head, 1]
+ *   PER_TENSOR         [batch, 1, head, 1]
+ *   PER_CHANNEL        [batch, 1, head, dim]
+ *   PER_BLOCK          [batch, blocks, head, 1]
+ *   PER_BLOCK_CHANNEL  [batch, blocks, head, dim] */
 ATTN8_API attn8_status attn8_scale_shape(const int64_t x_shape[4], int32_t granularity,
                                          int32_t block, int64_t shape[4]);
 
@@ -204,7 +208,8 @@ ATTN8_API attn8_status attn8_quantize_params_init(attn8_quantize_params* params,
  *   x      [batch, seq, head, dim] float32, float16 or bfloat16
  *   codes  the same shape, int8; scale float32, shape of attn8_scale_shape()
  *   mean   [batch, 1, head, dim] float32; written with MEAN_COMPUTE, read with MEAN_GIVEN, else
- * NULL params NULL: defaults */
+ *          NULL
+ *   params NULL: defaults */
 ATTN8_API attn8_status attn8_quantize(const attn8_tensor* x, const attn8_tensor* codes,
                                       const attn8_tensor* scale, const attn8_tensor* mean,
                                       const attn8_quantize_params* params,
@@ -213,8 +218,7 @@ ATTN8_API attn8_status attn8_quantize(const attn8_tensor* x, const attn8_tensor*
 ATTN8_API attn8_status attn8_dequantize(const attn8_tensor* x, const attn8_tensor* out,
                                         const attn8_context* context);
 
-/* ---- attention --------------------------------------------------------------------------------
- */
+/* attention */
 
 typedef struct attn8_attention_params {
   uint32_t struct_size;
@@ -276,8 +280,9 @@ typedef struct attn8_run_times {
   double attention_ms;  /* everything after */
 } attn8_run_times;
 
-/* workspace: attn8_plan_workspace_bytes() bytes, 64-byte aligned, not shared with a concurrent run.
- * times NULL: not wanted. */
+/* workspace: attn8_plan_workspace_bytes() bytes, 64-byte aligned, not shared with a concurrent run;
+ * on ATTN8_CUDA device memory, 256-byte aligned, and the work is only enqueued. times NULL: not
+ * wanted. */
 ATTN8_API attn8_status attn8_plan_run(const attn8_plan* plan, const attn8_tensor* q,
                                       const attn8_tensor* k, const attn8_tensor* v,
                                       const attn8_tensor* out, const attn8_tensor* lse,
@@ -292,12 +297,13 @@ ATTN8_API attn8_status attn8_merge_states(const attn8_tensor* const* outs,
                                           const attn8_tensor* out, const attn8_tensor* lse,
                                           const attn8_context* context);
 
-/* ---- checking ---------------------------------------------------------------------------------
- */
+/* checking */
 
-/* softmax(softmax_scale Q K^T) V in float64 with plain loops; slow. Of params, softmax_scale and
- * the mask count. q, k, v  float tensors out      [batch, seqlen_q, nheads_q, head_dim] dense,
- * out_count doubles lse      [batch, seqlen_q, nheads_q] dense, lse_count doubles; or NULL and 0 */
+/* softmax(softmax_scale Q K^T) V in float64 with plain loops; slow. Of params, only softmax_scale
+ * and the mask count.
+ *   q, k, v  float tensors
+ *   out      [batch, seqlen_q, nheads_q, head_dim] dense, out_count doubles
+ *   lse      [batch, seqlen_q, nheads_q] dense, lse_count doubles; or NULL and 0 */
 ATTN8_API attn8_status attn8_reference_attention(const attn8_tensor* q, const attn8_tensor* k,
                                                  const attn8_tensor* v,
                                                  const attn8_attention_params* params, double* out,

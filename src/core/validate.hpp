@@ -12,9 +12,11 @@
 namespace attn8 {
 
 /// THE validation: every check of an argument and every message stands behind these functions.
+/// Of a call on the CPU.
 Status validate_context(const Context& context) noexcept;
+/// `device`: where the context wants the tensors.
 Status validate_attention(const AttentionInputs& inputs, const AttentionOutputs& outputs,
-                          const AttentionOptions& options) noexcept;
+                          const AttentionOptions& options, Device device) noexcept;
 Status validate_quantize(const ConstTensorView& x, const QuantSpec& spec,
                          const ConstTensorView& codes, const ConstTensorView& scale, Mean mean_use,
                          const std::optional<TensorView>& mean) noexcept;

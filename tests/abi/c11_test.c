@@ -42,7 +42,8 @@ AT(attn8_context_params, device_index, 16);
 AT(attn8_context_params, reserved, 20);
 AT(attn8_context_params, parallel_for, 24);
 AT(attn8_context_params, pool, 32);
-static_assert(sizeof(attn8_context_params) == 40, "attn8_context_params");
+AT(attn8_context_params, stream, 40);
+static_assert(sizeof(attn8_context_params) == 48, "attn8_context_params");
 
 AT(attn8_quantize_params, struct_size, 0);
 AT(attn8_quantize_params, granularity, 4);

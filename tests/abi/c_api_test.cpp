@@ -372,7 +372,7 @@ TEST(CApi, GarbageInStructs) {
     expect_invalid(attn8_scale_shape(shape, number, 4, shape),
                    "spec.granularity is not a value of attn8::Granularity");
   }
-  expect_refused_after("q.device got cuda, wants cpu, as the context's",
+  expect_refused_after("q.device got cuda:0, wants cpu, as the context's",
                        [](Call& c) { c.q_tensor.device_type = ATTN8_CUDA; });
   expect_refused_after("k.shape=[1, -9, 1, 8] wants no negative",
                        [](Call& c) { c.k_tensor.shape[1] = -9; });
@@ -403,8 +403,17 @@ TEST(CApi, GarbageElsewhere) {
   expect_invalid(attn8_context_create(&params, &context), "context.threads got 0, wants >= 1");
   params.threads = 1;
   params.device_type = ATTN8_CUDA;
-  expect_refused(attn8_context_create(&params, &context), ATTN8_UNSUPPORTED,
-                 "context.device got cuda, this build has cpu only");
+  ASSERT_EQ(attn8_context_create(&params, &context), ATTN8_OK) << attn8_last_error();
+  Call on_cuda;
+  expect_refused(attn8_attention(&on_cuda.q_tensor, &on_cuda.k_tensor, &on_cuda.v_tensor,
+                                 &on_cuda.out_tensor, nullptr, nullptr, context),
+                 ATTN8_UNSUPPORTED,
+                 "context.device got cuda, attention() allocates no device memory: use "
+                 "AttentionPlan with a workspace");
+  attn8_context_destroy(context);
+  params.device_type = 2;
+  EXPECT_EQ(attn8_context_create(&params, &context), ATTN8_UNSUPPORTED);
+  EXPECT_EQ(context, nullptr);
 
   int64_t shape[4] = {1, 10, 3, 4};
   expect_invalid(attn8_scale_shape(shape, ATTN8_PER_BLOCK, 0, shape),
