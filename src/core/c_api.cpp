@@ -459,7 +459,7 @@ attn8_status attn8_reference_attention(const attn8_tensor* q, const attn8_tensor
     as_out.data = out;
     as_out.dtype = DType::kFloat32;
     as_out.strides = {1, 1, 1, 1};
-    ATTN8_RETURN_IF_ERROR(validate_attention({q_view, k_view, v_view}, {as_out}, options));
+    ATTN8_RETURN_IF_ERROR(validate_attention({q_view, k_view, v_view}, {as_out}, options, {}));
     if (lse == nullptr && lse_count != 0) return invalid("lse got NULL, lse_count ", lse_count);
     const Extents& shape = q_view.shape;
     const auto rows = static_cast<size_t>(shape[0] * shape[1] * shape[2]);
