@@ -45,7 +45,7 @@ class ATTN8_API CudaMemory {
   CudaMemory& operator=(CudaMemory&& other) noexcept;
   CudaMemory(const CudaMemory&) = delete;
   CudaMemory& operator=(const CudaMemory&) = delete;
-  ~CudaMemory();
+  ~CudaMemory();  // NOLINT(performance-trivially-destructible): not where CUDA is built
 
   /// Errors: kUnavailable (no CUDA in this build, no driver, no such device), kOutOfMemory.
   static Result<CudaMemory> allocate(size_t bytes, int32_t device) noexcept;
