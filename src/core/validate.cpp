@@ -15,11 +15,6 @@
 namespace attn8 {
 namespace {
 
-#define ATTN8_RETURN_IF_ERROR(expression)                             \
-  do {                                                                \
-    if (Status status_ = (expression); !status_.ok()) return status_; \
-  } while (false)
-
 /// More bytes than any address space: keeps every offset of a view far from overflow.
 constexpr int64_t kMaxBytes = int64_t{1} << 48;
 
@@ -308,6 +303,41 @@ Status validate_dequantize(const QuantizedView& x, const ConstTensorView& out) n
     ATTN8_RETURN_IF_ERROR(check_view("out", out, true));
     ATTN8_RETURN_IF_ERROR(check_float("out", out));
     return check_shape("out", out, x.codes.shape, ", as x.codes");
+  });
+}
+
+Status validate_scale_shape(const Extents& x, const QuantSpec& spec) noexcept {
+  return guarded([&]() -> Status {
+    // One broadcast byte: of the checks of a view only those of its extents remain.
+    const std::byte one{};
+    ATTN8_RETURN_IF_ERROR(
+        check_view("x", {&one, DType::kInt8, Device{}, x, Extents{0, 0, 0, 0}}, false));
+    return check_spec("spec", spec);
+  });
+}
+
+Status validate_merge(std::span<const AttentionState> states,
+                      const AttentionOutputs& merged) noexcept {
+  return guarded([&]() -> Status {
+    const Extents& shape = merged.out.shape;
+    const Extents lse_shape = {shape[0], shape[1], shape[2], 1};
+    ATTN8_RETURN_IF_ERROR(check_view("merged.out", merged.out, true));
+    ATTN8_RETURN_IF_ERROR(check_float("merged.out", merged.out));
+    if (merged.lse.has_value()) {
+      ATTN8_RETURN_IF_ERROR(check_view("merged.lse", *merged.lse, true));
+      ATTN8_RETURN_IF_ERROR(check_type("merged.lse", *merged.lse, DType::kFloat32));
+      ATTN8_RETURN_IF_ERROR(check_shape("merged.lse", *merged.lse, lse_shape, ""));
+    }
+    for (size_t i = 0; i < states.size(); ++i) {
+      const std::string name = "states[" + std::to_string(i) + "]";
+      ATTN8_RETURN_IF_ERROR(check_view(name + ".out", states[i].out, false));
+      ATTN8_RETURN_IF_ERROR(check_float(name + ".out", states[i].out));
+      ATTN8_RETURN_IF_ERROR(check_shape(name + ".out", states[i].out, shape, ", as merged.out"));
+      ATTN8_RETURN_IF_ERROR(check_view(name + ".lse", states[i].lse, false));
+      ATTN8_RETURN_IF_ERROR(check_type(name + ".lse", states[i].lse, DType::kFloat32));
+      ATTN8_RETURN_IF_ERROR(check_shape(name + ".lse", states[i].lse, lse_shape, ""));
+    }
+    return {};
   });
 }
 

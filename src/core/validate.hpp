@@ -6,6 +6,7 @@
 
 #include "attn8/attention.hpp"
 #include "attn8/kv_cache.hpp"
+#include "attn8/merge.hpp"
 #include "attn8/quantize.hpp"
 
 namespace attn8 {
@@ -20,6 +21,9 @@ Status validate_quantize(const ConstTensorView& x, const QuantSpec& spec,
                          const ConstTensorView& codes, const ConstTensorView& scale, Mean mean_use,
                          const std::optional<TensorView>& mean) noexcept;
 Status validate_dequantize(const QuantizedView& x, const ConstTensorView& out) noexcept;
+Status validate_scale_shape(const Extents& x, const QuantSpec& spec) noexcept;
+Status validate_merge(std::span<const AttentionState> states,
+                      const AttentionOutputs& merged) noexcept;
 
 Status validate_kv_cache(const KvCacheOptions& options) noexcept;
 Status validate_kv_append(const KvCacheOptions& options, const ConstTensorView& k,
