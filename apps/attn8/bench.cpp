@@ -64,7 +64,8 @@ BenchResult bench(const Qkv& qkv, const AttentionOptions& options, const Context
   const double bytes = key_value_bytes(result.shape, options.mode, result.dtype);
   result.ops_per_byte = ops / (bytes + static_cast<double>(qkv.q.size_bytes()) +
                                static_cast<double>(runner.out().size_bytes()));
-  const auto peak = find_peak(isa, options.mode);
+  const bool bfloat16 = result.kernel.find("_bfloat16_") != std::string::npos;
+  const auto peak = bfloat16 ? find_peak(isa, Operands::kBFloat16) : find_peak(isa, options.mode);
   std::optional<Stream> stream;
   if (decode) stream.emplace(isa, context.threads);
 

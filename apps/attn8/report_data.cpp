@@ -87,14 +87,16 @@ std::vector<BenchResult> peak_fractions(const Context& context) {
   one_thread.threads = 1;
   for (const int64_t head_dim : {64, 128}) {
     const Qkv qkv = make_qkv("normal", 9, {1, 1, 1, 4096, 4096, head_dim});
+    BenchOptions how;
+    how.repeats = 5;
+    how.max_seconds = 3;
+    AttentionOptions options;
     for (const Mode mode : {Mode::kAccurate, Mode::kPaper, Mode::kHalf, Mode::kExact}) {
-      AttentionOptions options;
       options.mode = mode;
-      BenchOptions how;
-      how.repeats = 5;
-      how.max_seconds = 3;
       results.push_back(bench(qkv, options, one_thread, how));
     }
+    const Qkv brain = convert(qkv, DType::kBFloat16);
+    results.push_back(bench(brain, options, one_thread, how));
   }
   return results;
 }

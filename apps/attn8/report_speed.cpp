@@ -16,8 +16,16 @@
 namespace attn8::app {
 namespace {
 
-int mode_color(Mode mode) {
-  switch (mode) {
+/// What a result is called beside others: its mode, and where it is not float32 its type.
+std::string name_of(const BenchResult& one) {
+  std::string name(to_string(one.options.mode));
+  if (one.dtype != DType::kFloat32) name += fmt::format(" {}", to_string(one.dtype));
+  return name;
+}
+
+int color_of(const BenchResult& one) {
+  if (one.dtype == DType::kBFloat16) return 7;
+  switch (one.options.mode) {
     case Mode::kAccurate:
       return 0;
     case Mode::kPaper:
@@ -80,7 +88,7 @@ std::string peak_chart(const ReportData& data) {
     BarChart::Group& group = groups[one.shape.head_dim];
     group.label = fmt::format("head_dim {}", one.shape.head_dim);
     group.bars.push_back(
-        {std::string(to_string(one.options.mode)), *one.peak_fraction, mode_color(one.options.mode),
+        {name_of(one), *one.peak_fraction, color_of(one),
          fmt::format("{:.2f} of {}, {:.0f} GOP/s", *one.peak_fraction, one.peak_name, one.gops)});
   }
   for (auto& [head_dim, group] : groups) chart.groups.push_back(std::move(group));
@@ -117,16 +125,16 @@ std::string roofline_plot(const ReportData& data) {
                            false,
                            true});
   }
-  std::map<Mode, Series> points;
+  std::map<std::string, Series> points;
   for (const BenchResult* one : data.roofline()) {
-    Series& series = points[one->options.mode];
-    series.name = to_string(one->options.mode);
-    series.color = mode_color(one->options.mode);
+    Series& series = points[name_of(*one)];
+    series.name = name_of(*one);
+    series.color = color_of(*one);
     series.line = false;
     series.marker_radius = 5;
     series.points.emplace_back(one->ops_per_byte, one->gops);
   }
-  for (auto& [mode, series] : points) plot.series.push_back(std::move(series));
+  for (auto& [name, series] : points) plot.series.push_back(std::move(series));
   return plot.svg();
 }
 

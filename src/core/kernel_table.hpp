@@ -55,6 +55,7 @@ struct PackedKv {
 /// One tile of query rows of one (batch, kv head); the rows may belong to several query heads.
 struct AttendTile {
   Mode mode = Mode::kAccurate;
+  bool bfloat16 = false;  ///< kExact: Q, K and V are bfloat16 pairs; needs bfloat16_pairs
   int head_dim = 0;
   int kv_block = 0;
   int rows = 0;  ///< 1..kQueryTile
@@ -64,7 +65,8 @@ struct AttendTile {
   float query_norm[kQueryTile];    ///< length of the codes of the row
   const std::byte* q = nullptr;    ///< codes at packed_q_offset() (s8, or u8 = code + 128 where the
                                    ///< ISA wants it), rows up to the next multiple of kRowGroup; or
-                                   ///< floats [rows][head_dim] in kExact
+                                   ///< floats [rows][head_dim] in kExact, there with `bfloat16`
+                                   ///< bfloat16 [rows][padded_dim]
   // Results, unnormalised: the caller divides.
   float* out = nullptr;          ///< [kQueryTile][padded_dim]
   float* normalizer = nullptr;   ///< [kQueryTile] l
@@ -78,6 +80,7 @@ struct AttendTile {
 struct KernelTable {
   Isa isa;
   bool query_codes_offset;  ///< attend() wants Q codes + 128 as u8
+  bool bfloat16_pairs;      ///< the CPU multiplies pairs of bfloat16 (AVX512-BF16)
 
   /// dst[i] = float(src[i * stride]), exact. src: element pointer of the given float type.
   void (*load_row)(const void* src, DType dtype, int64_t stride, int n, float* dst);

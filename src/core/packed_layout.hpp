@@ -103,8 +103,9 @@ struct alignas(64) BlockHeader {
 ///   data    | records | K groups | V groups |
 ///   header  | BlockHeader | mean V | V channel scales |
 ///
-/// K and V are int8 groups as above; in float modes K is [group][head_dim][64] floats and V rows
-/// [key][padded_dim] of bfloat16 (`half`) or float (`exact`).
+/// K and V are int8 groups as above. In `exact` K is [group][head_dim][64] floats and V rows
+/// [key][padded_dim] of floats. Where they are bfloat16, pairs of them that are neighbours along
+/// the sum take a float's place: K [group][padded_dim / 2][64][2], V [key / 2][padded_dim][2].
 struct BlockLayout {
   size_t records = 0;  ///< KeyRecord [groups] (INT8 K)
   size_t k = 0, k_group_bytes = 0;
@@ -122,7 +123,7 @@ constexpr BlockLayout block_layout(int64_t kv_block, int64_t head_dim, int k_byt
   const auto groups = static_cast<size_t>(kv_block / kKeyGroup);
   const auto padded = static_cast<size_t>(padded_dim(head_dim));
   layout.k = k_bytes == 1 ? groups * sizeof(KeyRecord) : 0;
-  const auto k_dim = k_bytes == 1 ? padded : static_cast<size_t>(head_dim);
+  const auto k_dim = k_bytes == 4 ? static_cast<size_t>(head_dim) : padded;
   layout.k_group_bytes = static_cast<size_t>(kKeyGroup) * k_dim * static_cast<size_t>(k_bytes);
   layout.v = layout.k + groups * layout.k_group_bytes;
   layout.v_group_bytes = static_cast<size_t>(kKeyGroup) * padded * static_cast<size_t>(v_bytes);

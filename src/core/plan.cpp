@@ -130,8 +130,9 @@ Result<AttentionPlan> AttentionPlan::make(const AttentionInputs& inputs,
     if (plan->table == nullptr) {
       return failure(StatusCode::kInternal, "isa ", to_string(isa), " has no kernel table");
     }
-    plan->kernel = std::string("attend_") + std::string(to_string(options.mode)) + "_" +
-                   std::string(to_string(isa)) + "_d" + std::to_string(plan->head_dim);
+    plan->kernel = std::string("attend_") + std::string(to_string(options.mode)) +
+                   (plan->exact_bfloat16() ? "_bfloat16_" : "_") + std::string(to_string(isa)) +
+                   "_d" + std::to_string(plan->head_dim);
     if (Status status = cpu::lay_out(*plan); !status.ok()) return status;
     return AttentionPlan(std::move(plan));
   } catch (...) {

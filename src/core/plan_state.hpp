@@ -64,6 +64,12 @@ struct AttentionPlan::State {
   [[nodiscard]] bool int8_values() const noexcept {
     return options.mode == Mode::kAccurate || options.mode == Mode::kPaper;
   }
+  /// `exact` of bfloat16 on a CPU that multiplies it.
+  [[nodiscard]] bool exact_bfloat16() const noexcept {
+    const auto is_bfloat16 = [](const OperandKind& x) { return x.dtype == DType::kBFloat16; };
+    return options.mode == Mode::kExact && table->bfloat16_pairs && is_bfloat16(q) &&
+           is_bfloat16(k) && is_bfloat16(v);
+  }
   [[nodiscard]] bool smooths_k() const noexcept {
     return !k.quantized && options.smooth_k &&
            (options.mode == Mode::kAccurate || options.mode == Mode::kHalf);

@@ -13,5 +13,7 @@ const KernelTable& table() noexcept;
 }
 namespace avx512_vnni {
 const KernelTable& table() noexcept;
+/// For CPUs that have AVX512-BF16 as well.
+const KernelTable& table_with_bf16() noexcept;
 }
 }  // namespace attn8

@@ -8,6 +8,7 @@
 #include <cstring>
 #include <limits>
 
+#include "core/element.hpp"
 #include "core/message.hpp"
 #include "core/quant_math.hpp"
 #include "cpu/parallel.hpp"
@@ -417,20 +418,28 @@ class Preparation {
   }
 
   void pack_k_floats(int64_t head, int64_t first, KeyRange keys, std::byte* packed) noexcept {
-    auto* out = reinterpret_cast<float*>(packed);
-    std::fill_n(out, kKeyGroup * dim(), 0.0f);  // [head_dim][64]
+    std::memset(packed, 0, plan_.layout.block.k_group_bytes);
     float values[kMaxDim];
     for (int64_t key = keys.lo; key < keys.hi; ++key) {
       load(k_, head, key, values);
-      float* column = out + (key - first);
-      for (int d = 0; d < dim(); ++d) column[d * kKeyGroup] = values[d];
+      if (plan_.exact_bfloat16()) {
+        auto* column = reinterpret_cast<uint16_t*>(packed) + 2 * (key - first);
+        for (int d = 0; d < dim(); ++d) {  // [padded_dim / 2][64][2]
+          column[d / 2 * 2 * kKeyGroup + d % 2] = float_to_bfloat16(values[d]);
+        }
+      } else {
+        float* column = reinterpret_cast<float*>(packed) + (key - first);
+        for (int d = 0; d < dim(); ++d) column[d * kKeyGroup] = values[d];  // [head_dim][64]
+      }
     }
   }
 
   void pack_v_floats(int64_t head, int64_t first, KeyRange keys, std::byte* packed) noexcept {
-    const bool half = plan_.options.mode == Mode::kHalf;
+    const bool pairs = plan_.options.mode == Mode::kHalf || plan_.exact_bfloat16();
     const int64_t padded = padded_dim(dim());
     float values[kMaxDim] = {};
+    // The other key of a pair may be one that no query sees.
+    if (pairs) std::memset(packed, 0, plan_.layout.block.v_group_bytes);
     for (int64_t key = keys.lo; key < keys.hi; ++key) {
       load(v_, head, key, values);
       // The rows of a tile share what they read: a weight of 0 times a NaN would reach rows that do
@@ -439,9 +448,13 @@ class Preparation {
         work_.poison(head)[key] = 1;
         std::fill_n(values, dim(), 0.0f);
       }
-      std::byte* row = packed + (key - first) * padded * (half ? 2 : 4);  // [padded_dim]
-      table_.store_row(values, static_cast<int>(padded), half ? DType::kBFloat16 : DType::kFloat32,
-                       1, row);
+      const int64_t slot = key - first;
+      if (pairs) {
+        auto* row = reinterpret_cast<uint16_t*>(packed) + slot / 2 * 2 * padded + slot % 2;
+        for (int d = 0; d < dim(); ++d) row[2 * d] = float_to_bfloat16(values[d]);
+      } else {
+        std::memcpy(packed + slot * padded * 4, values, static_cast<size_t>(padded) * 4);
+      }
     }
   }
 

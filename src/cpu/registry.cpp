@@ -28,9 +28,9 @@ struct Leaf {
   uint32_t a = 0, b = 0, c = 0, d = 0;
 };
 
-Leaf cpuid(uint32_t leaf) noexcept {
+Leaf cpuid(uint32_t leaf, uint32_t subleaf = 0) noexcept {
   Leaf r;
-  if (__get_cpuid_count(leaf, 0, &r.a, &r.b, &r.c, &r.d) == 0) return {};
+  if (__get_cpuid_count(leaf, subleaf, &r.a, &r.b, &r.c, &r.d) == 0) return {};
   return r;
 }
 
@@ -64,6 +64,9 @@ std::string_view missing_for_avx512_vnni() noexcept {
   if (!has(seven.c, 11)) return "the CPU has no AVX-512VNNI";
   return {};
 }
+
+/// AVX512-BF16, for a CPU that has AVX-512.
+bool has_bfloat16_pairs() noexcept { return cpuid(7).a >= 1 && has(cpuid(7, 1).a, 5); }
 
 #else
 
@@ -99,7 +102,7 @@ const KernelTable* find_kernel_table(Isa isa) noexcept {
   switch (isa) {
 #if defined(__x86_64__)
     case Isa::kAvx512Vnni:
-      return &avx512_vnni::table();
+      return has_bfloat16_pairs() ? &avx512_vnni::table_with_bf16() : &avx512_vnni::table();
     case Isa::kAvx2:
       return &avx2::table();
 #else

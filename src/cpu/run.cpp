@@ -11,6 +11,7 @@
 #include <limits>
 #include <numbers>
 
+#include "core/element.hpp"
 #include "core/message.hpp"
 #include "core/quant_math.hpp"
 #include "cpu/parallel.hpp"
@@ -63,7 +64,7 @@ TileBuffers tile_buffers(const AttentionPlan::State& plan) noexcept {
   };
   const auto dim = static_cast<size_t>(plan.head_dim);
   const auto padded = static_cast<size_t>(padded_dim(plan.head_dim));
-  buffers.q = take(kQueryTile * std::max(padded, dim * sizeof(float)));
+  buffers.q = take(kQueryTile * std::max(padded * sizeof(uint16_t), dim * sizeof(float)));
   buffers.out = take(kQueryTile * padded * sizeof(float));
   buffers.normalizer = take(kQueryTile * sizeof(float));
   buffers.weight_sum = take(kQueryTile * sizeof(float));
@@ -135,6 +136,7 @@ class TileRunner {
   bool begin_tile(int64_t head, int64_t first_row, std::byte* memory, AttendTile& tile,
                   Row* rows) const noexcept {
     tile.mode = plan_.options.mode;
+    tile.bfloat16 = plan_.exact_bfloat16();
     tile.head_dim = static_cast<int>(plan_.head_dim);
     tile.kv_block = plan_.options.kv_block;
     tile.rows = static_cast<int>(std::min<int64_t>(kQueryTile, rows_ - first_row));
@@ -238,6 +240,15 @@ class TileRunner {
         static_cast<float>(static_cast<double>(plan_.softmax_scale) * std::numbers::log2e);
     float values[kMaxDim];
     bool good = true;
+    if (plan_.exact_bfloat16()) {
+      const int64_t padded = padded_dim(dim);
+      auto* out = reinterpret_cast<uint16_t*>(q) + r * padded;
+      plan_.table->load_row(element(q_, batch, row.seq, row.head), q_.dtype, q_.strides[3], dim,
+                            values);
+      for (int d = 0; d < padded; ++d) out[d] = d < dim ? float_to_bfloat16(values[d]) : 0;
+      tile.score_factor[r] = log2_scale;
+      return true;
+    }
     if (!plan_.int8_scores()) {
       auto* out = reinterpret_cast<float*>(q) + r * dim;
       plan_.table->load_row(element(q_, batch, row.seq, row.head), q_.dtype, q_.strides[3], dim,
@@ -379,11 +390,13 @@ Status lay_out(AttentionPlan::State& plan) noexcept {
   const bool empty = plan.keys.empty() || plan.heads() == 0;
   const int64_t heads = empty ? 0 : plan.heads();
   const int64_t padded = padded_dim(plan.head_dim);
-  layout.block = block_layout(plan.options.kv_block, plan.head_dim, plan.int8_scores() ? 1 : 4,
-                              plan.int8_values()   ? 1
-                              : plan.int8_scores() ? 2
-                                                   : 4,
-                              plan.v_granularity == Granularity::kBlockChannel);
+  const int float_bytes = plan.exact_bfloat16() ? 2 : 4;
+  layout.block =
+      block_layout(plan.options.kv_block, plan.head_dim, plan.int8_scores() ? 1 : float_bytes,
+                   plan.int8_values()   ? 1
+                   : plan.int8_scores() ? 2
+                                        : float_bytes,
+                   plan.v_granularity == Granularity::kBlockChannel);
   layout.blocks =
       take(product({heads, plan.kv_blocks(), static_cast<int64_t>(layout.block.bytes)}));
   layout.block_headers =

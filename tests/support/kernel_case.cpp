@@ -87,6 +87,7 @@ KernelResult run_kernel(const KernelCase& c, const AttentionInputs& inputs, Isa 
   Result<AttentionPlan> plan = AttentionPlan::make(inputs, outputs, c.options, context);
   EXPECT_TRUE(plan.ok()) << c.name() << ": " << plan.status().message();
   if (!plan.ok()) return result;
+  result.kernel = plan.value().kernel();
   EXPECT_EQ(plan.value().isa(), isa) << c.name();
   EXPECT_NE(plan.value().kernel().find(to_string(isa)), std::string_view::npos)
       << plan.value().kernel();

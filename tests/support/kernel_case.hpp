@@ -55,6 +55,7 @@ KernelInputs make_inputs(const KernelCase& problem);
 
 struct KernelResult {
   Tensor out, lse;
+  std::string kernel = {};
 };
 
 /// Runs on this ISA, expecting success and that the kernel of this ISA ran.

@@ -6,6 +6,7 @@
 #include <bit>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
 #include "core/element.hpp"
 #include "core/kernel_table.hpp"

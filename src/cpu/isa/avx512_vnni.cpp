@@ -7,6 +7,7 @@
 #include <cstring>
 #include <limits>
 #include <new>
+#include <type_traits>
 #include <utility>
 
 #include "core/element.hpp"
@@ -27,13 +28,23 @@ namespace {
 #include "cpu/kernels/online_softmax-inl.hpp"
 #include "cpu/kernels/score_grid-inl.hpp"
 #include "cpu/kernels/attend_accurate-inl.hpp"
+#include "cpu/isa/skewed_items_avx512-inl.hpp"
+#include "cpu/isa/skewed_softmax_avx512-inl.hpp"
 #include "cpu/isa/attend_skewed_avx512-inl.hpp"
 #include "cpu/kernels/attend_paper-inl.hpp"
 #include "cpu/kernels/attend_float-inl.hpp"
 #include "cpu/kernels/table-inl.hpp"
 // clang-format on
+
+constexpr KernelTable kPairTable = [] {
+  KernelTable table = kTable;
+  table.bfloat16_pairs = true;
+  table.attend = attend<true>;
+  return table;
+}();
 }  // namespace
 
 const KernelTable& table() noexcept { return kTable; }
+const KernelTable& table_with_bf16() noexcept { return kPairTable; }
 
 }  // namespace attn8::avx512_vnni

@@ -106,15 +106,19 @@ ATTN8_INLINE float reduce_max(F32 a) {
   return _mm_cvtss_f32(_mm_max_ss(m2, _mm_shuffle_ps(m2, m2, 1)));
 }
 
-ATTN8_INLINE __m256 round_to_bfloat16(__m256 p) {
+ATTN8_INLINE __m256i round_to_bfloat16(__m256 p) {
   const __m256i bits = _mm256_castps_si256(p);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
   const __m256i sum = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
-  return _mm256_castsi256_ps(_mm256_and_si256(sum, _mm256_set1_epi32(~0xffff)));
+  return _mm256_srli_epi32(sum, 16);
 }
-/// p rounded to bfloat16 (nearest even) and back; p finite.
-ATTN8_INLINE F32 round_to_bfloat16(F32 p) {
-  return {round_to_bfloat16(p.lo), round_to_bfloat16(p.hi)};
+/// 16 numbers rounded to bfloat16 (nearest even); a finite.
+template <bool kNative>
+ATTN8_INLINE void store_bfloat16(std::byte* p, F32 a) {
+  static_assert(!kNative);
+  // Packing works by 128-bit lanes: lo0 hi0 | lo1 hi1, put in order by the permutation.
+  const __m256i words = _mm256_packus_epi32(round_to_bfloat16(a.lo), round_to_bfloat16(a.hi));
+  _mm256_storeu_si256((__m256i*)p, _mm256_permute4x64_epi64(words, _MM_SHUFFLE(3, 1, 2, 0)));
 }
 ATTN8_INLINE __m256 widen_bfloat16(const uint16_t* p) {
   const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p));
@@ -152,6 +156,21 @@ ATTN8_INLINE void dot4_u7_s8(I32& sum, I32 a, I32 b) {
   const __m256i ones = _mm256_set1_epi16(1);
   sum.lo = _mm256_add_epi32(sum.lo, _mm256_madd_epi16(_mm256_maddubs_epi16(a.lo, b.lo), ones));
   sum.hi = _mm256_add_epi32(sum.hi, _mm256_madd_epi16(_mm256_maddubs_epi16(a.hi, b.hi), ones));
+}
+
+ATTN8_INLINE __m256 dot2_bfloat16(__m256 sum, __m256i a, __m256i b) {
+  const __m256i high = _mm256_set1_epi32(~0xffff);
+  const __m256 a_low = _mm256_castsi256_ps(_mm256_slli_epi32(a, 16));
+  const __m256 b_low = _mm256_castsi256_ps(_mm256_slli_epi32(b, 16));
+  const __m256 a_high = _mm256_castsi256_ps(_mm256_and_si256(a, high));
+  const __m256 b_high = _mm256_castsi256_ps(_mm256_and_si256(b, high));
+  return _mm256_fmadd_ps(a_high, b_high, _mm256_fmadd_ps(a_low, b_low, sum));
+}
+/// sum[lane] += both products of the bfloat16 pairs in `a` and `b`.
+template <bool kNative>
+ATTN8_INLINE void dot2_bfloat16(F32& sum, I32 a, I32 b) {
+  static_assert(!kNative);
+  sum = {dot2_bfloat16(sum.lo, a.lo, b.lo), dot2_bfloat16(sum.hi, a.hi, b.hi)};
 }
 
 /// |b| of every byte, -128 excepted.

@@ -66,12 +66,20 @@ ATTN8_INLINE F32 keep_lanes(F32 a, int lo, int hi, F32 other) {
 }
 ATTN8_INLINE float reduce_max(F32 a) { return _mm512_reduce_max_ps(a.v); }
 
-/// p rounded to bfloat16 (nearest even) and back; p finite.
-ATTN8_INLINE F32 round_to_bfloat16(F32 p) {
-  const __m512i bits = _mm512_castps_si512(p.v);
-  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i sum = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-  return {_mm512_castsi512_ps(_mm512_and_si512(sum, _mm512_set1_epi32(~0xffff)))};
+/// 16 numbers rounded to bfloat16 (nearest even); a finite. kNative: by AVX512-BF16, which not every
+/// CPU of this table has, so that the compiler must not use it of its own accord.
+template <bool kNative>
+ATTN8_INLINE void store_bfloat16(std::byte* p, F32 a) {
+  __m256i narrow;
+  if constexpr (kNative) {
+    asm("vcvtneps2bf16 %1, %0" : "=v"(narrow) : "v"(a.v));
+  } else {
+    const __m512i bits = _mm512_castps_si512(a.v);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i sum = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    narrow = _mm512_cvtepi32_epi16(_mm512_srli_epi32(sum, 16));
+  }
+  _mm256_storeu_si256((__m256i*)p, narrow);
 }
 ATTN8_INLINE F32 load_bfloat16(const uint16_t* p) {
   const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
@@ -95,6 +103,21 @@ ATTN8_INLINE void dot4_u8_s8(I32& sum, I32 a, I32 b) {
 ATTN8_INLINE void dot4_query(I32& sum, I32 a, I32 b) { dot4_u8_s8(sum, a, b); }
 ATTN8_INLINE void dot4_value(I32& sum, I32 a, I32 b) { dot4_u8_s8(sum, a, b); }
 ATTN8_INLINE void dot4_u7_s8(I32& sum, I32 a, I32 b) { dot4_u8_s8(sum, a, b); }
+
+/// sum[lane] += both products of the bfloat16 pairs in `a` and `b`.
+template <bool kNative>
+ATTN8_INLINE void dot2_bfloat16(F32& sum, I32 a, I32 b) {
+  if constexpr (kNative) {
+    asm("vdpbf16ps %2, %1, %0" : "+v"(sum.v) : "v"(a.v), "v"(b.v));
+  } else {
+    const __m512i high = _mm512_set1_epi32(~0xffff);
+    const __m512 a_low = _mm512_castsi512_ps(_mm512_slli_epi32(a.v, 16));
+    const __m512 b_low = _mm512_castsi512_ps(_mm512_slli_epi32(b.v, 16));
+    const __m512 a_high = _mm512_castsi512_ps(_mm512_and_si512(a.v, high));
+    const __m512 b_high = _mm512_castsi512_ps(_mm512_and_si512(b.v, high));
+    sum.v = _mm512_fmadd_ps(a_high, b_high, _mm512_fmadd_ps(a_low, b_low, sum.v));
+  }
+}
 
 /// |b| of every byte, -128 excepted.
 ATTN8_INLINE I32 absolute_bytes(I32 a) { return {_mm512_abs_epi8(a.v)}; }

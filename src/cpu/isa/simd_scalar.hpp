@@ -96,10 +96,26 @@ ATTN8_INLINE float reduce_max(const F32& a) {
   return largest;
 }
 
-/// p rounded to bfloat16 (nearest even) and back; p finite.
-ATTN8_INLINE F32 round_to_bfloat16(const F32& p) {
-  const auto bits = bits_as<Uint16Lanes>(p.v);
-  return {bits_as<Float16Lanes>((bits + (bits >> 16 & 1u) + 0x7fffu) & ~0xffffu)};
+/// 16 numbers rounded to bfloat16 (nearest even); a finite.
+template <bool kNative>
+ATTN8_INLINE void store_bfloat16(std::byte* p, const F32& a) {
+  static_assert(!kNative);
+  for (int i = 0; i < 16; ++i) {
+    const uint16_t narrow = float_to_bfloat16(a.v[i]);
+    std::memcpy(p + 2 * i, &narrow, 2);
+  }
+}
+/// sum[lane] += both products of the bfloat16 pairs in `a` and `b`.
+template <bool kNative>
+ATTN8_INLINE void dot2_bfloat16(F32& sum, const I32& a, const I32& b) {
+  static_assert(!kNative);
+  const auto low = [](const I32& x) {
+    return bits_as<Float16Lanes>(bits_as<Uint16Lanes>(x.v) << 16);
+  };
+  const auto high = [](const I32& x) {
+    return bits_as<Float16Lanes>(bits_as<Uint16Lanes>(x.v) & ~0xffffu);
+  };
+  sum.v = high(a) * high(b) + (low(a) * low(b) + sum.v);
 }
 ATTN8_INLINE F32 load_bfloat16(const uint16_t* p) {
   F32 result;

@@ -2,64 +2,128 @@
 // SPDX-License-Identifier: Apache-2.0
 
 // Attention of one query tile with a float P V product: `half` (INT8 scores, bfloat16 P and V) and
-// `exact` (float32). Included inside the namespace of an ISA after attend_paper-inl.hpp.
+// `exact` (float32, or bfloat16 where Q, K and V are). Included inside the namespace of an ISA
+// after attend_paper-inl.hpp.
+//
+// Both products read operands in words of four bytes, a float or a pair of bfloat16 that are
+// neighbours along the sum: dims in Q K, keys in P V. So one loop serves both.
 
-/// Scores of one key group from float Q and K, in log2 units.
-template <int kRows>
-ATTN8_KERNEL_INLINE void score_group_float(const AttendTile& tile, const RowGroup& rows,
-                                           int64_t group, float* scores, F32 (&largest)[kRows]) {
-  const auto* k = reinterpret_cast<const float*>(tile.kv.k(rows.block, group));  // [head_dim][64]
-  const auto* q = reinterpret_cast<const float*>(tile.q) + rows.first_row * tile.head_dim;
-  const bool full = all_visible<kRows>(tile, rows, group);
-  float* out = scores + group * kKeyGroup;  // [kRows][kv_block]
-  for (int half = 0; half < 4; half += kVectors) {
-    F32 sum[kRows][kVectors];
+/// Words of one float.
+struct FloatWords {
+  using Vector = F32;
+  static constexpr int kPerWord = 1;
+  static ATTN8_INLINE Vector load_words(const std::byte* p) {
+    return load(reinterpret_cast<const float*>(p));
+  }
+  static ATTN8_INLINE Vector broadcast_word(const std::byte* p) {
+    return broadcast(*reinterpret_cast<const float*>(p));
+  }
+  static ATTN8_INLINE void multiply(F32& sum, Vector a, Vector b) { sum = multiply_add(a, b, sum); }
+  /// 16 weights to P.
+  static ATTN8_INLINE void store_weights(std::byte* p, F32 w) {
+    store(reinterpret_cast<float*>(p), w);
+  }
+};
+
+/// Words of two bfloat16; kNative: by the CPU's own dot product of pairs.
+template <bool kNative>
+struct PairWords {
+  using Vector = I32;
+  static constexpr int kPerWord = 2;
+  static ATTN8_INLINE Vector load_words(const std::byte* p) { return load_bytes(p); }
+  static ATTN8_INLINE Vector broadcast_word(const std::byte* p) { return broadcast4(p); }
+  static ATTN8_INLINE void multiply(F32& sum, Vector a, Vector b) {
+    dot2_bfloat16<kNative>(sum, a, b);
+  }
+  static ATTN8_INLINE void store_weights(std::byte* p, F32 w) { store_bfloat16<kNative>(p, w); }
+};
+
+/// Stands for the integer scores of `half`.
+struct CodeScores {};
+
+/// sum[r][c] += over `steps` words of row r (a_stride bytes apart) times vector c of the matrix,
+/// whose steps are b_stride bytes apart.
+template <class Words, int kRows, int kCount>
+ATTN8_INLINE void multiply_words(F32 (&sum)[kRows][kCount], const std::byte* a, int64_t a_stride,
+                                 const std::byte* b, int64_t b_stride, int64_t steps) {
+  for (; steps > 0; --steps, a += 4, b += b_stride) {
+    typename Words::Vector column[kCount];
+#pragma GCC unroll 4
+    for (int c = 0; c < kCount; ++c) column[c] = Words::load_words(b + 64 * c);
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
+      const typename Words::Vector word = Words::broadcast_word(a + r * a_stride);
 #pragma GCC unroll 4
-      for (int c = 0; c < kVectors; ++c) sum[r][c] = broadcast(0.0f);
-    }
-    const float* column = k + 16 * half;
-    for (int dim = 0; dim < tile.head_dim; ++dim, column += kKeyGroup) {
-      F32 b[kVectors];
-#pragma GCC unroll 4
-      for (int c = 0; c < kVectors; ++c) b[c] = load(column + 16 * c);
-#pragma GCC unroll 4
-      for (int r = 0; r < kRows; ++r) {
-        const F32 a = broadcast(q[r * tile.head_dim + dim]);
-#pragma GCC unroll 4
-        for (int c = 0; c < kVectors; ++c) sum[r][c] = multiply_add(a, b[c], sum[r][c]);
-      }
-    }
-#pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) {
-      const F32 factor = broadcast(tile.score_factor[rows.first_row + r]);
-#pragma GCC unroll 4
-      for (int c = 0; c < kVectors; ++c) {
-        const int lane = 16 * (half + c);
-        F32 t = sum[r][c] * factor;
-        if (!full) [[unlikely]] {
-          int lo = 0;
-          int hi = 0;
-          visible_lanes(tile, rows, r, group, &lo, &hi);
-          t = keep_lanes(t, lo - lane, hi - lane,
-                         broadcast(-std::numeric_limits<float>::infinity()));
-        }
-        store(out + r * tile.kv_block + lane, t);
-        largest[r] = max(t, largest[r]);  // this order ignores a NaN here; its weight is NaN below
-      }
+      for (int c = 0; c < kCount; ++c) Words::multiply(sum[r][c], word, column[c]);
     }
   }
 }
 
-/// Weights of one row and key group in place of its scores, rounded to bfloat16 in `half`.
-template <bool kBfloat16>
+template <int kRows, int kCount>
+ATTN8_INLINE void clear(F32 (&sum)[kRows][kCount]) {
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int c = 0; c < kCount; ++c) sum[r][c] = broadcast(0.0f);
+  }
+}
+
+/// Scores of a block from float Q and K in log2 units, and the rows' maxima.
+template <class Words, int kRows>
+ATTN8_KERNEL_INLINE void word_scores(const AttendTile& tile, const RowGroup& rows, float* scores,
+                                     float* block_max) {
+  constexpr int64_t kStep = 4 * kKeyGroup;  // K is [words of a key][64 keys]
+  const int64_t steps =
+      Words::kPerWord == 1 ? tile.head_dim : padded_dim(tile.head_dim) / Words::kPerWord;
+  const std::byte* q = tile.q + rows.first_row * steps * 4;  // [kRows][steps] words
+  F32 largest[kRows];
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) {
+    largest[r] = broadcast(-std::numeric_limits<float>::infinity());
+  }
+  for (int64_t group = rows.group_lo; group < rows.group_hi; ++group) {
+    const bool full = all_visible<kRows>(tile, rows, group);
+    float* out = scores + group * kKeyGroup;  // [kRows][kv_block]
+    for (int first = 0; first < kKeyGroup; first += 16 * kVectors) {
+      F32 sum[kRows][kVectors];
+      clear(sum);
+      multiply_words<Words>(sum, q, steps * 4, tile.kv.k(rows.block, group) + 4 * first, kStep,
+                            steps);
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) {
+        const F32 factor = broadcast(tile.score_factor[rows.first_row + r]);
+#pragma GCC unroll 4
+        for (int c = 0; c < kVectors; ++c) {
+          const int lane = first + 16 * c;
+          F32 t = sum[r][c] * factor;
+          if (!full) [[unlikely]] {
+            int lo = 0;
+            int hi = 0;
+            visible_lanes(tile, rows, r, group, &lo, &hi);
+            t = keep_lanes(t, lo - lane, hi - lane,
+                           broadcast(-std::numeric_limits<float>::infinity()));
+          }
+          store(out + r * tile.kv_block + lane, t);
+          largest[r] = max(t, largest[r]);  // ignores a NaN here; its weight is NaN below
+        }
+      }
+    }
+  }
+  for (int r = 0; r < kRows; ++r) block_max[r] = reduce_max(largest[r]);
+}
+
+/// Weights of one row and key group, as Words in the front of the row's scores; the scores of this
+/// group and of those after it are still to be read, the weights never reach them.
+template <class Words>
 ATTN8_KERNEL_INLINE void weigh_group(const AttendTile& tile, const RowGroup& rows, int r,
-                                     int64_t group, float* scores, float subtract,
+                                     int64_t group, float* row_scores, float subtract,
                                      F32& weight_sum) {
   int lo = 0;
   int hi = 0;
   visible_lanes(tile, rows, r, group, &lo, &hi);
+  const float* scores = row_scores + group * kKeyGroup;
+  std::byte* weights =
+      reinterpret_cast<std::byte*>(row_scores) + group * kKeyGroup * 4 / Words::kPerWord;
 #pragma GCC unroll 4
   for (int c = 0; c < 4; ++c) {
     const int lane = 16 * c;
@@ -68,32 +132,15 @@ ATTN8_KERNEL_INLINE void weigh_group(const AttendTile& tile, const RowGroup& row
       w = keep_lanes(w, lo - lane, hi - lane, broadcast(0.0f));
     }
     weight_sum = weight_sum + w;
-    if constexpr (kBfloat16) w = round_to_bfloat16(w);
-    store(scores + lane, w);
+    Words::store_weights(weights + lane * 4 / Words::kPerWord, w);
   }
 }
 
-template <bool kBfloat16>
-ATTN8_INLINE F32 load_value(const std::byte* p) {
-  if constexpr (kBfloat16) {
-    return load_bfloat16(reinterpret_cast<const uint16_t*>(p));
-  } else {
-    return load(reinterpret_cast<const float*>(p));
-  }
-}
-
-template <int kRows, int kCount, bool kBfloat16>
-ATTN8_KERNEL_INLINE void add_values_float(const AttendTile& tile, const RowGroup& rows,
-                                          const float* weights, const RowState& state,
-                                          int channel) {
-  constexpr int kBytes = kBfloat16 ? 2 : 4;
+/// O of kCount vectors of channels from `channel` on.
+template <class Words, int kRows, int kCount>
+ATTN8_KERNEL_INLINE void add_values(const AttendTile& tile, const RowGroup& rows,
+                                    const float* scores, const RowState& state, int channel) {
   const int64_t padded = padded_dim(tile.head_dim);
-  F32 sum[kRows][kCount];
-#pragma GCC unroll 4
-  for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-    for (int c = 0; c < kCount; ++c) sum[r][c] = broadcast(0.0f);
-  }
   // Keys that no row of the group sees are not multiplied: an infinite V times a weight of 0 is
   // NaN.
   const int64_t first = rows.block * tile.kv_block;
@@ -107,20 +154,13 @@ ATTN8_KERNEL_INLINE void add_values_float(const AttendTile& tile, const RowGroup
   }
   key = key > rows.group_lo * kKeyGroup ? key : rows.group_lo * kKeyGroup;
   end = end < rows.group_hi * kKeyGroup ? end : rows.group_hi * kKeyGroup;
-  const std::byte* v =
-      tile.kv.v(rows.block, 0) + (key * padded + channel) * kBytes;  // [key][padded]
-  const float* p = weights + key;                                    // [kRows][kv_block]
-  for (; key < end; ++key, ++p, v += padded * kBytes) {
-    F32 b[kCount];
-#pragma GCC unroll 4
-    for (int c = 0; c < kCount; ++c) b[c] = load_value<kBfloat16>(v + 16 * c * kBytes);
-#pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) {
-      const F32 a = broadcast(p[r * tile.kv_block]);
-#pragma GCC unroll 4
-      for (int c = 0; c < kCount; ++c) sum[r][c] = multiply_add(a, b[c], sum[r][c]);
-    }
-  }
+  const int64_t word = key / Words::kPerWord;
+  const int64_t steps = (end + Words::kPerWord - 1) / Words::kPerWord - word;
+  const std::byte* v = tile.kv.v(rows.block, 0) + (word * padded + channel) * 4;  // [word][padded]
+  const std::byte* p = reinterpret_cast<const std::byte*>(scores) + word * 4;
+  F32 sum[kRows][kCount];
+  clear(sum);
+  multiply_words<Words>(sum, p, int64_t{4} * tile.kv_block, v, padded * 4, steps);
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) {
     float* out = tile.out + (rows.first_row + r) * padded + channel;  // [kCount * 16]
@@ -132,30 +172,21 @@ ATTN8_KERNEL_INLINE void add_values_float(const AttendTile& tile, const RowGroup
   }
 }
 
-template <int kRows, bool kHalf>
+template <class Scores, class Values, int kRows>
 ATTN8_KERNEL_INLINE void attend_block_float(const AttendTile& tile, const RowGroup& rows,
                                             RowState& state, const TileScratch& scratch) {
   float block_max[kRows];
-  if constexpr (kHalf) {
+  if constexpr (std::is_same_v<Scores, CodeScores>) {
     float_scores<kRows>(tile, rows, scratch.scores, block_max);
   } else {
-    F32 largest[kRows];
-#pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) {
-      largest[r] = broadcast(-std::numeric_limits<float>::infinity());
-    }
-    for (int64_t group = rows.group_lo; group < rows.group_hi; ++group) {
-      score_group_float<kRows>(tile, rows, group, scratch.scores, largest);
-    }
-    for (int r = 0; r < kRows; ++r) block_max[r] = reduce_max(largest[r]);
+    word_scores<Scores, kRows>(tile, rows, scratch.scores, block_max);
   }
   advance(state, block_max, kRows);
   for (int r = 0; r < kRows; ++r) {
     F32 weight_sum = broadcast(0.0f);
     for (int64_t group = rows.group_lo; group < rows.group_hi; ++group) {
-      const int64_t offset = r * tile.kv_block + group * kKeyGroup;
-      weigh_group<kHalf>(tile, rows, r, group, scratch.scores + offset, state.subtract[r],
-                         weight_sum);
+      weigh_group<Values>(tile, rows, r, group, scratch.scores + r * tile.kv_block,
+                          state.subtract[r], weight_sum);
     }
     const F32 rescale = broadcast(state.rescale[r]);
     float* weights = scratch.weights + 16 * (rows.first_row + r);
@@ -164,14 +195,14 @@ ATTN8_KERNEL_INLINE void attend_block_float(const AttendTile& tile, const RowGro
   const int padded = static_cast<int>(padded_dim(tile.head_dim));
   int channel = 0;
   for (; channel + 16 * kVectors <= padded; channel += 16 * kVectors) {
-    add_values_float<kRows, kVectors, kHalf>(tile, rows, scratch.scores, state, channel);
+    add_values<Values, kRows, kVectors>(tile, rows, scratch.scores, state, channel);
   }
   for (; channel < padded; channel += 16) {
-    add_values_float<kRows, 1, kHalf>(tile, rows, scratch.scores, state, channel);
+    add_values<Values, kRows, 1>(tile, rows, scratch.scores, state, channel);
   }
 }
 
-template <bool kHalf>
+template <class Scores, class Values>
 inline void attend_float(const AttendTile& tile) {
   const int64_t padded = padded_dim(tile.head_dim);
   const TileScratch scratch = tile_scratch(tile);
@@ -182,9 +213,9 @@ inline void attend_float(const AttendTile& tile) {
     RowState state;
     for (int r = 0; r < count; ++r) state.max[r] = tile.row_max[rows.first_row + r];
     if (count == kRowGroup) {
-      attend_block_float<kRowGroup, kHalf>(tile, rows, state, scratch);
+      attend_block_float<Scores, Values, kRowGroup>(tile, rows, state, scratch);
     } else {
-      attend_block_float<1, kHalf>(tile, rows, state, scratch);
+      attend_block_float<Scores, Values, 1>(tile, rows, state, scratch);
     }
     for (int r = 0; r < count; ++r) tile.row_max[rows.first_row + r] = state.max[r];
   });

@@ -11,6 +11,8 @@ inline size_t scratch_bytes(int kv_block) {
   return sums + block * sizeof(float) + block + value_sums;
 }
 
+/// kNative: the CPU has AVX512-BF16.
+template <bool kNative>
 inline void attend(const AttendTile& tile) {
   switch (tile.mode) {
     case Mode::kAccurate:
@@ -21,9 +23,12 @@ inline void attend(const AttendTile& tile) {
     case Mode::kPaper:
       return attend_paper(tile);
     case Mode::kHalf:
-      return attend_float<true>(tile);
+      return attend_float<CodeScores, PairWords<kNative>>(tile);
     case Mode::kExact:
-      return attend_float<false>(tile);
+      if constexpr (kNative) {
+        if (tile.bfloat16) return attend_float<PairWords<true>, PairWords<true>>(tile);
+      }
+      return attend_float<FloatWords, FloatWords>(tile);
     case Mode::kFp8:
       return;  // has no kernel: plan.cpp sends it to the emulation
   }
@@ -32,6 +37,7 @@ inline void attend(const AttendTile& tile) {
 inline constexpr KernelTable kTable = {
     .isa = kIsa,
     .query_codes_offset = kQueryCodesOffset,
+    .bfloat16_pairs = false,
     .load_row = load_row,
     .store_row = store_row,
     .max_abs_bits = row_max_abs_bits,
@@ -45,5 +51,5 @@ inline constexpr KernelTable kTable = {
     .pack_v = pack_v,
     .sum_v = sum_v,
     .scratch_bytes = scratch_bytes,
-    .attend = attend,
+    .attend = attend<false>,
 };

@@ -1,0 +1,258 @@
+// SPDX-FileCopyrightText: The attn8 authors
+// SPDX-License-Identifier: Apache-2.0
+
+// The softmax of attend_skewed_avx512-inl.hpp: scores as 16-bit numbers, weights by a table and a
+// shift, exact sums. Included inside the ISA's namespace after skewed_items_avx512-inl.hpp.
+
+/// E of docs/numerics.md.
+alignas(64) constexpr uint16_t kGridWeight16[64] = {
+    65280, 64577, 63881, 63193, 62512, 61839, 61173, 60514, 59862, 59217, 58579, 57948, 57324,
+    56707, 56096, 55491, 54894, 54302, 53717, 53139, 52566, 52000, 51440, 50886, 50338, 49796,
+    49259, 48729, 48204, 47684, 47171, 46663, 46160, 45663, 45171, 44684, 44203, 43727, 43256,
+    42790, 42329, 41873, 41422, 40976, 40534, 40098, 39666, 39238, 38816, 38398, 37984, 37575,
+    37170, 36770, 36374, 35982, 35594, 35211, 34831, 34456, 34085, 33718, 33355, 32995};
+
+struct alignas(64) Words {
+  int16_t word[32];
+};
+constexpr Words repeat_word(int16_t value) {
+  Words words = {};
+  for (int16_t& word : words.word) word = value;
+  return words;
+}
+/// Keys of the first 32 scores of a group in the order of score_position().
+constexpr Words score_keys() {
+  Words words = {};
+  for (int16_t key = 0; key < 32; ++key) words.word[score_position(key)] = key;
+  return words;
+}
+constexpr Words kHalf16 = repeat_word(128);
+constexpr Words kLowByte16 = repeat_word(255);
+constexpr Words kZero16 = repeat_word(0);
+constexpr Words kScoreKeys = score_keys();
+
+// Statements instead of intrinsics where g++ 12 would copy accumulators or hoist operands into
+// registers that are not there. `volatile` keeps them in the order written, which is the schedule.
+ATTN8_INLINE void dot(Vector& sum, Vector u8, Vector s8) {
+  asm volatile("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(u8), "v"(s8));
+}
+ATTN8_INLINE void dot_memory(Vector& sum, Vector u8, const std::byte* s8) {
+  asm volatile("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(u8), "m"(*(const Vector*)s8));
+}
+ATTN8_INLINE void dot_pairs(Vector& sum, Vector a, const int16_t* b) {
+  asm volatile("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(a), "m"(*(const Vector*)b));
+}
+ATTN8_INLINE __m512 broadcast_now(const float* p) {
+  __m512 result;
+  asm volatile("vbroadcastss %1, %0" : "=v"(result) : "m"(*p));
+  return result;
+}
+ATTN8_INLINE Vector load_now(const std::byte* p) {
+  Vector result;
+  asm volatile("vmovdqa64 %1, %0" : "=v"(result) : "m"(*(const Vector*)p));
+  return result;
+}
+ATTN8_INLINE Vector broadcast_bytes(const std::byte* p) {
+  Vector result;
+  asm volatile("vpbroadcastd %1, %0" : "=v"(result) : "m"(*(const int32_t*)p));
+  return result;
+}
+ATTN8_INLINE Vector load_vector(const void* p) { return _mm512_load_si512(p); }
+/// The weights of an item, computed half a group of one row at a time between products. Everything
+/// is laid out group by group, rows within.
+struct Weigher {
+  const int16_t* scores = nullptr;     ///< [groups][kRowGroup][64]
+  std::byte* codes = nullptr;          ///< [groups][kRowGroup][64]
+  const KeyRecord* records = nullptr;  ///< [groups]
+  const int32_t* top = nullptr;        ///< [kRowGroup] maxima, in both halves of a word
+  GroupSums* sums = nullptr;           ///< [groups][kRowGroup]
+  int next = 0;                        ///< of the groups * kRowGroup pieces
+  int end = 0;
+};
+
+/// What stays in registers between the halves of a piece.
+struct HalfPiece {
+  Vector top, code, sum, rest;
+};
+
+/// Half `kPart` of piece `piece`: 32 scores to weights and codes. kRow: its row where known, or -1.
+template <int kPart, int kRow>
+ATTN8_INLINE void weigh_half(const Weigher& weigher, int piece, HalfPiece& half, Vector table_low,
+                             Vector table_high) {
+  const int64_t offset = int64_t{64} * piece + 32 * kPart;
+  if constexpr (kPart == 0) {
+    half.top = broadcast_bytes(
+        reinterpret_cast<const std::byte*>(weigher.top + (kRow >= 0 ? kRow : piece & 3)));
+    half.sum = _mm512_setzero_si512();
+  }
+  Vector d = _mm512_sub_epi16(half.top, load_vector(weigher.scores + offset));
+  const Vector shift = _mm512_srli_epi16(d, 6);
+  asm("vpermi2w %2, %1, %0" : "+v"(d) : "v"(table_low), "v"(table_high));
+  const Vector y = _mm512_srlv_epi16(d, shift);
+  Vector rounded;
+  asm("vpaddw %2, %1, %0" : "=v"(rounded) : "v"(y), "m"(kHalf16));
+  Vector rest;
+  asm("vpandd %2, %1, %0" : "=v"(rest) : "v"(rounded), "m"(kLowByte16));
+  Vector h;
+  asm("vpavgw %2, %1, %0" : "=v"(h) : "v"(y), "m"(kZero16));
+  dot_pairs(half.sum, h, weigher.records[piece >> 2].inv_low + 32 * kPart);
+  const Vector code = _mm512_srli_epi16(rounded, 8);
+  if constexpr (kPart == 0) {
+    half.code = code;
+    half.rest = rest;
+    return;
+  }
+  GroupSums& sums = weigher.sums[piece];
+  _mm512_store_si512(weigher.codes + int64_t{64} * piece, _mm512_packus_epi16(half.code, code));
+  _mm512_store_si512(sums.weights, half.sum);
+  _mm512_store_si512(sums.rest, _mm512_add_epi16(half.rest, rest));
+}
+
+ATTN8_INLINE int16_t largest_word(Vector v) {
+  const __m256i m16 = _mm256_max_epi16(_mm512_castsi512_si256(v), _mm512_extracti64x4_epi64(v, 1));
+  const __m128i m8 = _mm_max_epi16(_mm256_castsi256_si128(m16), _mm256_extracti128_si256(m16, 1));
+  // vphminposuw finds the smallest unsigned word; this flip reverses and unsigns the order.
+  const __m128i least = _mm_minpos_epu16(_mm_xor_si128(m8, _mm_set1_epi16(0x7fff)));
+  return static_cast<int16_t>(_mm_cvtsi128_si32(least) ^ 0x7fff);
+}
+
+/// Scores of a group for one row, its sums to 16-bit numbers, and into the running maximum.
+ATTN8_INLINE void score_row(const KeyRecord* record, const float* factor, int16_t* out,
+                            const Vector (&sum)[4], Vector& largest) {
+  const __m512 row_factor = broadcast_now(factor);
+  Vector w[4];
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) {
+    const __m512 x =
+        _mm512_mul_ps(_mm512_cvtepi32_ps(sum[c]), _mm512_load_ps(record->k_scale + 16 * c));
+    w[c] =
+        _mm512_cvtps_epi32(_mm512_fmadd_ps(x, row_factor, _mm512_load_ps(record->offset + 16 * c)));
+  }
+  const Vector low = _mm512_packs_epi32(w[0], w[1]);
+  const Vector high = _mm512_packs_epi32(w[2], w[3]);
+  _mm512_store_si512(out, low);
+  _mm512_store_si512(out + 32, high);
+  largest = _mm512_max_epi16(largest, _mm512_max_epi16(low, high));
+}
+
+/// Hides what the rows of an item do not see among its scores, and takes the maxima anew.
+inline __attribute__((noinline)) void hide_scores(const Skewed& work, const SkewedItem& item,
+                                                  int16_t* top) {
+  for (int r = 0; r < kRowGroup; ++r) {
+    const KeyRange range = work.tile.visible[item.first_row + r];
+    Vector largest = _mm512_set1_epi16(kHiddenScore16);
+    for (int half = 0; half < 2 * item.groups; ++half) {
+      const int64_t first = item.first_key + 32 * half;
+      const auto clamped = [first](int64_t key) {
+        return static_cast<int16_t>(key < first ? 0 : key > first + 32 ? 32 : key - first);
+      };
+      const Vector keys = load_vector(&kScoreKeys);
+      const __mmask32 seen = _mm512_cmpge_epi16_mask(keys, _mm512_set1_epi16(clamped(range.lo))) &
+                             _mm512_cmplt_epi16_mask(keys, _mm512_set1_epi16(clamped(range.hi)));
+      int16_t* scores = work.scores + (half / 2 * kRowGroup + r) * 64 + half % 2 * 32;
+      const Vector kept =
+          _mm512_mask_mov_epi16(_mm512_set1_epi16(kHiddenScore16), seen, load_vector(scores));
+      _mm512_store_si512(scores, kept);
+      largest = _mm512_max_epi16(largest, kept);
+    }
+    top[r] = largest_word(largest);
+  }
+}
+
+/// The maxima of an item's rows: references, weights, and what is rescaled.
+ATTN8_INLINE void advance_rows(Skewed& work, const SkewedItem& item, const Vector (&largest)[4],
+                               SkewedState& state) {
+  int16_t top[kRowGroup];
+#pragma GCC unroll 4
+  for (int r = 0; r < kRowGroup; ++r) top[r] = largest_word(largest[r]);
+  if (item.masked) [[unlikely]]
+    hide_scores(work, item, top);
+  state.rescales = false;
+#pragma GCC unroll 4
+  for (int r = 0; r < kRowGroup; ++r) {
+    work.top[r] = static_cast<int32_t>(static_cast<uint16_t>(top[r]) * 0x10001u);
+    advance_reference(top[r] == kHiddenScore16 ? kHiddenScore : top[r],
+                      &work.scratch.ref[item.first_row + r], &work.weight[r], &state.rescale[r]);
+    state.rescales = state.rescales || state.rescale[r] != 1.0f;
+    state.value_weight[r] = work.weight[r] == 0 ? 0.0f : work.weight[r] * item.value_scale;
+  }
+}
+
+/// 2^12 sum_j h_j (W_j >> 12) of the rows, from the scores: for the few blocks whose V scales
+/// differ by more than 16.
+inline __attribute__((noinline)) __m256i high_weights(const Skewed& work, const SkewedItem& item) {
+  alignas(32) int64_t total[kRowGroup] = {};
+  for (int half = 0; half < 2 * kRowGroup * item.groups; ++half) {
+    const int piece = half / 2;
+    const int r = piece % kRowGroup;
+    const Vector d =
+        _mm512_sub_epi16(_mm512_set1_epi32(work.top[r]), load_vector(work.scores + 32 * half));
+    const Vector e =
+        _mm512_permutex2var_epi16(load_vector(kGridWeight16), d, load_vector(kGridWeight16 + 32));
+    const Vector y = _mm512_srlv_epi16(e, _mm512_srli_epi16(d, 6));
+    const Vector h = _mm512_avg_epu16(y, _mm512_setzero_si512());
+    Vector sum = _mm512_setzero_si512();
+    dot_pairs(sum, h, item.records[piece / kRowGroup].inv_high + half % 2 * 32);
+    total[r] += reduce_add(I32{sum}) * 4096;
+  }
+  return _mm256_load_si256(reinterpret_cast<const __m256i*>(total));
+}
+
+/// Sums of the lanes of four vectors: int32 and int64.
+ATTN8_INLINE __m128i add_lanes_i32(Vector a, Vector b, Vector c, Vector d) {
+  const Vector ab = _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+  const Vector cd = _mm512_add_epi32(_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
+  // a b a b of every quarter and c d c d of every quarter to a b c d of every quarter
+  const Vector sum = _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
+  const __m256i half =
+      _mm256_add_epi32(_mm512_castsi512_si256(sum), _mm512_extracti64x4_epi64(sum, 1));
+  return _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+}
+ATTN8_INLINE __m256i add_lanes_i64(Vector a, Vector b, Vector c, Vector d) {
+  const Vector ab = _mm512_add_epi64(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
+  const Vector cd = _mm512_add_epi64(_mm512_unpacklo_epi64(c, d), _mm512_unpackhi_epi64(c, d));
+  // a b in each of four quarters, c d likewise: quarters 0, 2 and 1, 3 of both, then across
+  const Vector even = _mm512_shuffle_i64x2(ab, cd, 0x88);
+  const Vector odd = _mm512_shuffle_i64x2(ab, cd, 0xdd);
+  const Vector sum = _mm512_add_epi64(even, odd);  // ab ab cd cd
+  const Vector swapped = _mm512_shuffle_i64x2(sum, sum, 0xb1);
+  const Vector total = _mm512_add_epi64(sum, swapped);
+  return _mm512_castsi512_si256(_mm512_shuffle_i64x2(total, total, 0x08));
+}
+
+/// l and rho of an item's rows from the sums that its weights left.
+ATTN8_INLINE void finish_sums(Skewed& work, const SkewedItem& item, SkewedState& state) {
+  Vector weights[kRowGroup];  // 8 x int64
+  Vector rest[kRowGroup];     // 32 x uint16: 8 groups of two bytes fit
+  const Vector low_half = _mm512_set1_epi64(0xffffffff);
+#pragma GCC unroll 4
+  for (int r = 0; r < kRowGroup; ++r) {
+    const Vector x = load_vector(work.sums[r].weights);
+    weights[r] = _mm512_add_epi64(_mm512_and_si512(x, low_half), _mm512_srli_epi64(x, 32));
+    rest[r] = load_vector(work.sums[r].rest);
+  }
+  const GroupSums* sums = work.sums + kRowGroup;
+  for (int group = 1; group < item.groups; ++group, sums += kRowGroup) {
+#pragma GCC unroll 4
+    for (int r = 0; r < kRowGroup; ++r) {
+      const Vector x = load_vector(sums[r].weights);
+      const Vector wide = _mm512_add_epi64(_mm512_and_si512(x, low_half), _mm512_srli_epi64(x, 32));
+      weights[r] = _mm512_add_epi64(weights[r], wide);
+      rest[r] = _mm512_add_epi16(rest[r], load_vector(sums[r].rest));
+    }
+  }
+  const Vector ones = _mm512_set1_epi16(1);
+  const __m128i residual = _mm_sub_epi32(
+      add_lanes_i32(_mm512_madd_epi16(rest[0], ones), _mm512_madd_epi16(rest[1], ones),
+                    _mm512_madd_epi16(rest[2], ones), _mm512_madd_epi16(rest[3], ones)),
+      _mm_set1_epi32(128 * 64 * item.groups));
+  __m256i total = add_lanes_i64(weights[0], weights[1], weights[2], weights[3]);
+  if (item.any_high) [[unlikely]]
+    total = _mm256_add_epi64(total, high_weights(work, item));
+  float* normalizer = work.tile.normalizer + item.first_row;
+  _mm_storeu_ps(normalizer,
+                _mm_fmadd_ps(_mm_load_ps(work.weight), _mm256_cvtepi64_ps(total),
+                             _mm_mul_ps(_mm_loadu_ps(normalizer), _mm_load_ps(state.rescale))));
+  const __m128 rho = _mm_mul_ps(_mm_cvtepi32_ps(residual), _mm_set1_ps(0x1p-8f));
+  _mm_store_ps(state.residual, _mm_and_ps(rho, _mm_load_ps(item.sees_block)));
+}
