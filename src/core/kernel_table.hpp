@@ -34,6 +34,9 @@ struct PackedKv {
   [[nodiscard]] const BlockHeader& header(int64_t block) const noexcept {
     return *reinterpret_cast<const BlockHeader*>(blocks[block].header);
   }
+  [[nodiscard]] const uint8_t* poison(int64_t block) const noexcept {
+    return reinterpret_cast<const uint8_t*>(blocks[block].header + layout.poison);
+  }
   [[nodiscard]] const float* mean(int64_t block) const noexcept {
     return reinterpret_cast<const float*>(blocks[block].header + layout.mean);
   }

@@ -89,19 +89,19 @@ struct alignas(64) KeyRecord {
   int16_t inv_high[kKeyGroup];    ///< W >> 12, likewise
 };
 
-/// What is known of a block as a whole; the mean V codes and, for `block_channel`, the scales
-/// follow (BlockLayout).
+/// What is known of a block as a whole; its arrays follow (BlockLayout).
 struct alignas(64) BlockHeader {
   float v_scale;     ///< v_block of docs/numerics.md, > 0 or NaN
-  float key_norm;    ///< largest k_scale * length of the codes among its keys
+  float key_norm;    ///< largest k_scale * length of the codes among its keys, or more
   int32_t any_high;  ///< whether an inv_high differs from 0
+  int32_t poisoned;  ///< whether a key holds a NaN or an Inf
 };
 
 /// Memory of one kv block of one (batch, kv head): what grows with the keys, and a header apart
 /// from it. A page of a cache is the same thing as a block of a call.
 ///
 ///   data    | records | K groups | V groups |
-///   header  | BlockHeader | mean V | V channel scales |
+///   header  | BlockHeader | poison | mean V | V channel scales |
 ///
 /// K and V are int8 groups as above. In `exact` K is [group][head_dim][64] floats and V rows
 /// [key][padded_dim] of floats. Where they are bfloat16, pairs of them that are neighbours along
@@ -111,6 +111,7 @@ struct BlockLayout {
   size_t k = 0, k_group_bytes = 0;
   size_t v = 0, v_group_bytes = 0;
   size_t bytes = 0;
+  size_t poison = 0;         ///< uint8 [kv_block]: whether K or V of the key holds a NaN or an Inf
   size_t mean = 0;           ///< float [padded_dim] mean V codes of the keys that count (INT8 V)
   size_t channel_scale = 0;  ///< float [padded_dim] V scales of the block (`block_channel`)
   size_t header_bytes = 0;
@@ -128,7 +129,8 @@ constexpr BlockLayout block_layout(int64_t kv_block, int64_t head_dim, int k_byt
   layout.v = layout.k + groups * layout.k_group_bytes;
   layout.v_group_bytes = static_cast<size_t>(kKeyGroup) * padded * static_cast<size_t>(v_bytes);
   layout.bytes = layout.v + groups * layout.v_group_bytes;
-  layout.mean = sizeof(BlockHeader);
+  layout.poison = sizeof(BlockHeader);
+  layout.mean = layout.poison + static_cast<size_t>(kv_block);
   layout.channel_scale = layout.mean + (v_bytes == 1 ? padded * sizeof(float) : 0);
   layout.header_bytes = layout.channel_scale + (with_channel_scale ? padded * sizeof(float) : 0);
   return layout;

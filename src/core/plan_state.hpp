@@ -3,9 +3,11 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <string>
 
 #include "attn8/attention.hpp"
+#include "core/device_plan.hpp"
 #include "core/kernel_table.hpp"
 
 namespace attn8 {
@@ -16,27 +18,20 @@ struct OperandKind {
   DType dtype = DType::kFloat32;  ///< of the float tensor; kInt8 when quantized
 };
 
-/// What a run learns of one (batch, kv head) while it packs.
-struct HeadState {
-  float v_ref = 1;     ///< largest v_scale of the blocks (`block_channel`: of the channel scales)
-  float key_norm = 0;  ///< largest key_norm of the blocks
-  bool poisoned = false;  ///< whether a key holds a NaN or an Inf
-};
-
 /// Byte offsets into the workspace of one run; H = batch * nheads_k heads.
 struct WorkspaceLayout {
   BlockLayout block;                           ///< of one kv block
   size_t blocks = 0;                           ///< [H][kv blocks] data of blocks
   size_t block_headers = 0;                    ///< [H][kv blocks] their headers
   size_t packed_blocks = 0;                    ///< PackedBlock [H][kv blocks]
-  size_t heads = 0;                            ///< HeadState [H]
-  size_t poison = 0;                           ///< uint8 [H][seqlen_k]: a NaN or an Inf in K or V
+  size_t heads = 0;                            ///< cpu::PackedHead [H]
+  size_t sequences = 0;                        ///< cpu::AttendSequence [batch]
   size_t k_mean = 0;                           ///< float [H][head_dim]
   size_t k_mean_sums = 0;                      ///< double [H][chunks][head_dim]
   size_t v_max_bits = 0;                       ///< uint32 [H][kv blocks][head_dim]
   size_t v_out_scale = 0;                      ///< float [H][padded_dim]
-  size_t partials = 0, bytes_per_partial = 0;  ///< [H][key_splits] results of parts of the keys
-  size_t workers = 0, bytes_per_worker = 0;    ///< [threads] tile buffers
+  size_t partials = 0, bytes_per_partial = 0;  ///< results of parts of the keys
+  size_t workers = 0;                          ///< [threads] tile buffers
   size_t total = 0;
 };
 
@@ -44,15 +39,14 @@ struct WorkspaceLayout {
 struct AttentionPlan::State {
   AttentionOptions options;  ///< every default resolved
   Context context;
-  const KernelTable* table = nullptr;  ///< nullptr in kFp8, which is emulated
+  std::shared_ptr<const DevicePlan> device_plan;  ///< set when the device is no CPU
+  const KernelTable* table = nullptr;  ///< nullptr in kFp8, which is emulated, and on a device
   OperandKind q, k, v;
   int64_t batch = 0, seqlen_q = 0, seqlen_k = 0, nheads_q = 0, nheads_k = 0, head_dim = 0;
   float softmax_scale = 0;
   Granularity v_granularity = Granularity::kToken;
   bool with_lse = false;
-  KeyRange keys;           ///< visible to at least one query
-  int64_t key_splits = 1;  ///< parts of the keys that run apart: few queries, many keys
-  int64_t blocks_per_split = 0;
+  KeyRange keys;  ///< visible to at least one query
   WorkspaceLayout layout;
   std::string kernel;
 

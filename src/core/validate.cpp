@@ -3,11 +3,13 @@
 #include "core/validate.hpp"
 
 #include <cmath>
+#include <limits>
 #include <string>
 
 #include "core/element.hpp"
 #include "core/kernel_table.hpp"
 #include "core/message.hpp"
+#include "core/plan_state.hpp"
 #include "core/quant_math.hpp"
 
 namespace attn8 {
@@ -30,11 +32,18 @@ std::string text(const Extents& shape) {
   return result + "]";
 }
 
+std::string text(Device device) {
+  return device.type == DeviceType::kCpu ? "cpu" : "cuda:" + std::to_string(device.index);
+}
+
 /// Extents, strides and pointer of a view that will be read (or, when written, be distinct
-/// elements).
-Status check_view(std::string_view name, const ConstTensorView& view, bool written) {
-  if (view.device.type != DeviceType::kCpu) {
-    return invalid(name, ".device got cuda, wants cpu, as the context's");
+/// elements) on `device`.
+Status check_view(std::string_view name, const ConstTensorView& view, bool written,
+                  Device device = {}) {
+  if (view.device.type != device.type ||
+      (device.type == DeviceType::kCuda && view.device.index != device.index)) {
+    return invalid(name, ".device got ", text(view.device), ", wants ", text(device),
+                   ", as the context's");
   }
   int64_t reach = static_cast<int64_t>(dtype_bytes(view.dtype));
   if (reach == 0) return invalid(name, ".dtype is not a type of attn8::DType");
@@ -98,16 +107,16 @@ Status check_spec(std::string_view name, const QuantSpec& spec) {
   return {};
 }
 
-Status check_quantized(const std::string& name, const QuantizedView& x) {
-  ATTN8_RETURN_IF_ERROR(check_view(name + ".codes", x.codes, false));
+Status check_quantized(const std::string& name, const QuantizedView& x, Device device = {}) {
+  ATTN8_RETURN_IF_ERROR(check_view(name + ".codes", x.codes, false, device));
   ATTN8_RETURN_IF_ERROR(check_type(name + ".codes", x.codes, DType::kInt8));
   ATTN8_RETURN_IF_ERROR(check_spec(name + ".spec", x.spec));
-  ATTN8_RETURN_IF_ERROR(check_view(name + ".scale", x.scale, false));
+  ATTN8_RETURN_IF_ERROR(check_view(name + ".scale", x.scale, false, device));
   ATTN8_RETURN_IF_ERROR(check_type(name + ".scale", x.scale, DType::kFloat32));
   ATTN8_RETURN_IF_ERROR(check_shape(name + ".scale", x.scale, scale_shape(x.codes.shape, x.spec),
                                     " for this granularity"));
   if (x.mean.has_value()) {
-    ATTN8_RETURN_IF_ERROR(check_view(name + ".mean", *x.mean, false));
+    ATTN8_RETURN_IF_ERROR(check_view(name + ".mean", *x.mean, false, device));
     ATTN8_RETURN_IF_ERROR(check_type(name + ".mean", *x.mean, DType::kFloat32));
     const Extents& s = x.codes.shape;
     ATTN8_RETURN_IF_ERROR(check_shape(name + ".mean", *x.mean, {s[0], 1, s[2], s[3]}, ""));
@@ -117,19 +126,19 @@ Status check_quantized(const std::string& name, const QuantizedView& x) {
 
 /// One of q, k, v: its own consistency and whether the mode takes it in this form.
 Status check_operand(const std::string& name, const Operand& operand,
-                     const AttentionOptions& options) {
+                     const AttentionOptions& options, Device device = {}) {
   const bool is_v = name == "v";
   const Mode mode = options.mode;
   const auto* quantized = std::get_if<QuantizedView>(&operand);
   if (quantized == nullptr) {
     const ConstTensorView& view = *std::get_if<ConstTensorView>(&operand);
-    ATTN8_RETURN_IF_ERROR(check_view(name, view, false));
+    ATTN8_RETURN_IF_ERROR(check_view(name, view, false, device));
     return check_float(name, view);
   }
   if (mode == Mode::kExact || mode == Mode::kFp8 || (mode == Mode::kHalf && is_v)) {
     return invalid(name, " got int8 codes, mode ", to_string(mode), " wants float");
   }
-  ATTN8_RETURN_IF_ERROR(check_quantized(name, *quantized));
+  ATTN8_RETURN_IF_ERROR(check_quantized(name, *quantized, device));
   const Granularity granularity = quantized->spec.granularity;
   if (!is_v && granularity != Granularity::kToken) {
     return invalid(name, ".spec.granularity got ", to_string(granularity), ", wants token");
@@ -147,6 +156,33 @@ Status check_operand(const std::string& name, const Operand& operand,
   return {};
 }
 
+Status check_kv_block(std::string_view name, int32_t kv_block) {
+  if (kv_block < 64 || kv_block > 512 || kv_block % 64 != 0) {
+    return invalid(name, " got ", kv_block, ", wants a multiple of 64 in [64, 512]");
+  }
+  return {};
+}
+
+Status check_softmax_scale(std::optional<float> softmax_scale) {
+  if (softmax_scale.has_value() && !std::isfinite(*softmax_scale)) {
+    return invalid("options.softmax_scale got ", *softmax_scale, ", wants a finite number");
+  }
+  return {};
+}
+
+Status check_mask(const Mask& mask) {
+  if (static_cast<int>(mask.align) > static_cast<int>(CausalAlign::kTopLeft)) {
+    return invalid("options.mask.align is not a value of attn8::CausalAlign");
+  }
+  if (mask.window_left < -1) {
+    return invalid("options.mask.window_left got ", mask.window_left, ", wants >= -1");
+  }
+  if (mask.window_right < -1) {
+    return invalid("options.mask.window_right got ", mask.window_right, ", wants >= -1");
+  }
+  return {};
+}
+
 Status check_options(const AttentionOptions& options) {
   if (static_cast<int>(options.mode) > static_cast<int>(Mode::kFp8)) {
     return invalid("options.mode is not a value of attn8::Mode");
@@ -157,18 +193,8 @@ Status check_options(const AttentionOptions& options) {
   if (static_cast<int>(options.fp8_format) > static_cast<int>(Fp8Format::kE5m2Raw)) {
     return invalid("options.fp8_format is not a value of attn8::Fp8Format");
   }
-  if (static_cast<int>(options.mask.align) > static_cast<int>(CausalAlign::kTopLeft)) {
-    return invalid("options.mask.align is not a value of attn8::CausalAlign");
-  }
-  if (options.softmax_scale.has_value() && !std::isfinite(*options.softmax_scale)) {
-    return invalid("options.softmax_scale got ", *options.softmax_scale, ", wants a finite number");
-  }
-  if (options.mask.window_left < -1) {
-    return invalid("options.mask.window_left got ", options.mask.window_left, ", wants >= -1");
-  }
-  if (options.mask.window_right < -1) {
-    return invalid("options.mask.window_right got ", options.mask.window_right, ", wants >= -1");
-  }
+  ATTN8_RETURN_IF_ERROR(check_mask(options.mask));
+  ATTN8_RETURN_IF_ERROR(check_softmax_scale(options.softmax_scale));
   const int32_t kv_block = options.kv_block;
   if (kv_block != 0 && (kv_block < 64 || kv_block > 512 || kv_block % 64 != 0)) {
     return invalid("options.kv_block got ", kv_block, ", wants 0 or a multiple of 64 in [64, 512]");
@@ -192,6 +218,17 @@ Status check_shapes(const Extents& q, const Extents& k, const Extents& v) {
   return {};
 }
 
+/// out and lse of a call with queries of shape q.
+Status check_outputs(const AttentionOutputs& outputs, const Extents& q, Device device = {}) {
+  ATTN8_RETURN_IF_ERROR(check_view("out", outputs.out, true, device));
+  ATTN8_RETURN_IF_ERROR(check_float("out", outputs.out));
+  ATTN8_RETURN_IF_ERROR(check_shape("out", outputs.out, q, ", as q"));
+  if (!outputs.lse.has_value()) return {};
+  ATTN8_RETURN_IF_ERROR(check_view("lse", *outputs.lse, true, device));
+  ATTN8_RETURN_IF_ERROR(check_type("lse", *outputs.lse, DType::kFloat32));
+  return check_shape("lse", *outputs.lse, {q[0], q[1], q[2], 1}, "");
+}
+
 /// Turns a failed allocation of a message into a status.
 template <class Check>
 Status guarded(Check check) noexcept {
@@ -206,7 +243,8 @@ Status guarded(Check check) noexcept {
 
 Status validate_context(const Context& context) noexcept {
   if (context.device.type != DeviceType::kCpu) {
-    return failure(StatusCode::kUnsupported, "context.device got cuda, this build has cpu only");
+    return failure(StatusCode::kUnsupported, "context.device got ", text(context.device),
+                   ", this call runs on cpu only");
   }
   if (context.threads < 1) return invalid("context.threads got ", context.threads, ", wants >= 1");
   if (context.force_isa) {
@@ -222,12 +260,12 @@ Status validate_context(const Context& context) noexcept {
 }
 
 Status validate_attention(const AttentionInputs& inputs, const AttentionOutputs& outputs,
-                          const AttentionOptions& options) noexcept {
+                          const AttentionOptions& options, Device device) noexcept {
   return guarded([&]() -> Status {
     ATTN8_RETURN_IF_ERROR(check_options(options));
-    ATTN8_RETURN_IF_ERROR(check_operand("q", inputs.q, options));
-    ATTN8_RETURN_IF_ERROR(check_operand("k", inputs.k, options));
-    ATTN8_RETURN_IF_ERROR(check_operand("v", inputs.v, options));
+    ATTN8_RETURN_IF_ERROR(check_operand("q", inputs.q, options, device));
+    ATTN8_RETURN_IF_ERROR(check_operand("k", inputs.k, options, device));
+    ATTN8_RETURN_IF_ERROR(check_operand("v", inputs.v, options, device));
     const auto shape_of = [](const Operand& operand) {
       const auto* quantized = std::get_if<QuantizedView>(&operand);
       return quantized != nullptr ? quantized->codes.shape
@@ -235,15 +273,7 @@ Status validate_attention(const AttentionInputs& inputs, const AttentionOutputs&
     };
     const Extents q = shape_of(inputs.q);
     ATTN8_RETURN_IF_ERROR(check_shapes(q, shape_of(inputs.k), shape_of(inputs.v)));
-    ATTN8_RETURN_IF_ERROR(check_view("out", outputs.out, true));
-    ATTN8_RETURN_IF_ERROR(check_float("out", outputs.out));
-    ATTN8_RETURN_IF_ERROR(check_shape("out", outputs.out, q, ", as q"));
-    if (outputs.lse.has_value()) {
-      ATTN8_RETURN_IF_ERROR(check_view("lse", *outputs.lse, true));
-      ATTN8_RETURN_IF_ERROR(check_type("lse", *outputs.lse, DType::kFloat32));
-      ATTN8_RETURN_IF_ERROR(check_shape("lse", *outputs.lse, {q[0], q[1], q[2], 1}, ""));
-    }
-    return {};
+    return check_outputs(outputs, q, device);
   });
 }
 
@@ -278,6 +308,74 @@ Status validate_dequantize(const QuantizedView& x, const ConstTensorView& out) n
     ATTN8_RETURN_IF_ERROR(check_view("out", out, true));
     ATTN8_RETURN_IF_ERROR(check_float("out", out));
     return check_shape("out", out, x.codes.shape, ", as x.codes");
+  });
+}
+
+Status validate_kv_cache(const KvCacheOptions& options) noexcept {
+  if (options.nheads_k < 1) {
+    return invalid("options.nheads_k got ", options.nheads_k, ", wants >= 1");
+  }
+  if (options.head_dim < 1 || options.head_dim > 256) {
+    return invalid("options.head_dim got ", options.head_dim, ", wants 1 to 256");
+  }
+  ATTN8_RETURN_IF_ERROR(check_kv_block("options.page_size", options.page_size));
+  constexpr int64_t kMaxPages = std::numeric_limits<int32_t>::max();
+  if (options.max_pages < 1 || options.max_pages > kMaxPages) {
+    return invalid("options.max_pages got ", options.max_pages, ", wants 1 to ", kMaxPages);
+  }
+  // A page is at most 512 tokens of 2 * 256 codes and what belongs to them.
+  int64_t blocks = 0;
+  if (__builtin_mul_overflow(options.max_pages, options.nheads_k, &blocks) ||
+      blocks > kMaxBytes / (int64_t{1} << 20)) {
+    return invalid("options.max_pages=", options.max_pages, " of nheads_k=", options.nheads_k,
+                   " heads asks for over 2^28 blocks");
+  }
+  return {};
+}
+
+Status validate_kv_append(const KvCacheOptions& options, const ConstTensorView& k,
+                          const ConstTensorView& v) noexcept {
+  return guarded([&]() -> Status {
+    ATTN8_RETURN_IF_ERROR(check_view("k", k, false));
+    ATTN8_RETURN_IF_ERROR(check_float("k", k));
+    ATTN8_RETURN_IF_ERROR(
+        check_shape("k", k, {1, k.shape[1], options.nheads_k, options.head_dim}, ", as the cache"));
+    ATTN8_RETURN_IF_ERROR(check_view("v", v, false));
+    ATTN8_RETURN_IF_ERROR(check_float("v", v));
+    return check_shape("v", v, k.shape, ", as k");
+  });
+}
+
+Status validate_kv_attention(const KvCacheOptions& cache, int64_t sequences, const Operand& q,
+                             std::span<const int32_t> cu_seqlens_q, const AttentionOutputs& outputs,
+                             const KvCacheAttentionOptions& options) noexcept {
+  return guarded([&]() -> Status {
+    ATTN8_RETURN_IF_ERROR(check_softmax_scale(options.softmax_scale));
+    ATTN8_RETURN_IF_ERROR(check_mask(options.mask));
+    ATTN8_RETURN_IF_ERROR(check_operand("q", q, {}));
+    const Extents& shape = data_view(q).shape;
+    if (shape[0] != 1 || shape[3] != cache.head_dim) {
+      return invalid("q.shape got ", text(shape), ", wants [1, total, nheads_q, ", cache.head_dim,
+                     "]");
+    }
+    if (shape[2] < 1 || shape[2] % cache.nheads_k != 0) {
+      return invalid("q.shape[2]=", shape[2],
+                     " (nheads_q) wants a multiple of nheads_k=", cache.nheads_k);
+    }
+    const auto wanted = static_cast<size_t>(sequences) + 1;
+    if (cu_seqlens_q.size() != wanted) {
+      return invalid("cu_seqlens_q got ", cu_seqlens_q.size(), " entries, wants ", wanted);
+    }
+    if (cu_seqlens_q.front() != 0 || cu_seqlens_q.back() != shape[1]) {
+      return invalid("cu_seqlens_q runs from ", cu_seqlens_q.front(), " to ", cu_seqlens_q.back(),
+                     ", wants 0 to q.shape[1]=", shape[1]);
+    }
+    for (size_t i = 1; i < wanted; ++i) {
+      if (cu_seqlens_q[i] >= cu_seqlens_q[i - 1]) continue;
+      return invalid("cu_seqlens_q[", i, "]=", cu_seqlens_q[i], " wants at least the ",
+                     cu_seqlens_q[i - 1], " before it");
+    }
+    return check_outputs(outputs, shape);
   });
 }
 

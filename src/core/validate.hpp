@@ -1,21 +1,32 @@
 // SPDX-FileCopyrightText: The attn8 authors
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
+#include <span>
 #include <string_view>
 
 #include "attn8/attention.hpp"
+#include "attn8/kv_cache.hpp"
 #include "attn8/quantize.hpp"
 
 namespace attn8 {
 
 /// THE validation: every check of an argument and every message stands behind these functions.
+/// Of a call on the CPU.
 Status validate_context(const Context& context) noexcept;
+/// `device`: where the context wants the tensors.
 Status validate_attention(const AttentionInputs& inputs, const AttentionOutputs& outputs,
-                          const AttentionOptions& options) noexcept;
+                          const AttentionOptions& options, Device device) noexcept;
 Status validate_quantize(const ConstTensorView& x, const QuantSpec& spec,
                          const ConstTensorView& codes, const ConstTensorView& scale, Mean mean_use,
                          const std::optional<TensorView>& mean) noexcept;
 Status validate_dequantize(const QuantizedView& x, const ConstTensorView& out) noexcept;
+
+Status validate_kv_cache(const KvCacheOptions& options) noexcept;
+Status validate_kv_append(const KvCacheOptions& options, const ConstTensorView& k,
+                          const ConstTensorView& v) noexcept;
+Status validate_kv_attention(const KvCacheOptions& cache, int64_t sequences, const Operand& q,
+                             std::span<const int32_t> cu_seqlens_q, const AttentionOutputs& outputs,
+                             const KvCacheAttentionOptions& options) noexcept;
 
 /// kInvalidArgument naming the first element that is a NaN or an Inf.
 Status validate_finite(std::string_view name, const ConstTensorView& x) noexcept;

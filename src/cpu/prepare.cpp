@@ -11,19 +11,12 @@
 #include "core/element.hpp"
 #include "core/message.hpp"
 #include "core/quant_math.hpp"
+#include "cpu/pack.hpp"
 #include "cpu/parallel.hpp"
 #include "cpu/run.hpp"
 
 namespace attn8::cpu {
 namespace {
-
-constexpr int kMaxDim = 256;
-constexpr int kMaxKvBlock = 512;
-
-/// Whether a scale can be used; anything else poisons what it scales.
-bool usable(float scale) noexcept {
-  return scale > 0 && scale <= std::numeric_limits<float>::max();
-}
 
 class Preparation {
  public:
@@ -36,10 +29,8 @@ class Preparation {
         v_(data_view(inputs.v)) {}
 
   Status run() noexcept {
-    for (int64_t head = 0; head < plan_.heads(); ++head) point_at_blocks(head);
     if (plan_.keys.empty()) return {};
-    std::memset(work_.base + plan_.layout.poison, 0,
-                static_cast<size_t>(plan_.heads() * plan_.seqlen_k));
+    for (int64_t head = 0; head < plan_.heads(); ++head) begin_head(head);
     if (plan_.smooths_k()) compute_k_means();
     if (plan_.int8_values()) prepare_v_scales();
     const int64_t first = plan_.keys.lo / plan_.options.kv_block;
@@ -69,11 +60,26 @@ class Preparation {
     return (plan_.keys.hi + plan_.options.kv_block - 1) / plan_.options.kv_block;
   }
 
-  void point_at_blocks(int64_t head) const noexcept {
-    if (plan_.keys.empty()) return;
+  void begin_head(int64_t head) const noexcept {
     for (int64_t block = 0; block < plan_.kv_blocks(); ++block) {
-      work_.packed_blocks(head)[block] = {work_.block(head, block),
-                                          work_.block_header(head, block)};
+      const BlockMemory memory = work_.block_memory(head, block);
+      work_.packed_blocks(head)[block] = {memory.data, memory.header_data};
+    }
+    PackedHead& packed = work_.head(head);
+    packed = {};
+    packed.kv.blocks = work_.packed_blocks(head);
+    packed.kv.layout = plan_.layout.block;
+    packed.kv.keys = plan_.keys;
+    packed.kv.channel_scale = plan_.v_granularity == Granularity::kBlockChannel;
+    if (plan_.int8_values()) packed.v_out_scale = work_.v_out_scale(head);
+    const auto* quantized = std::get_if<QuantizedView>(&inputs_.k);
+    if (quantized != nullptr && quantized->mean.has_value()) {
+      for (int64_t d = 0; d < dim(); ++d) {
+        work_.k_mean(head)[d] = float_at(*quantized->mean, batch(head), 0, kv_head(head), d);
+      }
+      packed.k_mean = work_.k_mean(head);
+    } else if (plan_.smooths_k()) {
+      packed.k_mean = work_.k_mean(head);
     }
   }
 
@@ -89,7 +95,7 @@ class Preparation {
 
   void compute_k_means() noexcept {
     const int64_t keys = plan_.keys.hi - plan_.keys.lo;
-    const int64_t chunks = (keys + kMeanChunk - 1) / kMeanChunk;
+    const int64_t chunks = mean_chunks(keys);
     auto* sums = work_.at<double>(plan_.layout.k_mean_sums);
     for_each_task(plan_.context, plan_.heads() * chunks, [&](int64_t task, int64_t) {
       const int64_t head = task / chunks;
@@ -103,13 +109,7 @@ class Preparation {
       }
     });
     for (int64_t head = 0; head < plan_.heads(); ++head) {
-      for (int d = 0; d < dim(); ++d) {
-        double sum = 0;
-        for (int64_t c = 0; c < chunks; ++c) sum += sums[(head * chunks + c) * dim() + d];
-        const auto mean = static_cast<float>(sum / static_cast<double>(keys));
-        // A NaN or an Inf among the keys poisons its own token below, not the mean of the others.
-        work_.k_mean(head)[d] = std::isfinite(mean) ? mean : 0.0f;
-      }
+      mean_of_chunks(sums + head * chunks * dim(), keys, dim(), work_.k_mean(head));
     }
   }
 
@@ -174,45 +174,33 @@ class Preparation {
             std::min((block + 1) * kv_block, plan_.keys.hi)};
   }
 
-  void pack_block(int64_t head, int64_t block) noexcept {
-    const KeyRange keys = keys_of_block(block);
-    std::byte* memory = work_.block(head, block);
-    std::byte* header_memory = work_.block_header(head, block);
-    auto& header = *reinterpret_cast<BlockHeader*>(header_memory);
-    header = {.v_scale = 1.0f, .key_norm = 0, .any_high = 0};
-    const int64_t first = block * plan_.options.kv_block;
-    const BlockLayout& layout = plan_.layout.block;
+  void pack_block(int64_t head, int64_t index) noexcept {
+    const KeyRange keys = keys_of_block(index);
+    const BlockMemory block = work_.block_memory(head, index);
+    clear_header(block, plan_.options.kv_block);
+    const int64_t first = index * plan_.options.kv_block;
     VScales scales;
-    if (plan_.int8_values()) scale_v(head, block, keys, header_memory, scales);
-    std::array<int64_t, kMaxDim> v_sums = {};
+    if (plan_.int8_values()) scale_v(head, index, keys, block, scales);
+    int64_t v_sums[kMaxDim] = {};
     for (int64_t group = (keys.lo - first) / kKeyGroup; group < key_groups(keys.hi - first);
          ++group) {
       const int64_t group_first = first + group * kKeyGroup;
       const KeyRange range = {std::max(keys.lo, group_first),
                               std::min(keys.hi, group_first + kKeyGroup)};
-      std::byte* k = memory + layout.k + static_cast<size_t>(group) * layout.k_group_bytes;
-      std::byte* v = memory + layout.v + static_cast<size_t>(group) * layout.v_group_bytes;
-      auto& record = reinterpret_cast<KeyRecord*>(memory + layout.records)[group];
       if (plan_.int8_scores()) {
-        pack_k_codes(head, group_first, range, k, record, header);
+        pack_k_codes(head, group, group_first, range, block);
       } else {
-        pack_k_floats(head, group_first, range, k);
+        pack_k_floats(head, group_first, range, block.k(group));
       }
       if (plan_.int8_values()) {
-        fold_v(scales, group * kKeyGroup, record, header);
-        pack_v_codes(head, group_first, range, scales, v);
-        int32_t sums[kMaxDim];
-        table_.sum_v(v, static_cast<int>(padded_dim(dim())), sums);
-        for (int64_t d = 0; d < padded_dim(dim()); ++d) v_sums[static_cast<size_t>(d)] += sums[d];
+        fold_v(scales, group * kKeyGroup, {range.lo - first, range.hi - first}, block);
+        pack_v_codes(head, group, group_first, range, scales, block, v_sums);
       } else {
-        pack_v_floats(head, group_first, range, v);
+        pack_v_floats(head, group, group_first, range, block);
       }
     }
-    if (!plan_.int8_values()) return;
-    auto* mean = reinterpret_cast<float*>(header_memory + layout.mean);
-    for (int64_t d = 0; d < padded_dim(dim()); ++d) {
-      mean[d] = static_cast<float>(v_sums[static_cast<size_t>(d)]) /
-                static_cast<float>(keys.hi - keys.lo);
+    if (plan_.int8_values()) {
+      store_mean(block, v_sums, keys.hi - keys.lo, static_cast<int>(padded_dim(dim())));
     }
   }
 
@@ -224,11 +212,11 @@ class Preparation {
     float block = 1;                ///< v_block of docs/numerics.md
   };
 
-  void scale_v(int64_t head, int64_t block, KeyRange keys, std::byte* memory,
+  void scale_v(int64_t head, int64_t index, KeyRange keys, const BlockMemory& block,
                VScales& scales) noexcept {
     const auto* quantized = std::get_if<QuantizedView>(&inputs_.v);
-    auto& header = *reinterpret_cast<BlockHeader*>(memory);
-    auto* channel_scale = reinterpret_cast<float*>(memory + plan_.layout.block.channel_scale);
+    BlockHeader& header = block.header();
+    float* channel_scale = block.channel_scale();
     switch (plan_.v_granularity) {
       case Granularity::kTensor:
       case Granularity::kChannel:
@@ -236,7 +224,7 @@ class Preparation {
         break;
       case Granularity::kBlock:
         if (quantized != nullptr) {
-          header.v_scale = given_scale(quantized->scale, head, block, 0);
+          header.v_scale = given_scale(quantized->scale, head, index, 0);
         } else {
           uint32_t bits = 0;
           float row[kMaxDim];
@@ -257,20 +245,21 @@ class Preparation {
           table_.max_abs_bits_each(row, dim(), bits);
         }
         for (int d = 0; d < dim(); ++d) {
-          channel_scale[d] = quantized != nullptr ? given_scale(quantized->scale, head, block, d)
+          channel_scale[d] = quantized != nullptr ? given_scale(quantized->scale, head, index, d)
                                                   : scale_from_bits(bits[d]);
         }
         scales.shared = channel_scale;
         break;
       }
       case Granularity::kToken:
-        scale_v_tokens(head, block * plan_.options.kv_block, keys, scales);
+        scale_v_tokens(head, index * plan_.options.kv_block, keys, block, scales);
         header.v_scale = scales.block;
         break;
     }
   }
 
-  void scale_v_tokens(int64_t head, int64_t first, KeyRange keys, VScales& scales) noexcept {
+  void scale_v_tokens(int64_t head, int64_t first, KeyRange keys, const BlockMemory& block,
+                      VScales& scales) noexcept {
     const auto* quantized = std::get_if<QuantizedView>(&inputs_.v);
     scales.token.fill(0.0f);
     float largest = 0;
@@ -289,7 +278,7 @@ class Preparation {
         zero = codes_are_zero(bits);
       }
       if (!usable(scale)) {
-        work_.poison(head)[key] = 1;
+        block.mark_poisoned(key - first);
         zero = true;
       }
       if (zero) continue;
@@ -299,38 +288,25 @@ class Preparation {
     if (largest > 0) scales.block = largest;
   }
 
-  /// g and W of a group's keys.
-  void fold_v(const VScales& scales, int64_t first, KeyRecord& record,
-              BlockHeader& header) const noexcept {
-    int32_t any_high = 0;
-    for (int64_t slot = 0; slot < kKeyGroup; ++slot) {
-      float ratio = 1;
-      if (plan_.fold_v()) {
-        const float scale = scales.token[static_cast<size_t>(first + slot)];
-        ratio = std::max(kMinRatio, scale / scales.block);
-      }
-      // Most ratios repeat in no tensor, but 1 does in every other granularity.
-      record.offset[slot] =
-          ratio == 1 ? 0.0f : static_cast<float>(64 * std::log2(static_cast<double>(ratio)));
-      const auto weight = static_cast<int32_t>(std::nearbyint(256 / ratio));
-      const int64_t position = score_position(slot);
-      record.inv_low[position] = static_cast<int16_t>(weight % 4096);
-      record.inv_high[position] = static_cast<int16_t>(weight / 4096);
-      any_high |= weight / 4096;
+  /// g and W of the keys of the group that starts at key `first` of the block.
+  void fold_v(const VScales& scales, int64_t first, KeyRange keys,
+              const BlockMemory& block) const noexcept {
+    for (int64_t key = first; key < first + kKeyGroup; ++key) {
+      const bool counts = plan_.fold_v() && key >= keys.lo && key < keys.hi;
+      fold_key(block, key,
+               counts ? fold_ratio(scales.token[static_cast<size_t>(key)], scales.block) : 1.0f);
     }
-    if (any_high != 0) header.any_high = 1;
   }
 
-  void pack_k_codes(int64_t head, int64_t first, KeyRange keys, std::byte* packed,
-                    KeyRecord& record, BlockHeader& header) noexcept {
+  void pack_k_codes(int64_t head, int64_t group, int64_t first, KeyRange keys,
+                    const BlockMemory& block) noexcept {
     const auto padded = static_cast<int>(padded_dim(dim()));
     alignas(64) int8_t codes[kKeyGroup * kMaxDim];
     std::memset(codes, 0, static_cast<size_t>(kKeyGroup * padded));
-    std::fill_n(record.k_scale, kKeyGroup, 0.0f);
+    float k_scale[kKeyGroup] = {};
     const auto* quantized = std::get_if<QuantizedView>(&inputs_.k);
     for (int64_t key = keys.lo; key < keys.hi; ++key) {
-      const int64_t slot = key - first;
-      int8_t* row = codes + slot * padded;
+      int8_t* row = codes + (key - first) * padded;
       float scale = 0;
       if (quantized != nullptr) {
         scale = float_at(quantized->scale, batch(head), key, kv_head(head));
@@ -346,29 +322,19 @@ class Preparation {
         scale = scale_from_bits(bits);
         if (!codes_are_zero(bits)) table_.encode(values, dim(), &scale, 0, row);
       }
-      if (!usable(scale)) {
-        work_.poison(head)[key] = 1;
-        scale = 0;
-      }
-      record.k_scale[slot] = std::min(scale, kMaxKeyScale);
+      if (!usable(scale)) block.mark_poisoned(key - first + group * kKeyGroup);
+      k_scale[key - first] = record_scale(scale);
     }
-    int32_t squares[kKeyGroup];
-    table_.pack_k(codes, padded, padded, packed, record.correction, squares);
-    double largest = 0;
-    for (int64_t slot = 0; slot < kKeyGroup; ++slot) {
-      const auto scale = static_cast<double>(record.k_scale[slot]);
-      largest = std::max(largest, scale * scale * squares[slot]);
-    }
-    header.key_norm = std::max(header.key_norm, static_cast<float>(std::sqrt(largest)));
+    pack_k_group(table_, block, group, codes, k_scale, padded);
   }
 
-  void pack_v_codes(int64_t head, int64_t first, KeyRange keys, const VScales& scales,
-                    std::byte* packed) noexcept {
+  void pack_v_codes(int64_t head, int64_t group, int64_t first, KeyRange keys,
+                    const VScales& scales, const BlockMemory& block, int64_t* sums) noexcept {
     const auto padded = static_cast<int>(padded_dim(dim()));
     alignas(64) int8_t codes[kKeyGroup * kMaxDim];
     std::memset(codes, 0, static_cast<size_t>(kKeyGroup * padded));
     const bool quantized = std::holds_alternative<QuantizedView>(inputs_.v);
-    const int64_t block_first = first / plan_.options.kv_block * plan_.options.kv_block;
+    const int64_t block_first = first - group * kKeyGroup;
     for (int64_t key = keys.lo; key < keys.hi; ++key) {
       int8_t* row = codes + (key - first) * padded;
       if (quantized && load_codes(v_, batch(head), key, kv_head(head), row)) bad_code_ = "v";
@@ -379,7 +345,7 @@ class Preparation {
         encode_v_shared(head, key, scales.shared, row);
       }
     }
-    table_.pack_v(codes, padded, padded, packed);
+    pack_v_group(table_, block, group, codes, padded, sums);
   }
 
   void encode_v_token(int64_t head, int64_t key, float scale, float block_scale, bool quantized,
@@ -393,12 +359,8 @@ class Preparation {
       table_.encode(row_of(v_, head, key, buffer), dim(), &scale, 0, row);
     }
     const float ratio = scale / block_scale;
-    if (ratio >= kMinRatio) [[likely]]
-      return;
-    const float shrink = ratio * (1 / kMinRatio);
-    for (int d = 0; d < dim(); ++d) {
-      row[d] = static_cast<int8_t>(std::nearbyint(static_cast<float>(row[d]) * shrink));
-    }
+    if (ratio < kMinRatio) [[unlikely]]
+      shrink_codes(row, dim(), ratio);
   }
 
   /// V of the granularities coarser than a token.
@@ -434,8 +396,10 @@ class Preparation {
     }
   }
 
-  void pack_v_floats(int64_t head, int64_t first, KeyRange keys, std::byte* packed) noexcept {
+  void pack_v_floats(int64_t head, int64_t group, int64_t first, KeyRange keys,
+                     const BlockMemory& block) noexcept {
     const bool pairs = plan_.options.mode == Mode::kHalf || plan_.exact_bfloat16();
+    std::byte* packed = block.v(group);
     const int64_t padded = padded_dim(dim());
     float values[kMaxDim] = {};
     // The other key of a pair may be one that no query sees.
@@ -445,7 +409,7 @@ class Preparation {
       // The rows of a tile share what they read: a weight of 0 times a NaN would reach rows that do
       // not see this key.
       if (table_.max_abs_bits(values, dim()) >= kInfBits) {
-        work_.poison(head)[key] = 1;
+        block.mark_poisoned(key - first + group * kKeyGroup);
         std::fill_n(values, dim(), 0.0f);
       }
       const int64_t slot = key - first;
@@ -460,26 +424,23 @@ class Preparation {
 
   /// What needs all blocks of a head.
   void finish_head(int64_t head) noexcept {
-    HeadState& state = work_.head(head);
-    state = {};
-    state.poisoned = std::memchr(work_.poison(head) + plan_.keys.lo, 1,
-                                 static_cast<size_t>(plan_.keys.hi - plan_.keys.lo)) != nullptr;
+    PackedHead& packed = work_.head(head);
     float largest = 0;  // of the V scales; comparisons leave a NaN where it is
     for (int64_t b = plan_.keys.lo / plan_.options.kv_block; b < last_block(); ++b) {
-      const std::byte* memory = work_.block_header(head, b);
-      const auto& header = *reinterpret_cast<const BlockHeader*>(memory);
-      state.key_norm = std::max(state.key_norm, header.key_norm);
+      const BlockMemory block = work_.block_memory(head, b);
+      const BlockHeader& header = block.header();
+      packed.kv.key_norm = std::max(packed.kv.key_norm, header.key_norm);
+      packed.poisoned = packed.poisoned || header.poisoned != 0;
       if (plan_.v_granularity != Granularity::kBlockChannel) {
         largest = std::max(largest, header.v_scale);
         continue;
       }
-      const auto* scale = reinterpret_cast<const float*>(memory + plan_.layout.block.channel_scale);
-      for (int d = 0; d < dim(); ++d) largest = std::max(largest, scale[d]);
+      for (int d = 0; d < dim(); ++d) largest = std::max(largest, block.channel_scale()[d]);
     }
     if (!plan_.int8_values()) return;
-    if (usable(largest)) state.v_ref = largest;
+    if (usable(largest)) packed.kv.v_ref = largest;
     if (plan_.fold_v() || by_block(plan_.v_granularity)) {
-      std::fill_n(work_.v_out_scale(head), padded_dim(dim()), state.v_ref);
+      std::fill_n(work_.v_out_scale(head), padded_dim(dim()), packed.kv.v_ref);
     }
   }
 
@@ -493,18 +454,6 @@ class Preparation {
 };
 
 }  // namespace
-
-bool load_codes(const ConstTensorView& codes, int64_t batch, int64_t seq, int64_t head,
-                int8_t* row) noexcept {
-  const auto* source = reinterpret_cast<const int8_t*>(element(codes, batch, seq, head));
-  const int64_t stride = codes.strides[3];
-  bool bad = false;
-  for (int64_t d = 0; d < codes.shape[3]; ++d) {
-    row[d] = source[d * stride];
-    bad = bad || row[d] == -128;
-  }
-  return bad;
-}
 
 Status prepare(const Workspace& workspace, const AttentionInputs& inputs) noexcept {
   return Preparation(workspace, inputs).run();

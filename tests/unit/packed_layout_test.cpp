@@ -87,7 +87,7 @@ TEST(PackedLayout, BlocksHoldTheirParts) {
     const BlockLayout floats = block_layout(64, dim, 4, 2, false);
     EXPECT_EQ(floats.v - floats.k, 64 * static_cast<size_t>(dim) * 4);
     EXPECT_EQ(floats.bytes - floats.v, 64 * padded * 2);
-    EXPECT_EQ(floats.header_bytes, sizeof(BlockHeader));
+    EXPECT_EQ(floats.header_bytes, sizeof(BlockHeader) + 64);
   }
 }
 

@@ -1,0 +1,398 @@
+// SPDX-FileCopyrightText: The attn8 authors
+// SPDX-License-Identifier: Apache-2.0
+#include "cpu/attend_tiles.hpp"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <numbers>
+
+#include "core/element.hpp"
+#include "core/message.hpp"
+#include "core/plan_state.hpp"
+#include "core/quant_math.hpp"
+#include "cpu/pack.hpp"
+#include "cpu/parallel.hpp"
+#include "cpu/views.hpp"
+
+namespace attn8::cpu {
+namespace {
+
+/// Few queries against at least twice this many keys are split over the keys: enough parts for the
+/// threads of a machine, each long enough that starting it costs little.
+constexpr int64_t kKeysPerSplit = 8192;
+
+/// Buffers of one worker, one after the other, each on a page of its own.
+struct TileBuffers {
+  size_t q = 0, out = 0, normalizer = 0, weight_sum = 0, row_max = 0, scratch = 0, total = 0;
+};
+
+TileBuffers tile_buffers(const KernelTable& table, int kv_block, int64_t head_dim) noexcept {
+  TileBuffers buffers;
+  size_t next = 0;
+  const auto take = [&next](size_t bytes) {
+    const size_t offset = next;
+    next += on_pages(bytes);
+    return offset;
+  };
+  const auto dim = static_cast<size_t>(head_dim);
+  const auto padded = static_cast<size_t>(padded_dim(head_dim));
+  buffers.q = take(kQueryTile * std::max(padded * sizeof(uint16_t), dim * sizeof(float)));
+  buffers.out = take(kQueryTile * padded * sizeof(float));
+  buffers.normalizer = take(kQueryTile * sizeof(float));
+  buffers.weight_sum = take(kQueryTile * sizeof(float));
+  buffers.row_max = take(kQueryTile * sizeof(float));
+  buffers.scratch = take(table.scratch_bytes(kv_block));
+  buffers.total = next;
+  return buffers;
+}
+
+/// Results of one part of the keys.
+struct PartialBuffers {
+  size_t out = 0, normalizer = 0, weight_sum = 0, row_max = 0, total = 0;
+};
+
+PartialBuffers partial_buffers(int64_t rows, int64_t head_dim) noexcept {
+  const auto padded_rows = static_cast<size_t>(round_up(rows, kRowGroup));
+  PartialBuffers buffers;
+  buffers.normalizer = padded_rows * static_cast<size_t>(padded_dim(head_dim)) * sizeof(float);
+  buffers.weight_sum = buffers.normalizer + padded_rows * sizeof(float);
+  buffers.row_max = buffers.weight_sum + padded_rows * sizeof(float);
+  buffers.total = (buffers.row_max + padded_rows * sizeof(float) + 63) / 64 * 64;
+  return buffers;
+}
+
+/// Query rows of one kv head of a sequence are numbered position first, then query head of the
+/// group, so that the rows of a tile see nearly the same keys and share what they read.
+class TileRunner {
+ public:
+  explicit TileRunner(const AttendCall& call) noexcept
+      : call_(call),
+        q_(data_view(call.q)),
+        buffers_(tile_buffers(call.table, call.kv_block, call.head_dim)),
+        group_(call.nheads_q / call.nheads_k) {}
+
+  Status run() noexcept {
+    std::atomic<bool> bad_code = false;
+    for_each_task(call_.context, call_.tasks, [&](int64_t task, int64_t worker) {
+      const AttendSequence& sequence = sequence_of(task);
+      const int64_t parts = sequence.split.parts;
+      const int64_t tiles = tiles_of(sequence);
+      task -= sequence.first_task;
+      // The last tiles of a causal mask see the most keys; they start first. Parts have one tile.
+      const int64_t tile = tiles - 1 - task / parts % tiles;
+      const Head head = {sequence, task / parts / tiles};
+      if (!run_tile(head, tile * kQueryTile, task % parts, worker)) bad_code = true;
+    });
+    if (std::any_of(call_.sequences.begin(), call_.sequences.end(), is_split)) {
+      const auto heads = static_cast<int64_t>(call_.sequences.size()) * call_.nheads_k;
+      for_each_task(call_.context, heads, [&](int64_t task, int64_t worker) {
+        const AttendSequence& sequence =
+            call_.sequences[static_cast<size_t>(task / call_.nheads_k)];
+        if (is_split(sequence)) merge_parts({sequence, task % call_.nheads_k}, worker);
+      });
+    }
+    if (bad_code) return invalid("q.codes holds -128, wants codes in [-127, 127]");
+    return {};
+  }
+
+ private:
+  /// A kv head of a sequence.
+  struct Head {
+    const AttendSequence& sequence;
+    int64_t kv_head;
+    [[nodiscard]] const PackedHead& packed() const noexcept { return sequence.heads[kv_head]; }
+  };
+
+  struct Row {
+    int64_t seq, head;  ///< position and query head
+    bool poisoned = false;
+    float mean_score = 0;  ///< softmax_scale * q.k_mean, what smoothing took from the LSE
+  };
+
+  static bool is_split(const AttendSequence& sequence) noexcept { return sequence.split.parts > 1; }
+
+  [[nodiscard]] const AttendSequence& sequence_of(int64_t task) const noexcept {
+    const auto after = std::upper_bound(
+        call_.sequences.begin(), call_.sequences.end(), task,
+        [](int64_t t, const AttendSequence& sequence) { return t < sequence.first_task; });
+    return *(after - 1);
+  }
+
+  [[nodiscard]] int64_t tiles_of(const AttendSequence& sequence) const noexcept {
+    return (sequence.seqlen_q * group_ + kQueryTile - 1) / kQueryTile;
+  }
+
+  [[nodiscard]] std::byte* worker_memory(int64_t worker) const noexcept {
+    return call_.workers + static_cast<size_t>(worker) * buffers_.total;
+  }
+
+  /// Points a tile's results at the memory of a part of the keys.
+  void use_partial(const Head& head, int64_t part, AttendTile& tile) const noexcept {
+    const AttendSequence& sequence = head.sequence;
+    const PartialBuffers buffers = partial_buffers(sequence.seqlen_q * group_, call_.head_dim);
+    const int64_t index = sequence.first_partial + head.kv_head * sequence.split.parts + part;
+    std::byte* memory = call_.partials + static_cast<size_t>(index) * call_.bytes_per_partial;
+    tile.out = reinterpret_cast<float*>(memory + buffers.out);
+    tile.normalizer = reinterpret_cast<float*>(memory + buffers.normalizer);
+    tile.weight_sum = reinterpret_cast<float*>(memory + buffers.weight_sum);
+    tile.row_max = reinterpret_cast<float*>(memory + buffers.row_max);
+  }
+
+  /// The tile's operands and what each row is and sees; false when given codes hold -128.
+  bool begin_tile(const Head& head, int64_t first_row, std::byte* memory, AttendTile& tile,
+                  Row* rows) const noexcept {
+    const AttendSequence& sequence = head.sequence;
+    tile.mode = call_.mode;
+    tile.bfloat16 = call_.bfloat16;
+    tile.head_dim = static_cast<int>(call_.head_dim);
+    tile.kv_block = call_.kv_block;
+    tile.rows =
+        static_cast<int>(std::min<int64_t>(kQueryTile, sequence.seqlen_q * group_ - first_row));
+    tile.q = memory + buffers_.q;
+    tile.out = reinterpret_cast<float*>(memory + buffers_.out);
+    tile.normalizer = reinterpret_cast<float*>(memory + buffers_.normalizer);
+    tile.weight_sum = reinterpret_cast<float*>(memory + buffers_.weight_sum);
+    tile.row_max = reinterpret_cast<float*>(memory + buffers_.row_max);
+    tile.scratch = memory + buffers_.scratch;
+    if (!sequence.keys.empty()) tile.kv = head.packed().kv;
+    bool good = true;
+    for (int r = 0; r < tile.rows; ++r) {
+      Row& row = rows[r];
+      row = {};
+      row.seq = (first_row + r) / group_;
+      row.head = head.kv_head * group_ + (first_row + r) % group_;
+      tile.visible[r] = visible_range(call_.mask, sequence.seqlen_q, sequence.seqlen_k, row.seq);
+      good = load_query(head, r, row, memory + buffers_.q, tile) && good;
+      row.poisoned = row.poisoned || sees_poison(head, tile.visible[r]);
+    }
+    if (int8_scores()) pad_queries(memory + buffers_.q, tile);
+    return good;
+  }
+
+  bool run_tile(const Head& head, int64_t first_row, int64_t part, int64_t worker) const noexcept {
+    AttendTile tile;
+    Row rows[kQueryTile];
+    const bool good = begin_tile(head, first_row, worker_memory(worker), tile, rows);
+    const KeySplit& split = head.sequence.split;
+    if (split.parts == 1) {
+      call_.table.attend(tile);
+      for (int r = 0; r < tile.rows; ++r) finish_row(head, tile, r, tile.visible[r], rows[r]);
+      return good;
+    }
+    const int64_t keys_per_part = split.blocks_per_part * call_.kv_block;
+    const int64_t begin =
+        head.sequence.keys.lo / call_.kv_block * call_.kv_block + part * keys_per_part;
+    for (int r = 0; r < tile.rows; ++r) {
+      KeyRange& range = tile.visible[r];
+      range = {std::max(range.lo, begin), std::min(range.hi, begin + keys_per_part)};
+      if (range.empty()) range = {};
+    }
+    use_partial(head, part, tile);
+    call_.table.attend(tile);
+    return good;
+  }
+
+  /// Adds up what the parts of the keys gave, in their order, and finishes the rows of a head.
+  void merge_parts(const Head& head, int64_t worker) const noexcept {
+    AttendTile tile;
+    Row rows[kQueryTile];
+    begin_tile(head, 0, worker_memory(worker), tile, rows);
+    const int64_t padded = padded_dim(call_.head_dim);
+    const int64_t parts = head.sequence.split.parts;
+    for (int r = 0; r < tile.rows; ++r) {
+      tile.row_max[r] = -std::numeric_limits<float>::infinity();
+      AttendTile part;
+      for (int64_t p = 0; p < parts; ++p) {
+        use_partial(head, p, part);
+        tile.row_max[r] = std::max(tile.row_max[r], part.row_max[r]);
+      }
+      float* out = tile.out + r * padded;
+      std::fill_n(out, padded, 0.0f);
+      tile.normalizer[r] = 0;
+      tile.weight_sum[r] = 0;
+      for (int64_t p = 0; p < parts; ++p) {
+        use_partial(head, p, part);
+        if (std::isinf(part.row_max[r])) continue;  // sees none of this part
+        // kAccurate: a whole power of two, so that nothing is rounded.
+        const float scale = std::exp2(part.row_max[r] - tile.row_max[r]);
+        if (scale < 0x1p-100f) continue;
+        const float* partial = part.out + r * padded;
+        for (int64_t d = 0; d < padded; ++d) out[d] += scale * partial[d];
+        tile.normalizer[r] += scale * part.normalizer[r];
+        tile.weight_sum[r] += scale * part.weight_sum[r];
+      }
+      finish_row(head, tile, r, tile.visible[r], rows[r]);
+    }
+  }
+
+  /// Rows of zeros that see nothing up to the next multiple of kRowGroup.
+  void pad_queries(std::byte* q, AttendTile& tile) const noexcept {
+    const int64_t padded = padded_dim(call_.head_dim);
+    for (int64_t r = tile.rows; r < round_up(tile.rows, kRowGroup); ++r) {
+      for (int64_t d = 0; d < padded; ++d) q[packed_q_offset(r, d, padded)] = std::byte{0};
+      tile.visible[r] = {};
+      tile.score_factor[r] = 0;
+      tile.query_norm[r] = 0;
+    }
+  }
+
+  /// Row r of the tile's Q operand; false when given codes hold -128.
+  bool load_query(const Head& head, int r, Row& row, std::byte* q,
+                  AttendTile& tile) const noexcept {
+    const int64_t batch = head.sequence.batch;
+    const int64_t seq = head.sequence.first_position + row.seq;
+    const int dim = static_cast<int>(call_.head_dim);
+    const bool with_lse = call_.outputs.lse.has_value();
+    const auto log2_scale =
+        static_cast<float>(static_cast<double>(call_.softmax_scale) * std::numbers::log2e);
+    float values[kMaxDim];
+    bool good = true;
+    if (call_.bfloat16) {
+      const int64_t padded = padded_dim(dim);
+      auto* out = reinterpret_cast<uint16_t*>(q) + r * padded;
+      call_.table.load_row(element(q_, batch, seq, row.head), q_.dtype, q_.strides[3], dim, values);
+      for (int d = 0; d < padded; ++d) out[d] = d < dim ? float_to_bfloat16(values[d]) : 0;
+      tile.score_factor[r] = log2_scale;
+      return true;
+    }
+    if (!int8_scores()) {
+      auto* out = reinterpret_cast<float*>(q) + r * dim;
+      call_.table.load_row(element(q_, batch, seq, row.head), q_.dtype, q_.strides[3], dim, out);
+      tile.score_factor[r] = log2_scale;
+      return true;
+    }
+    const auto padded = static_cast<int>(padded_dim(dim));
+    int8_t codes[kMaxDim] = {};
+    float scale = 0;
+    if (const auto* quantized = std::get_if<QuantizedView>(&call_.q)) {
+      scale = float_at(quantized->scale, batch, seq, row.head);
+      good = !load_codes(q_, batch, seq, row.head, codes);
+      if (with_lse) {
+        for (int d = 0; d < dim; ++d) values[d] = static_cast<float>(codes[d]) * scale;
+      }
+    } else {
+      call_.table.load_row(element(q_, batch, seq, row.head), q_.dtype, q_.strides[3], dim, values);
+      const uint32_t bits = call_.table.max_abs_bits(values, dim);
+      scale = scale_from_bits(bits);
+      if (!codes_are_zero(bits)) call_.table.encode(values, dim, &scale, 0, codes);
+    }
+    if (!usable(scale)) {
+      row.poisoned = true;
+      scale = 0;
+    }
+    // Finite, so that no product of a score is 0 * Inf.
+    constexpr float kHuge = std::numeric_limits<float>::max();
+    const float grid = call_.mode == Mode::kAccurate ? 64.0f : 1.0f;
+    tile.score_factor[r] = std::clamp(grid * scale * log2_scale, -kHuge, kHuge);
+    tile.query_norm[r] = std::sqrt(static_cast<float>(call_.table.squared_length(codes, dim)));
+    const uint32_t flip = call_.table.query_codes_offset ? 0x80808080u : 0;  // + 128 in each byte
+    for (int d = 0; d < padded; d += 4) {
+      uint32_t quad = 0;
+      std::memcpy(&quad, codes + d, 4);
+      quad ^= flip;
+      std::memcpy(q + packed_q_offset(r, d, padded), &quad, 4);
+    }
+    if (with_lse) row.mean_score = mean_score(head, values);
+    return good;
+  }
+
+  [[nodiscard]] float mean_score(const Head& head, const float* q) const noexcept {
+    if (head.sequence.keys.empty() || head.packed().k_mean == nullptr) return 0;
+    double sum = 0;
+    for (int64_t d = 0; d < call_.head_dim; ++d) {
+      sum += static_cast<double>(q[d]) * head.packed().k_mean[d];
+    }
+    return static_cast<float>(sum * static_cast<double>(call_.softmax_scale));
+  }
+
+  [[nodiscard]] bool sees_poison(const Head& head, KeyRange range) const noexcept {
+    if (range.empty() || !head.packed().poisoned) return false;
+    const PackedKv& kv = head.packed().kv;
+    for (int64_t b = range.lo / call_.kv_block; b * call_.kv_block < range.hi; ++b) {
+      if (kv.header(b).poisoned == 0) continue;
+      const int64_t first = b * call_.kv_block;
+      const int64_t lo = std::max(range.lo - first, int64_t{0});
+      const int64_t hi = std::min<int64_t>(range.hi - first, call_.kv_block);
+      if (std::memchr(kv.poison(b) + lo, 1, static_cast<size_t>(hi - lo)) != nullptr) return true;
+    }
+    return false;
+  }
+
+  void finish_row(const Head& head, const AttendTile& tile, int r, KeyRange visible,
+                  const Row& row) const noexcept {
+    const int64_t batch = head.sequence.batch;
+    const int64_t seq = head.sequence.first_position + row.seq;
+    const int dim = tile.head_dim;
+    float* out = tile.out + r * padded_dim(dim);
+    constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
+    float lse = -std::numeric_limits<float>::infinity();
+    if (visible.empty()) {
+      std::fill_n(out, dim, 0.0f);
+    } else if (row.poisoned) {
+      std::fill_n(out, dim, kNan);
+      lse = kNan;
+    } else {
+      call_.table.normalize(out, dim, tile.normalizer[r], head.packed().v_out_scale);
+      const float top = tile.mode == Mode::kAccurate ? 255.0f
+                        : tile.mode == Mode::kPaper  ? 127.0f
+                                                     : 1.0f;
+      lse = std::log(tile.weight_sum[r] / top) + tile.row_max[r] * std::numbers::ln2_v<float> +
+            row.mean_score;
+    }
+    const TensorView& view = call_.outputs.out;
+    call_.table.store_row(out, dim, view.dtype, view.strides[3],
+                          element(view, batch, seq, row.head));
+    if (call_.outputs.lse.has_value()) {
+      *reinterpret_cast<float*>(element(*call_.outputs.lse, batch, seq, row.head)) = lse;
+    }
+  }
+
+  [[nodiscard]] bool int8_scores() const noexcept { return call_.mode != Mode::kExact; }
+
+  const AttendCall& call_;
+  const ConstTensorView& q_;
+  const TileBuffers buffers_;
+  const int64_t group_;
+};
+
+}  // namespace
+
+KeySplit split_keys(Mode mode, int64_t rows, KeyRange keys, int64_t kv_block) noexcept {
+  // `paper` and `half` round P relative to a running maximum that parts would not share.
+  const bool can = mode == Mode::kAccurate || mode == Mode::kExact;
+  if (!can || keys.hi - keys.lo < 2 * kKeysPerSplit || rows > kQueryTile) return {};
+  const int64_t blocks = (keys.hi + kv_block - 1) / kv_block - keys.lo / kv_block;
+  KeySplit split;
+  split.blocks_per_part = kKeysPerSplit / kv_block;
+  split.parts = (blocks + split.blocks_per_part - 1) / split.blocks_per_part;
+  return split;
+}
+
+size_t worker_bytes(const KernelTable& table, int kv_block, int64_t head_dim) noexcept {
+  return tile_buffers(table, kv_block, head_dim).total;
+}
+
+size_t partial_bytes(int64_t rows, int64_t head_dim) noexcept {
+  return partial_buffers(rows, head_dim).total;
+}
+
+TaskCount begin_tasks(std::span<AttendSequence> sequences, int64_t nheads_q,
+                      int64_t nheads_k) noexcept {
+  TaskCount count;
+  for (AttendSequence& sequence : sequences) {
+    sequence.first_task = count.tasks;
+    sequence.first_partial = count.partials;
+    const int64_t rows = sequence.seqlen_q * (nheads_q / nheads_k);
+    const int64_t tiles = (rows + kQueryTile - 1) / kQueryTile;
+    count.tasks += nheads_k * tiles * sequence.split.parts;
+    if (sequence.split.parts > 1) count.partials += nheads_k * sequence.split.parts;
+  }
+  return count;
+}
+
+Status attend_tiles(const AttendCall& call) noexcept { return TileRunner(call).run(); }
+
+}  // namespace attn8::cpu

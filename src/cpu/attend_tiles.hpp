@@ -1,0 +1,86 @@
+// SPDX-FileCopyrightText: The attn8 authors
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <span>
+
+#include "attn8/attention.hpp"
+#include "core/kernel_table.hpp"
+
+namespace attn8::cpu {
+
+/// Of what a call works on: a page, so that the distances between what a kernel stores and what it
+/// loads next, modulo the 12 bits by which CPUs match them, do not depend on the caller.
+inline constexpr size_t kAlignment = 4096;
+
+constexpr size_t on_pages(size_t bytes) noexcept {
+  return (bytes + kAlignment - 1) / kAlignment * kAlignment;
+}
+
+/// Packed K and V of one kv head of a sequence, and what finishing its rows needs.
+struct PackedHead {
+  PackedKv kv;
+  bool poisoned = false;               ///< whether a key holds a NaN or an Inf
+  const float* k_mean = nullptr;       ///< [head_dim] what was subtracted from K, if anything
+  const float* v_out_scale = nullptr;  ///< [padded_dim] of the output; nullptr where V is float
+};
+
+/// Few queries against many keys are computed in parts of the keys that are added up at the end.
+struct KeySplit {
+  int64_t parts = 1;
+  int64_t blocks_per_part = 0;
+};
+
+/// A function of the shape alone, so that threads and neighbours in a batch do not change results.
+/// rows: query rows of one kv head.
+KeySplit split_keys(Mode mode, int64_t rows, KeyRange keys, int64_t kv_block) noexcept;
+
+/// One sequence of a call.
+struct AttendSequence {
+  int64_t batch = 0, first_position = 0;  ///< where its first query lies in q, out and lse
+  int64_t seqlen_q = 0, seqlen_k = 0;
+  KeyRange keys;                      ///< what counts; where empty, heads is not read
+  KeySplit split;                     ///< of split_keys()
+  const PackedHead* heads = nullptr;  ///< [nheads_k]
+  int64_t first_task = 0;             ///< set by begin_tasks()
+  int64_t first_partial = 0;          ///< set by begin_tasks()
+};
+
+/// Attention of a batch of sequences over packed K and V.
+struct AttendCall {
+  const KernelTable& table;
+  const Context& context;
+  Mode mode;
+  bool bfloat16;  ///< as AttendTile's
+  const Mask& mask;
+  float softmax_scale;
+  int kv_block;
+  int64_t nheads_q, nheads_k, head_dim;
+  const Operand& q;
+  const AttentionOutputs& outputs;
+  std::span<const AttendSequence> sequences;
+  std::byte* workers;        ///< [context.threads][worker_bytes()], on pages
+  std::byte* partials;       ///< [begin_tasks().partials][partial_bytes()], 64-byte aligned
+  size_t bytes_per_partial;  ///< partial_bytes() of the most rows of a sequence that is split
+  int64_t tasks = 0;         ///< of begin_tasks()
+};
+
+/// Bytes of a worker's buffers.
+size_t worker_bytes(const KernelTable& table, int kv_block, int64_t head_dim) noexcept;
+/// Bytes of the results of one part of the keys.
+size_t partial_bytes(int64_t rows, int64_t head_dim) noexcept;
+
+struct TaskCount {
+  int64_t tasks = 0;
+  int64_t partials = 0;
+};
+
+/// Numbers the tasks of the sequences, in their order.
+TaskCount begin_tasks(std::span<AttendSequence> sequences, int64_t nheads_q,
+                      int64_t nheads_k) noexcept;
+
+/// Computes every row; kInvalidArgument when codes of q hold -128.
+Status attend_tiles(const AttendCall& call) noexcept;
+
+}  // namespace attn8::cpu

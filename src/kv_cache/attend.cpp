@@ -1,0 +1,174 @@
+// SPDX-FileCopyrightText: The attn8 authors
+// SPDX-License-Identifier: Apache-2.0
+#include <algorithm>
+#include <cmath>
+#include <functional>
+
+#include "core/message.hpp"
+#include "core/plan_state.hpp"
+#include "core/validate.hpp"
+#include "cpu/attend_tiles.hpp"
+#include "cpu/parallel.hpp"
+#include "kv_cache/state.hpp"
+
+namespace attn8 {
+
+using cpu::AttendSequence;
+using cpu::PackedHead;
+using kv_cache::PagePool;
+using kv_cache::Sequence;
+
+namespace {
+
+/// The sequences of a call, locked for reading. In the order of their addresses, so that two calls
+/// with writers between them do not wait for each other.
+class ReadLocks {
+ public:
+  explicit ReadLocks(const std::vector<std::shared_ptr<Sequence>>& sequences) {
+    std::vector<Sequence*> order;
+    order.reserve(sequences.size());
+    for (const auto& sequence : sequences) order.push_back(sequence.get());
+    std::sort(order.begin(), order.end(), std::less<>());
+    order.erase(std::unique(order.begin(), order.end()), order.end());
+    locks_.reserve(order.size());
+    for (Sequence* sequence : order) locks_.emplace_back(sequence->mutex);
+  }
+
+ private:
+  std::vector<std::shared_lock<std::shared_mutex>> locks_;
+};
+
+/// What a call works on beside the cache.
+struct CallMemory {
+  struct Free {
+    void operator()(std::byte* p) const noexcept {
+      ::operator delete (p, std::align_val_t{cpu::kAlignment});
+    }
+  };
+  explicit CallMemory(size_t bytes)
+      : base(static_cast<std::byte*>(::operator new (bytes, std::align_val_t{cpu::kAlignment}))) {}
+  std::unique_ptr<std::byte, Free> base;
+};
+
+/// Points at the pages of a sequence; v_out_scale [padded_dim] is filled.
+PackedHead pack_head(const PagePool& pool, const Sequence& sequence, int64_t head, int64_t head_dim,
+                     PackedBlock* blocks, float* v_out_scale) noexcept {
+  PackedHead packed;
+  float largest = 0;
+  for (size_t page = 0; page < sequence.pages.size(); ++page) {
+    const cpu::BlockMemory memory = pool.block(sequence.pages[page], head).memory;
+    blocks[page] = {memory.data, memory.header_data};
+    const BlockHeader& header = memory.header();
+    packed.kv.key_norm = std::max(packed.kv.key_norm, header.key_norm);
+    packed.poisoned = packed.poisoned || header.poisoned != 0;
+    largest = std::max(largest, header.v_scale);
+  }
+  packed.kv.blocks = blocks;
+  packed.kv.layout = pool.layout();
+  packed.kv.keys = {0, sequence.length};
+  packed.kv.v_ref = largest;
+  if (!sequence.k_mean.empty()) packed.k_mean = sequence.k_mean.data() + head * head_dim;
+  std::fill_n(v_out_scale, padded_dim(head_dim), largest);
+  packed.v_out_scale = v_out_scale;
+  return packed;
+}
+
+}  // namespace
+
+Status KvCache::attend(std::span<const KvSequence> handles, const Operand& q,
+                       std::span<const int32_t> cu_seqlens_q, const AttentionOutputs& outputs,
+                       const KvCacheAttentionOptions& attention_options,
+                       const Context& context) const noexcept try {
+  if (Status status = validate_context(context); !status.ok()) return status;
+  if (Status status = validate_kv_attention(options(), static_cast<int64_t>(handles.size()), q,
+                                            cu_seqlens_q, outputs, attention_options);
+      !status.ok()) {
+    return status;
+  }
+  const size_t count = handles.size();
+  std::vector<std::shared_ptr<Sequence>> found(count);
+  for (size_t i = 0; i < count; ++i) {
+    if (Status status = state_->find(handles[i], found[i]); !status.ok()) return status;
+  }
+  const ReadLocks locks(found);
+  for (size_t i = 0; i < count; ++i) {
+    if (found[i]->freed) return kv_cache::freed_error(handles[i]);
+  }
+
+  const int64_t heads = options().nheads_k;
+  const int64_t head_dim = options().head_dim;
+  const auto padded = static_cast<size_t>(padded_dim(head_dim));
+  const int64_t nheads_q = data_view(q).shape[2];
+  const int64_t group = nheads_q / heads;
+  std::vector<PackedHead> packed(count * static_cast<size_t>(heads));
+  std::vector<AttendSequence> sequences(count);
+  std::vector<size_t> first_block(count);  // of each sequence
+  size_t blocks = 0;
+  int64_t split_rows = 0;  // most rows of a sequence that is split
+  for (size_t i = 0; i < count; ++i) {
+    AttendSequence& sequence = sequences[i];
+    sequence.first_position = cu_seqlens_q[i];
+    sequence.seqlen_q = cu_seqlens_q[i + 1] - cu_seqlens_q[i];
+    sequence.seqlen_k = found[i]->length;
+    sequence.keys = {0, found[i]->length};
+    const int64_t rows = sequence.seqlen_q * group;
+    sequence.split = cpu::split_keys(Mode::kAccurate, rows, sequence.keys, options().page_size);
+    if (sequence.split.parts > 1) split_rows = std::max(split_rows, rows);
+    sequence.heads = packed.data() + i * static_cast<size_t>(heads);
+    first_block[i] = blocks;
+    blocks += found[i]->pages.size() * static_cast<size_t>(heads);
+  }
+  // The longest tasks start first, so that the threads end together.
+  const auto keys_per_task = [](const AttendSequence& sequence) {
+    return sequence.seqlen_k / sequence.split.parts;
+  };
+  const auto cost = [&](const AttendSequence& sequence) {
+    return keys_per_task(sequence) * std::min<int64_t>(sequence.seqlen_q * group, kQueryTile);
+  };
+  std::stable_sort(sequences.begin(), sequences.end(),
+                   [&](const auto& a, const auto& b) { return cost(a) > cost(b); });
+  const cpu::TaskCount tasks = cpu::begin_tasks(sequences, nheads_q, heads);
+
+  const KernelTable& table = context.force_isa ? *find_kernel_table(context.isa) : state_->table;
+  std::vector<PackedBlock> packed_blocks(blocks);
+  const size_t scale_bytes = cpu::on_pages(packed.size() * padded * sizeof(float));
+  const size_t worker_bytes = static_cast<size_t>(context.threads) *
+                              cpu::worker_bytes(table, options().page_size, head_dim);
+  const size_t partial_bytes = cpu::partial_bytes(split_rows, head_dim);
+  const CallMemory memory(scale_bytes + worker_bytes +
+                          static_cast<size_t>(tasks.partials) * partial_bytes);
+  auto* v_out_scale = reinterpret_cast<float*>(memory.base.get());
+  cpu::for_each_task(context, static_cast<int64_t>(packed.size()), [&](int64_t task, int64_t) {
+    const auto i = static_cast<size_t>(task / heads);
+    const int64_t head = task % heads;
+    const size_t pages = found[i]->pages.size();
+    const auto index = static_cast<size_t>(task);
+    packed[index] =
+        pack_head(state_->pool, *found[i], head, head_dim,
+                  packed_blocks.data() + first_block[i] + static_cast<size_t>(head) * pages,
+                  v_out_scale + index * padded);
+  });
+  const float softmax_scale = attention_options.softmax_scale.value_or(
+      static_cast<float>(1.0 / std::sqrt(static_cast<double>(head_dim))));
+  return cpu::attend_tiles({.table = table,
+                            .context = context,
+                            .mode = Mode::kAccurate,
+                            .bfloat16 = false,
+                            .mask = attention_options.mask,
+                            .softmax_scale = softmax_scale,
+                            .kv_block = options().page_size,
+                            .nheads_q = nheads_q,
+                            .nheads_k = heads,
+                            .head_dim = head_dim,
+                            .q = q,
+                            .outputs = outputs,
+                            .sequences = sequences,
+                            .workers = memory.base.get() + scale_bytes,
+                            .partials = memory.base.get() + scale_bytes + worker_bytes,
+                            .bytes_per_partial = partial_bytes,
+                            .tasks = tasks.tasks});
+} catch (...) {
+  return Status(StatusCode::kOutOfMemory, {});
+}
+
+}  // namespace attn8
