@@ -13,7 +13,7 @@ RESULTS := build/test-results
 .NOTPARALLEL:
 .DEFAULT_GOAL := run
 .PHONY: run test lint clean dev asan ubsan tsan setup-build setup-test setup-python
-.PHONY: wheel checks release check-format check-tidy check-python check-sanitized check-pytest check-release
+.PHONY: check-cuda-built wheel checks release check-format check-tidy check-python check-sanitized check-cuda check-pytest check-release
 
 run: setup-build
 	cmake --preset release
@@ -26,7 +26,7 @@ test: setup-test
 	@status=0; $(MAKE) --no-print-directory -k checks || status=$$?; \
 	  python3 tools/list_skipped.py $(RESULTS); exit $$status
 
-checks: check-format check-python check-sanitized check-pytest check-tidy check-release
+checks: check-format check-python check-sanitized check-cuda check-pytest check-tidy check-release
 
 lint: TIDY := (src/(core|reference|cpu|kv_cache)|apps/attn8)
 lint: setup-test check-format check-python check-tidy
@@ -60,6 +60,15 @@ wheel: setup-python
 	.venv/bin/pip install --quiet --disable-pip-version-check --no-deps --force-reinstall \
 	  build/dist/attn8-*.whl
 
+# The CUDA kernels as machine code; the emulator's tests, which need no nvcc, are in check-release.
+check-cuda:
+	@if command -v nvcc >/dev/null; then $(MAKE) --no-print-directory check-cuda-built; \
+	  else echo "check-cuda: left out, this machine has no nvcc"; fi
+check-cuda-built:
+	cmake --preset cuda
+	cmake --build --preset cuda --parallel $(JOBS) --target attn8_cuda_tests
+	ctest --preset cuda -L '^cuda$$' --output-junit $(CURDIR)/$(RESULTS)/ctest-cuda.xml
+
 check-pytest: wheel release
 	ATTN8_CLI=$(CURDIR)/build/release/attn8 .venv/bin/pytest --junit-xml=$(RESULTS)/pytest.xml
 
@@ -67,7 +76,7 @@ check-format:
 	find apps benchmarks examples include python src tests -name '*.[ch]pp' -o -name '*.[ch]' -o -name '*.cu' | \
 	  xargs clang-format --dry-run -Werror
 
-PYTHON := benchmarks/peers examples python tools tests
+PYTHON := benchmarks/call_overhead.py benchmarks/gpu benchmarks/peers examples python tools tests
 check-python: setup-python
 	.venv/bin/ruff check $(PYTHON)
 	.venv/bin/ruff format --check $(PYTHON)

@@ -9,6 +9,9 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
+#include <chrono>
+#include <limits>
 #include <optional>
 #include <span>
 #include <string>
@@ -63,6 +66,32 @@ void attention(nb::handle q, nb::handle k, nb::handle v, nb::handle out, nb::han
     status = attn8::attention(inputs, outputs, options, context);
   }
   check(status);
+}
+
+/// Shortest time in seconds that attn8::attention() itself takes with default options: what a call
+/// from Python is compared with.
+double attention_seconds(nb::handle q, nb::handle k, nb::handle v, nb::handle out,
+                         nb::handle repeats) {
+  Arrays keep;
+  keep.reserve(4);
+  const AttentionInputs inputs{to_operand(q, "q", Layout::kBshd, keep),
+                               to_operand(k, "k", Layout::kBshd, keep),
+                               to_operand(v, "v", Layout::kBshd, keep)};
+  const AttentionOutputs outputs = to_outputs(out, nb::none(), Layout::kBshd, keep);
+  const int64_t count = to_int(repeats, "repeats");
+  double shortest = std::numeric_limits<double>::infinity();
+  Status status;
+  {
+    const nb::gil_scoped_release release;
+    for (int64_t i = 0; i < count && status.ok(); ++i) {
+      const auto start = std::chrono::steady_clock::now();
+      status = attn8::attention(inputs, outputs, {}, Context::cpu(1));
+      const std::chrono::duration<double> taken = std::chrono::steady_clock::now() - start;
+      shortest = std::min(shortest, taken.count());
+    }
+  }
+  check(status);
+  return shortest;
 }
 
 /// Rows [first, last) of a packed array [total, nheads, head_dim] as one sequence of a batch of 1.
@@ -337,6 +366,7 @@ void add(nb::module_& module, const char* name, Returned (*function)(Arguments..
 NB_MODULE(_core, module) {
   using namespace attn8::python;  // NOLINT: the functions above, in one list
   add(module, "attention", &attention);
+  add(module, "attention_seconds", &attention_seconds);
   add(module, "attention_varlen", &attention_varlen);
   add(module, "quantize", &quantize);
   add(module, "dequantize", &dequantize);

@@ -53,7 +53,8 @@ BenchResult bench(const Qkv& qkv, const AttentionOptions& options, const Context
   Runner runner(qkv, options, context);
   result.kernel = runner.plan().kernel();
   const Isa isa = runner.plan().isa();
-  result.isa = to_string(isa);
+  const bool on_cpu = context.device.type == DeviceType::kCpu;
+  result.isa = on_cpu ? to_string(isa) : "cuda";
   result.kv_block = runner.plan().kv_block();
   result.options.v_granularity = runner.plan().v_granularity();
 
@@ -65,9 +66,10 @@ BenchResult bench(const Qkv& qkv, const AttentionOptions& options, const Context
   result.ops_per_byte = ops / (bytes + static_cast<double>(qkv.q.size_bytes()) +
                                static_cast<double>(runner.out().size_bytes()));
   const bool bfloat16 = result.kernel.find("_bfloat16_") != std::string::npos;
-  const auto peak = bfloat16 ? find_peak(isa, Operands::kBFloat16) : find_peak(isa, options.mode);
+  auto peak = bfloat16 ? find_peak(isa, Operands::kBFloat16) : find_peak(isa, options.mode);
+  if (!on_cpu) peak.reset();  // the ceilings are the CPU's
   std::optional<Stream> stream;
-  if (decode) stream.emplace(isa, context.threads);
+  if (decode && on_cpu) stream.emplace(isa, context.threads);
 
   const RunTimes warm = runner.run();
   const double warm_ms = warm.attention_ms + warm.quantize_ms;

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "attn8/context.hpp"
+#include "attn8/cuda.hpp"
 #include "commands.hpp"
 #include "failure.hpp"
 #include "machine.hpp"
@@ -34,17 +35,50 @@ std::string self_test(const std::vector<Isa>& isas) {
   return {};
 }
 
+nlohmann::ordered_json cuda_json(const CudaSupport& cuda) {
+  nlohmann::ordered_json report = {{"built", cuda.built},
+                                   {"reason", cuda.reason},
+                                   {"devices", nlohmann::ordered_json::array()},
+                                   {"kernel_images", cuda.kernel_images}};
+  for (const CudaDevice& device : cuda.devices) {
+    report["devices"].push_back({{"index", device.index},
+                                 {"name", device.name},
+                                 {"compute_capability", {device.major, device.minor}},
+                                 {"multiprocessors", device.multiprocessors},
+                                 {"kernels", device.kernels},
+                                 {"reason", device.reason}});
+  }
+  return report;
+}
+
+void print_cuda(const CudaSupport& cuda) {
+  if (!cuda.built) {
+    fmt::print("{:<10} not in this build\n", "cuda");
+    return;
+  }
+  if (cuda.devices.empty()) {
+    fmt::print("{:<10} {} kernels in this build, no device: {}\n", "cuda",
+               cuda.kernel_images.size(), cuda.reason);
+  }
+  for (const CudaDevice& device : cuda.devices) {
+    fmt::print("{:<10} {:<12} {}\n", "cuda", fmt::format("cuda:{}", device.index),
+               device.kernels.empty()
+                   ? fmt::format("no: {}", device.reason)
+                   : fmt::format("{}, compute capability {}.{}, {} multiprocessors, {} kernels",
+                                 device.name, device.major, device.minor, device.multiprocessors,
+                                 device.kernels));
+  }
+}
+
 void run(bool json) {
+  const CudaSupport cuda = cuda_support();
   const std::vector<Isa> isas = available_isas();
   const std::string failure = self_test(isas);
   nlohmann::ordered_json report = {{"version", version()},
                                    {"isa", to_string(best_isa())},
                                    {"isas", nlohmann::ordered_json::array()},
                                    {"machine", machine_json()},
-                                   {"cuda",
-                                    {{"built", false},
-                                     {"devices", nlohmann::ordered_json::array()},
-                                     {"kernel_images", nlohmann::ordered_json::array()}}},
+                                   {"cuda", cuda_json(cuda)},
                                    {"self_test", failure.empty() ? "ok" : failure}};
   for (const IsaSupport& support : isa_support()) {
     report["isas"].push_back({{"name", to_string(support.isa)},
@@ -69,7 +103,7 @@ void run(bool json) {
                  : support.isa == best_isa() ? "chosen"
                                              : "available");
     }
-    fmt::print("{:<10} not in this build\n", "cuda");
+    print_cuda(cuda);
     fmt::print(
         "{:<10} {}\n", "self-test",
         failure.empty() ? "ok: every mode on every available isa equals its oracle" : failure);

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <nlohmann/json.hpp>
@@ -11,6 +12,7 @@
 #include <vector>
 
 #include "attn8/attention.hpp"
+#include "attn8/cuda.hpp"
 #include "commands.hpp"
 #include "failure.hpp"
 #include "flags.hpp"
@@ -23,17 +25,17 @@ namespace {
 
 struct VerifyFlags {
   std::vector<std::string> modes;
-  std::string isa;
-  int32_t threads = 0;
+  ContextFlags context;
   bool full = false;
   bool json = false;
 };
 
-/// Outcomes of one mode on one ISA.
+/// Outcomes of one mode on one ISA or device.
 struct Tally {
   Mode mode;
-  Isa isa;
+  std::string place;
   int64_t cases = 0;
+  int64_t unsupported = 0;  ///< of a device; not among the cases
   int64_t failed = 0;
   double out_ratio = 0;
   double lse_ratio = 0;
@@ -54,7 +56,10 @@ std::vector<Isa> chosen_isas(const std::string& name) {
   return {isa};
 }
 
-std::vector<Tally> sweep(const VerifyFlags& flags, const std::vector<Isa>& isas) {
+/// `places` names what each of the outcomes of a case ran on.
+std::vector<Tally> sweep(
+    const VerifyFlags& flags, const std::vector<std::string>& places,
+    const std::function<std::vector<VerifyOutcome>(const VerifyCase&)>& verify) {
   std::vector<Mode> modes;
   for (const auto& name : flags.modes) modes.push_back(take(parse_mode(name)));
   if (modes.empty()) modes = {Mode::kAccurate, Mode::kPaper, Mode::kHalf, Mode::kExact};
@@ -65,27 +70,30 @@ std::vector<Tally> sweep(const VerifyFlags& flags, const std::vector<Isa>& isas)
     for (const VerifyCase& one : verify_cases(mode, flags.full)) {
       work.emplace_back(tallies.size(), one);
     }
-    for (const Isa isa : isas) {
+    for (const std::string& place : places) {
       tallies.emplace_back();
       tallies.back().mode = mode;
-      tallies.back().isa = isa;
+      tallies.back().place = place;
     }
   }
   Progress progress("verify", static_cast<double>(work.size()));
   std::mutex mutex;
-  const int32_t threads = flags.threads > 0 ? flags.threads : core_count();
+  const int32_t threads = flags.context.threads > 0 ? flags.context.threads : core_count();
   parallel_cases(static_cast<int64_t>(work.size()), threads, [&](int64_t i) {
     const auto& [first, one] = work[static_cast<size_t>(i)];
-    const auto outcomes = verify_case(one, isas);
+    const auto outcomes = verify(one);
     const std::lock_guard lock(mutex);
-    for (size_t n = 0; n < isas.size(); ++n) {
+    for (size_t n = 0; n < places.size(); ++n) {
       Tally& tally = tallies[first + n];
       const VerifyOutcome& outcome = outcomes[n];
+      if (!outcome.unsupported.empty()) {
+        ++tally.unsupported;
+        continue;
+      }
       ++tally.cases;
       if (!outcome.failure.empty()) {
         ++tally.failed;
-        tally.failures.push_back(
-            fmt::format("{} {}: {}", to_string(isas[n]), one.label(), outcome.failure));
+        tally.failures.push_back(fmt::format("{} {}: {}", places[n], one.label(), outcome.failure));
       }
       if (outcome.out_ratio >= tally.out_ratio) {
         tally.out_ratio = outcome.out_ratio;
@@ -101,24 +109,25 @@ std::vector<Tally> sweep(const VerifyFlags& flags, const std::vector<Isa>& isas)
 
 void print_text(const std::vector<Tally>& tallies, const std::vector<std::string>& quantize) {
   Table table;
-  table.header = {"isa",
+  table.header = {"on",
                   "mode",
                   "cases",
+                  "unsupported",
                   "failed",
                   "worst |out-oracle|/bound",
                   "worst |lse-oracle|/bound",
                   "worst relL2 % (normal data)"};
   const Tally* worst = nullptr;
   for (const Tally& tally : tallies) {
-    table.rows.push_back({std::string(to_string(tally.isa)), std::string(to_string(tally.mode)),
-                          fmt::format("{}", tally.cases), fmt::format("{}", tally.failed),
-                          fmt::format("{:.3f}", tally.out_ratio),
+    table.rows.push_back({tally.place, std::string(to_string(tally.mode)),
+                          fmt::format("{}", tally.cases), fmt::format("{}", tally.unsupported),
+                          fmt::format("{}", tally.failed), fmt::format("{:.3f}", tally.out_ratio),
                           fmt::format("{:.3f}", tally.lse_ratio), percent(tally.rel_l2)});
     if (worst == nullptr || tally.out_ratio > worst->out_ratio) worst = &tally;
   }
   fmt::print("{}", table.text());
   if (worst != nullptr) {
-    fmt::print("\nworst case: {} {}\n", to_string(worst->isa), worst->worst);
+    fmt::print("\nworst case: {} {}\n", worst->place, worst->worst);
   }
   fmt::print("quantize: codes, scales and means of every ISA {}\n",
              quantize.empty() ? "equal the scalar ones" : "DIFFER");
@@ -133,9 +142,20 @@ void print_text(const std::vector<Tally>& tallies, const std::vector<std::string
 }
 
 void run(const VerifyFlags& flags) {
-  const std::vector<Isa> isas = chosen_isas(flags.isa);
+  const Context context = flags.context.context();
+  const bool on_cpu = context.device.type == DeviceType::kCpu;
+  const std::vector<Isa> isas = on_cpu ? chosen_isas(flags.context.isa) : std::vector<Isa>();
+  std::vector<std::string> places;
+  for (const Isa isa : isas) places.emplace_back(to_string(isa));
+  if (!on_cpu) {
+    take(CudaMemory::allocate(1, context.device.index));  // says what is missing, once
+    places.push_back(flags.context.device);
+  }
   const std::vector<std::string> quantize = verify_quantize(isas);
-  const std::vector<Tally> tallies = sweep(flags, isas);
+  const std::vector<Tally> tallies = sweep(flags, places, [&](const VerifyCase& one) {
+    return on_cpu ? verify_case(one, isas)
+                  : std::vector<VerifyOutcome>{verify_on_device(one, context)};
+  });
   int64_t cases = 0;
   auto failed = static_cast<int64_t>(quantize.size());
   for (const Tally& tally : tallies) {
@@ -147,9 +167,10 @@ void run(const VerifyFlags& flags) {
     report["quantize_failures"] = quantize;
     report["results"] = nlohmann::ordered_json::array();
     for (const Tally& tally : tallies) {
-      report["results"].push_back({{"isa", to_string(tally.isa)},
+      report["results"].push_back({{"isa", tally.place},
                                    {"mode", to_string(tally.mode)},
                                    {"cases", tally.cases},
+                                   {"unsupported", tally.unsupported},
                                    {"failed", tally.failed},
                                    {"worst_out_ratio", tally.out_ratio},
                                    {"worst_lse_ratio", tally.lse_ratio},
@@ -175,10 +196,7 @@ void add_verify(CLI::App& root) {
   command.add_option("--mode", flags->modes, "accurate, paper, half or exact; repeatable")
       ->type_name("NAME")
       ->allow_extra_args(false);
-  command.add_option("--isa", flags->isa, "Only this instruction set")->type_name("NAME");
-  command.add_option("--threads", flags->threads, "Cases at a time; the default is every core")
-      ->check(whole_number(1, 4096))
-      ->type_name("N");
+  flags->context.add(command);
   command.add_flag("--full", flags->full, "Five times as many cases");
   command.add_flag("--json", flags->json, "One JSON object on stdout");
   command.final_callback([flags] { run(*flags); });

@@ -20,6 +20,15 @@ std::optional<int64_t> to_integer(std::string_view text) {
   return value;
 }
 
+/// N of "cuda:N".
+std::optional<int64_t> cuda_index(std::string_view device) {
+  constexpr std::string_view kPrefix = "cuda:";
+  if (!device.starts_with(kPrefix)) return std::nullopt;
+  const auto index = to_integer(device.substr(kPrefix.size()));
+  if (!index || *index < 0 || *index > INT16_MAX) return std::nullopt;
+  return index;
+}
+
 }  // namespace
 
 CLI::Validator whole_number(int64_t low, int64_t high) {
@@ -54,15 +63,29 @@ void ContextFlags::add(CLI::App& command) {
 void ContextFlags::add_place(CLI::App& command) {
   command.add_option("--isa", isa, "Insist on an instruction set: scalar, avx2, avx512_vnni")
       ->type_name("NAME");
-  command.add_option("--device", device, "cpu")->type_name("NAME")->capture_default_str();
+  command.add_option("--device", device, "cpu, cuda or cuda:N")
+      ->type_name("NAME")
+      ->capture_default_str();
 }
 
 Context ContextFlags::context() const {
-  if (device == "cuda") {
-    fail(StatusCode::kUnsupported, "--device: got 'cuda', want 'cpu': unsupported by this build");
+  if (device.starts_with("cuda")) {
+    const auto index = device == "cuda" ? 0 : cuda_index(device);
+    if (!index) {
+      fail(StatusCode::kInvalidArgument,
+           fmt::format("--device: got '{}', want cpu, cuda or cuda:N", device));
+    }
+    if (!isa.empty()) {
+      fail(StatusCode::kInvalidArgument,
+           fmt::format("--isa: got '{}' beside --device {}, want it with cpu only", isa, device));
+    }
+    Context context = Context::cuda(static_cast<int32_t>(*index));
+    context.threads = threads > 0 ? threads : core_count();  // of the oracles
+    return context;
   }
   if (device != "cpu") {
-    fail(StatusCode::kInvalidArgument, fmt::format("--device: got '{}', want 'cpu'", device));
+    fail(StatusCode::kInvalidArgument,
+         fmt::format("--device: got '{}', want cpu, cuda or cuda:N", device));
   }
   Context context = Context::cpu(threads > 0 ? threads : core_count());
   if (!isa.empty()) {

@@ -5,6 +5,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <chrono>
 #include <functional>
 #include <span>
 
@@ -108,23 +109,66 @@ Qkv convert(const Qkv& qkv, DType dtype) {
 
 Runner::Runner(const Qkv& qkv, const AttentionOptions& options, const Context& context,
                bool with_lse, Layout layout, std::optional<DType> out_dtype)
-    : inputs_(qkv.inputs()), with_lse_(with_lse) {
+    : device_(context.device), inputs_(qkv.inputs()), with_lse_(with_lse) {
   const Extents& shape = qkv.q.shape();
   out_ = HostTensor(out_dtype.value_or(qkv.q.dtype()), shape, layout);
   if (with_lse) lse_ = HostTensor(DType::kFloat32, {shape[0], shape[1], shape[2], 1}, layout);
+  if (device_.type == DeviceType::kCuda) copy_to_cuda(qkv);
   plan_ = take(AttentionPlan::make(inputs_, outputs(), options, context));
-  workspace_ = AlignedBytes(plan_->workspace_bytes());
+  if (device_.type == DeviceType::kCuda) {
+    cuda_.push_back(take(CudaMemory::allocate(plan_->workspace_bytes(), device_.index)));
+  } else {
+    workspace_ = AlignedBytes(plan_->workspace_bytes());
+  }
+}
+
+void Runner::copy_to_cuda(const Qkv& qkv) {
+  for (const HostTensor* tensor : {&qkv.q, &qkv.k, &qkv.v}) {
+    cuda_.push_back(take(CudaMemory::allocate(tensor->size_bytes(), device_.index)));
+    require(cuda_.back().upload(tensor->data()));
+  }
+  for (const HostTensor* tensor : {&out_, &lse_}) {
+    cuda_.push_back(take(CudaMemory::allocate(tensor->size_bytes(), device_.index)));
+  }
+  const auto view = [&](const HostTensor& tensor, size_t i) {
+    ConstTensorView result = tensor.view();
+    result.data = cuda_[i].data();
+    result.device = device_;
+    return result;
+  };
+  inputs_ = {view(qkv.q, 0), view(qkv.k, 1), view(qkv.v, 2)};
 }
 
 RunTimes Runner::run() {
+  if (device_.type == DeviceType::kCuda) return run_on_cuda();
   RunTimes times;
   require(plan_->run(inputs_, outputs(), workspace_.span(), &times));
   return times;
 }
 
+RunTimes Runner::run_on_cuda() {
+  require(cuda_synchronize(device_.index));
+  const auto begin = std::chrono::steady_clock::now();
+  require(plan_->run(inputs_, outputs(), {cuda_[5].data(), cuda_[5].size()}));
+  require(cuda_synchronize(device_.index));
+  const std::chrono::duration<double, std::milli> elapsed =
+      std::chrono::steady_clock::now() - begin;
+  require(cuda_[3].download(out_.data()));
+  if (with_lse_) require(cuda_[4].download(lse_.data()));
+  return {0, elapsed.count()};
+}
+
 AttentionOutputs Runner::outputs() {
   AttentionOutputs outputs = {out_.view()};
   if (with_lse_) outputs.lse = lse_.view();
+  if (device_.type == DeviceType::kCuda) {
+    outputs.out.data = cuda_[3].data();
+    outputs.out.device = device_;
+    if (with_lse_) {
+      outputs.lse->data = cuda_[4].data();
+      outputs.lse->device = device_;
+    }
+  }
   return outputs;
 }
 

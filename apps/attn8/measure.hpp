@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "attn8/attention.hpp"
+#include "attn8/cuda.hpp"
 #include "attn8/reference.hpp"
 #include "host_tensor.hpp"
 
@@ -46,13 +47,15 @@ Qkv make_qkv(const std::string& recipe, uint64_t seed, const Shape& shape);
 /// The three tensors in another float type.
 Qkv convert(const Qkv& qkv, DType dtype);
 
-/// A plan with an output and a workspace of its own.
+/// A plan with an output and a workspace of its own. On a CUDA device the operands are copied there
+/// once, by the constructor.
 class Runner {
  public:
   /// `layout` is the memory order of the output, whose type is that of q unless given.
   Runner(const Qkv& qkv, const AttentionOptions& options, const Context& context,
          bool with_lse = false, Layout layout = Layout::kBshd,
          std::optional<DType> out_dtype = std::nullopt);
+  /// On a CUDA device all of the time is attention_ms: quantizing and attending, without copies.
   RunTimes run();
   [[nodiscard]] const AttentionPlan& plan() const { return *plan_; }
   [[nodiscard]] const HostTensor& out() const { return out_; }
@@ -60,6 +63,10 @@ class Runner {
 
  private:
   [[nodiscard]] AttentionOutputs outputs();
+  RunTimes run_on_cuda();
+  void copy_to_cuda(const Qkv& qkv);
+  Device device_;
+  std::vector<CudaMemory> cuda_;  ///< q, k, v, out, lse, workspace
   AttentionInputs inputs_;
   HostTensor out_;
   HostTensor lse_;

@@ -136,7 +136,8 @@ void set_bounds(const VerifyCase& one, const Qkv& qkv, Oracle& oracle) {
   }
 }
 
-Oracle run_oracles(const VerifyCase& one, const Qkv& qkv) {
+Oracle run_oracles(const VerifyCase& one, const Qkv& qkv,
+                   const reference::EmulationOptions& emulation) {
   const size_t rows = row_count(one.shape);
   const size_t elements = rows * static_cast<size_t>(one.shape.head_dim);
   Oracle oracle;
@@ -149,8 +150,8 @@ Oracle run_oracles(const VerifyCase& one, const Qkv& qkv) {
                                      oracle.lse));
   oracle.expected = oracle.exact;
   if (one.options.mode != Mode::kExact) {
-    require(reference::emulation(qkv.inputs(), reference::emulation_options(one.options),
-                                 oracle.expected, oracle.lse, oracle.bound));
+    require(
+        reference::emulation(qkv.inputs(), emulation, oracle.expected, oracle.lse, oracle.bound));
   }
   set_bounds(one, qkv, oracle);
   return oracle;
@@ -340,7 +341,7 @@ std::vector<VerifyCase> verify_cases(Mode mode, bool full) {
 
 std::vector<VerifyOutcome> verify_case(const VerifyCase& one, std::span<const Isa> isas) {
   const Qkv qkv = case_data(one);
-  const Oracle oracle = run_oracles(one, qkv);
+  const Oracle oracle = run_oracles(one, qkv, reference::emulation_options(one.options));
   std::vector<VerifyOutcome> outcomes;
   for (const Isa isa : isas) {
     try {
@@ -351,6 +352,27 @@ std::vector<VerifyOutcome> verify_case(const VerifyCase& one, std::span<const Is
     }
   }
   return outcomes;
+}
+
+VerifyOutcome verify_on_device(const VerifyCase& one, const Context& context) {
+  VerifyOutcome outcome;
+  try {
+    const Qkv qkv = case_data(one);
+    AttentionOptions options = one.options;
+    options.kv_block = 0;  // the kernels'
+    Runner runner(qkv, options, context, true, one.out_layout);
+    runner.run();
+    options.kv_block = runner.plan().kv_block();
+    // What docs/numerics.md says the CUDA kernels do otherwise.
+    reference::EmulationOptions emulation = reference::emulation_options(options);
+    emulation.score_grid = false;
+    emulation.residual_mean = false;
+    outcome = compare(one, run_oracles(one, qkv, emulation), runner);
+  } catch (const Failure& failure) {
+    const bool unsupported = failure.status().code() == StatusCode::kUnsupported;
+    (unsupported ? outcome.unsupported : outcome.failure) = failure.what();
+  }
+  return outcome;
 }
 
 std::vector<std::string> verify_quantize(std::span<const Isa> isas) {

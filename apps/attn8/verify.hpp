@@ -39,6 +39,7 @@ struct VerifyOutcome {
   double rel_l2 = 0;            ///< against float64 attention
   double rel_l2_emulation = 0;  ///< what the arithmetic of the mode alone costs
   std::string failure;          ///< one line; empty when everything holds
+  std::string unsupported;      ///< why there was nothing to verify; of devices only
 };
 
 /// Lengths, masks, head counts, head_dims, types, granularities and data, each against each other
@@ -49,6 +50,10 @@ std::vector<VerifyCase> verify_cases(Mode mode, bool full);
 /// bound, the error against float64 within 1.1 times the emulation's, and one and three threads
 /// must give the same bits.
 std::vector<VerifyOutcome> verify_case(const VerifyCase& one, std::span<const Isa> isas);
+
+/// Runs one case on a CUDA device, with the kernels' own kv_block, against the oracles of what they
+/// compute. A case they do not support is no failure.
+VerifyOutcome verify_on_device(const VerifyCase& one, const Context& context);
 
 /// One line per (granularity, type) for which an ISA's codes, scales or mean differ from the
 /// scalar ones, or leave [-127, 127]; empty when all agree.

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: The attn8 authors
 # SPDX-License-Identifier: Apache-2.0
-"""ctypes over library.cpp: the CUDA backend on torch tensors of shape [batch, heads, seqlen, head_dim]."""
+"""ctypes over library.cpp: the CUDA backend on torch tensors [batch, heads, seqlen, head_dim]."""
 
 import ctypes
 
@@ -17,11 +17,30 @@ class Problem(ctypes.Structure):
 
     _fields_ = [
         (name, ctypes.c_int32)
-        for name in ["batch", "seqlen_q", "seqlen_k", "nheads_q", "nheads_k", "head_dim", "dtype", "out_dtype", "mode", "v_granularity", "causal", "top_left", "window_left", "window_right", "smooth_k", "kernels"]
+        for name in (
+            "batch",
+            "seqlen_q",
+            "seqlen_k",
+            "nheads_q",
+            "nheads_k",
+            "head_dim",
+            "dtype",
+            "out_dtype",
+            "mode",
+            "v_granularity",
+            "causal",
+            "top_left",
+            "window_left",
+            "window_right",
+            "smooth_k",
+            "kernels",
+        )
     ]
 
 
 class Library:
+    """The shared library that CMake builds here."""
+
     def __init__(self, path):
         self.lib = ctypes.CDLL(path)
         self.lib.attn8_gpu_plan.restype = ctypes.c_void_p
@@ -92,6 +111,7 @@ class Attention:
         self.kernel = name.value.decode()
 
     def __del__(self):
+        """Free the plan."""
         if getattr(self, "handle", None):
             self.lib.attn8_gpu_free(self.handle)
 

@@ -19,9 +19,9 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from attn8_gpu import Attention, Library
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -32,6 +32,7 @@ HEADS = {64: 32, 128: 16, 256: 8}  # head_dim * heads = 2048, as the FlashAttent
 
 
 def smi(fields):
+    """Ask nvidia-smi about the first GPU; question marks where it does not run."""
     try:
         text = subprocess.run(
             ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"],
@@ -45,6 +46,7 @@ def smi(fields):
 
 
 def machine():
+    """Device, driver and library versions."""
     name, driver, clock_max, power = smi("name,driver_version,clocks.max.sm,power.limit")
     return {
         "device": name,
@@ -59,6 +61,7 @@ def machine():
 
 
 def inputs(batch, heads_q, heads_k, seqlen_q, seqlen_k, head_dim, dtype=torch.float16, kind="iid"):
+    """Random q, k and v, reproducible through torch.manual_seed."""
     q = torch.randn(batch, heads_q, seqlen_q, head_dim, device="cuda")
     k = torch.randn(batch, heads_k, seqlen_k, head_dim, device="cuda")
     v = torch.randn(batch, heads_k, seqlen_k, head_dim, device="cuda")
@@ -75,6 +78,8 @@ def inputs(batch, heads_q, heads_k, seqlen_q, seqlen_k, head_dim, dtype=torch.fl
 
 CASES = [
     # batch, heads_q, heads_k, seqlen_q, seqlen_k, causal, top_left, window
+    (2, 8, 2, 1, 3000, True, False, (-1, -1)),
+    (1, 8, 1, 5, 700, True, False, (300, -1)),
     (1, 1, 1, 1, 1, False, False, (-1, -1)),
     (2, 2, 2, 128, 256, False, False, (-1, -1)),
     (1, 4, 2, 33, 501, True, False, (-1, -1)),
@@ -86,6 +91,7 @@ CASES = [
 
 
 def check(library):
+    """Every kernel against the float64 emulation of docs/numerics.md."""
     failures, worst, count = [], 0.0, 0
     for kernels in ("sm90", "sm80"):
         for mode, granularity in (
@@ -186,6 +192,7 @@ class ClockReader:
             self.nvml = None
 
     def __enter__(self):
+        """Start polling."""
         self.clocks, self.watts, self.stop = [], [], False
         self.thread = threading.Thread(target=self.poll)
         self.thread.start()
@@ -200,6 +207,7 @@ class ClockReader:
             time.sleep(0.01)
 
     def __exit__(self, *_):
+        """Stop polling."""
         self.stop = True
         self.thread.join()
 
@@ -240,6 +248,7 @@ def measure(call, clock, milliseconds=200.0):
 
 
 def peers(q, k, v, causal):
+    """Names and calls of torch's attention on the same tensors."""
     for name, backend in (
         ("torch_flash", SDPBackend.FLASH_ATTENTION),
         ("torch_cudnn", SDPBackend.CUDNN_ATTENTION),
@@ -247,12 +256,13 @@ def peers(q, k, v, causal):
 
         def call(backend=backend):
             with sdpa_kernel(backend):
-                return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+                return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
 
         yield name, call
 
 
 def time_shape(library, head_dim, seqlen, causal, kernels, configurations, clock):
+    """Time one shape: a row of the result."""
     heads = HEADS[head_dim]
     batch = max(1, TOTAL_TOKENS // seqlen)
     if seqlen > TOTAL_TOKENS:
@@ -300,7 +310,65 @@ def time_shape(library, head_dim, seqlen, causal, kernels, configurations, clock
     return row
 
 
+def time_decode(library, head_dim, seqlen, batch, kernels):
+    """Time one query per sequence, 32 heads over 8 kv heads; K and V are packed beforehand."""
+    torch.manual_seed(seqlen)
+    q, k, v = inputs(batch, 32, 8, 1, seqlen, head_dim)
+    row = {"head_dim": head_dim, "seqlen_k": seqlen, "batch": batch}
+    for name, backend in (
+        ("torch_flash", SDPBackend.FLASH_ATTENTION),
+        ("torch_cudnn", SDPBackend.CUDNN_ATTENTION),
+    ):
+
+        def call(backend=backend):
+            with sdpa_kernel(backend):
+                return torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
+        try:
+            row[name] = graph_ms(call)
+        except RuntimeError as error:
+            row[name] = {"error": str(error).splitlines()[0]}
+    attention = Attention(library, q, k, v, kernels=kernels)
+    attention.run()
+    row["attn8"] = graph_ms(attention.attend)
+    # Codes and a scale each of K and V: what has to be read.
+    row["attn8"]["terabytes_per_s"] = (
+        batch * 8 * seqlen * (2 * head_dim + 8) / row["attn8"]["ms"] * 1e-9
+    )
+    return row
+
+
+def graph_ms(call, calls=20, replays=30):
+    """Median time of a call over replays of a CUDA graph of many: without launch gaps."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        call()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            for _ in range(calls):
+                call()
+        times = []
+        for _ in range(replays):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            times.append(begin.elapsed_time(end) / calls)
+    return {"ms": statistics.median(times), "min_ms": min(times)}
+
+
+def print_decode(row):
+    """One line of the decode table."""
+    text = f"decode d{row['head_dim']:<3} {row['seqlen_k']:>6} b{row['batch']:<3}"
+    for name in ("torch_flash", "torch_cudnn", "attn8"):
+        text += f"  {name} {row[name].get('ms', float('nan')) * 1e3:7.1f} us"
+    print(f"{text}  {row['attn8']['terabytes_per_s']:.2f} TB/s", flush=True)
+
+
 def print_row(row):
+    """One line of the table."""
     text = (
         f"d{row['head_dim']:<3} {row['seqlen']:>6} b{row['batch']:<2} h{row['heads']:<2} "
         f"{'causal' if row['causal'] else 'full  '}"
@@ -318,11 +386,13 @@ def print_row(row):
 
 
 def main():
+    """Check, time, and write the JSON file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("shared_object")
     parser.add_argument("--json")
     parser.add_argument("--skip-check", action="store_true")
     parser.add_argument("--skip-time", action="store_true")
+    parser.add_argument("--skip-decode", action="store_true")
     parser.add_argument("--kernels", default="best", choices=("best", "sm80", "sm90"))
     parser.add_argument("--lengths", default="1024,2048,4096,8192,16384,32768,65536,131072")
     parser.add_argument("--head-dims", default="64,128")
@@ -330,7 +400,7 @@ def main():
     arguments = parser.parse_args()
     started = time.time()
     library = Library(arguments.shared_object)
-    result = {"machine": machine(), "command": " ".join(sys.argv)}
+    result = {"machine": machine(), "command": " ".join(Path(x).name for x in sys.argv)}
     print(result["machine"])
     if not arguments.skip_check:
         result["check"] = check(library)
@@ -352,6 +422,13 @@ def main():
                     )
                     result["timings"].append(row)
                     print_row(row)
+    if not arguments.skip_decode:
+        result["decode"] = []
+        for head_dim in (int(x) for x in arguments.head_dims.split(",")):
+            for seqlen, batch in ((4096, 1), (16384, 1), (131072, 1), (4096, 32), (16384, 32)):
+                row = time_decode(library, head_dim, seqlen, batch, arguments.kernels)
+                result["decode"].append(row)
+                print_decode(row)
     result["seconds"] = time.time() - started
     if arguments.json:
         with open(arguments.json, "w", encoding="utf-8") as file:

@@ -65,7 +65,7 @@ __attribute__((visibility("default"))) void* attn8_gpu_plan(const Attn8GpuProble
   options.mask.window_left = p->window_left;
   options.mask.window_right = p->window_right;
   options.smooth_k = p->smooth_k != 0;
-  auto plan = attn8::cuda::Plan::make(inputs, outputs, options,
+  auto plan = attn8::cuda::Plan::make(inputs, outputs, options, device.index,
                                       static_cast<attn8::cuda::Kernels>(p->kernels));
   if (!plan.ok()) {
     report(plan.status(), error, error_bytes);

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: The attn8 authors
 # SPDX-License-Identifier: Apache-2.0
-"""docs/numerics.md in float64 torch, written apart from the library: what the kernels must produce."""
+"""docs/numerics.md in float64 torch, apart from the library: what the kernels must produce."""
 
 import math
 
@@ -33,12 +33,14 @@ def exact(q, k, v, mask):
 
 
 def scale_of(amax):
+    """Scale of a group from its largest magnitude."""
     scale = (amax / 127.0).view(torch.int32) & ~7
     scale = scale.view(torch.float32)
     return torch.where(scale < torch.finfo(torch.float32).tiny, torch.ones_like(scale), scale)
 
 
 def codes_of(x, scale):
+    """Codes as floats."""
     return torch.round(x / scale)
 
 

@@ -233,6 +233,8 @@ def main() -> None:
         earlier = json.loads(options.out.read_text())
         for key in ("records", "missing"):
             result[key] = [r for r in earlier[key] if (r["case"], r["threads"]) not in measured]
+        others = [one for one in earlier["ceilings"] if one["threads"] not in threads]
+        result["ceilings"] = sorted(others + result["ceilings"], key=lambda one: one["threads"])
     for case in cases:
         for count in threads:
             print(f"{case.name}, {count} threads", file=sys.stderr)

@@ -83,7 +83,7 @@ using Operand = std::variant<ConstTensorView, QuantizedView>;
 /// v [batch, seqlen_k, nheads_k, head_dim]
 /// 1 <= head_dim <= 256; nheads_k divides nheads_q (query head h reads kv head
 /// h / (nheads_q / nheads_k)); batch and lengths may be 0. Floats: float32, float16 or bfloat16,
-/// any strides, one type each.
+/// any strides, one type each. All on Context::device.
 /// Quantized operands: q and k with Granularity::kToken (kAccurate, kHalf, kPaper); v with any
 /// granularity in kAccurate (kBlock and kBlockChannel with block == kv_block), kTensor in kPaper.
 struct AttentionInputs {
@@ -99,7 +99,8 @@ struct AttentionOutputs {
   std::optional<TensorView> lse = std::nullopt;
 };
 
-/// Where the time of one run went; wall-clock.
+/// Where the time of one run went; wall-clock. All 0 on a CUDA device, which run() does not wait
+/// for.
 struct RunTimes {
   double quantize_ms = 0;   ///< quantizing, smoothing and packing K and V
   double attention_ms = 0;  ///< everything after
@@ -126,7 +127,8 @@ class ATTN8_API AttentionPlan {
   [[nodiscard]] Granularity v_granularity() const noexcept;
 
   /// Computes the attention. `workspace` holds at least workspace_bytes() bytes, 64-byte aligned,
-  /// not shared with a concurrent run; its content before and after is of no interest.
+  /// not shared with a concurrent run; its content before and after is of no interest. On a CUDA
+  /// device it is device memory, 256-byte aligned, and the work is only enqueued (Context::stream).
   /// The same plan and data give the same bits for any number of threads.
   Status run(const AttentionInputs& inputs, const AttentionOutputs& outputs,
              std::span<std::byte> workspace, RunTimes* times = nullptr) const noexcept;
@@ -138,7 +140,7 @@ class ATTN8_API AttentionPlan {
   std::shared_ptr<const State> state_;
 };
 
-/// Quantizes what is float, plans and runs, with a workspace of its own.
+/// Quantizes what is float, plans and runs, with a workspace of its own. On the CPU only.
 ATTN8_API Status attention(const AttentionInputs& inputs, const AttentionOutputs& outputs,
                            const AttentionOptions& options, const Context& context) noexcept;
 

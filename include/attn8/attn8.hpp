@@ -6,6 +6,7 @@
 #include "attn8/attention.hpp"
 #include "attn8/context.hpp"
 #include "attn8/kv_cache.hpp"
+#include "attn8/merge.hpp"
 #include "attn8/quantize.hpp"
 #include "attn8/reference.hpp"
 #include "attn8/status.hpp"

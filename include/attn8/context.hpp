@@ -51,11 +51,22 @@ struct Context {
   int32_t threads = 1;     ///< >= 1; tasks that may run at the same time. Never changes results.
   ParallelFor parallel_for = nullptr;  ///< nullptr: OpenMP with `threads` threads
   void* pool = nullptr;                ///< first argument of parallel_for
+  /// On a CUDA device: the cudaStream_t that run() enqueues on; nullptr is the default stream.
+  /// There run() returns before the work is done and neither synchronizes nor allocates, so that it
+  /// can be captured into a CUDA graph; the members about threads and ISA are not read.
+  void* stream = nullptr;
 
   /// Context on the CPU with a given number of threads.
   static Context cpu(int32_t threads) noexcept {
     Context context;
     context.threads = threads;
+    return context;
+  }
+  /// Context on a CUDA device.
+  static Context cuda(int32_t index, void* stream = nullptr) noexcept {
+    Context context;
+    context.device = {DeviceType::kCuda, index};
+    context.stream = stream;
     return context;
   }
   /// Context that insists on one ISA.

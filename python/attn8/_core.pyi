@@ -34,6 +34,7 @@ def attention(
     isa: str | None,
     /,
 ) -> None: ...
+def attention_seconds(q: Any, k: Any, v: Any, out: Any, repeats: int, /) -> float: ...
 def attention_varlen(
     q: Any,
     k: Any,

@@ -15,12 +15,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import AttentionInterface
-from transformers.masking_utils import (
-    AttentionMaskInterface,
-    bidirectional_mask_function,
-    causal_mask_function,
-)
+from transformers import AttentionInterface, masking_utils
+from transformers.masking_utils import AttentionMaskInterface, causal_mask_function
 
 from attn8.errors import UnsupportedError
 from attn8.functional import attention
@@ -63,7 +59,8 @@ def _window_of(function: Any) -> tuple[bool, Window]:
     """
     if function is causal_mask_function:
         return True, (-1, -1)
-    if function is bidirectional_mask_function:
+    # 4.57 has none: its encoders make their masks themselves.
+    if function is getattr(masking_utils, "bidirectional_mask_function", None):
         return False, (-1, -1)
     name = getattr(function, "__qualname__", type(function).__name__).partition(".")[0]
     variables = _closure(function) if hasattr(function, "__closure__") else {}

@@ -33,4 +33,9 @@ Status invalid(const Parts&... parts) noexcept {
   return failure(StatusCode::kInvalidArgument, parts...);
 }
 
+#define ATTN8_RETURN_IF_ERROR(expression)                             \
+  do {                                                                \
+    if (Status status_ = (expression); !status_.ok()) return status_; \
+  } while (false)
+
 }  // namespace attn8

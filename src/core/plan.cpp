@@ -88,14 +88,34 @@ Status check_same_problem(const AttentionPlan::State& plan, const AttentionInput
   return {};
 }
 
+Status plan_on_device(const AttentionInputs& inputs, const AttentionOutputs& outputs,
+                      const AttentionOptions& options, AttentionPlan::State& plan) {
+  if (options.check_finite) {
+    return failure(StatusCode::kUnsupported,
+                   "options.check_finite got true, device memory is not read by the host");
+  }
+  auto device_plan = make_cuda_plan(inputs, outputs, options, plan.context.device.index);
+  if (!device_plan.ok()) return device_plan.status();
+  plan.device_plan = std::move(device_plan).value();
+  plan.kernel = plan.device_plan->kernel();
+  plan.options.kv_block = plan.device_plan->kv_block();
+  plan.layout.total = plan.device_plan->workspace_bytes();
+  return {};
+}
+
 }  // namespace
 
 Result<AttentionPlan> AttentionPlan::make(const AttentionInputs& inputs,
                                           const AttentionOutputs& outputs,
                                           const AttentionOptions& options,
                                           const Context& context) noexcept {
-  if (Status status = validate_context(context); !status.ok()) return status;
-  if (Status status = validate_attention(inputs, outputs, options); !status.ok()) return status;
+  const bool on_cpu = context.device.type == DeviceType::kCpu;
+  if (on_cpu) {
+    if (Status status = validate_context(context); !status.ok()) return status;
+  }
+  if (Status status = validate_attention(inputs, outputs, options, context.device); !status.ok()) {
+    return status;
+  }
   try {
     auto plan = std::make_shared<State>();
     const Extents& q = data_view(inputs.q).shape;
@@ -121,6 +141,11 @@ Result<AttentionPlan> AttentionPlan::make(const AttentionInputs& inputs,
                                                          : options.v_granularity;
     plan->options.v_granularity = plan->v_granularity;
     plan->keys = visible_union(options.mask, plan->seqlen_q, plan->seqlen_k);
+    if (!on_cpu) {
+      Status status = plan_on_device(inputs, outputs, options, *plan);
+      if (!status.ok()) return status;
+      return AttentionPlan(std::move(plan));
+    }
     if (options.mode == Mode::kFp8) {
       plan->kernel = "emulation_fp8";
       return AttentionPlan(std::move(plan));
@@ -151,14 +176,17 @@ Isa AttentionPlan::isa() const noexcept {
 Status AttentionPlan::run(const AttentionInputs& inputs, const AttentionOutputs& outputs,
                           std::span<std::byte> workspace, RunTimes* times) const noexcept {
   const State& plan = *state_;
-  if (Status status = validate_attention(inputs, outputs, plan.options); !status.ok())
+  if (Status status = validate_attention(inputs, outputs, plan.options, plan.context.device);
+      !status.ok()) {
     return status;
+  }
   if (Status status = check_same_problem(plan, inputs, outputs); !status.ok()) return status;
   if (workspace.size() < plan.layout.total) {
     return invalid("workspace got ", workspace.size(), " bytes, wants ", plan.layout.total);
   }
-  if (plan.layout.total > 0 && reinterpret_cast<uintptr_t>(workspace.data()) % 64 != 0) {
-    return invalid("workspace.data() wants an alignment of 64 bytes");
+  const uintptr_t alignment = plan.device_plan != nullptr ? 256 : 64;
+  if (plan.layout.total > 0 && reinterpret_cast<uintptr_t>(workspace.data()) % alignment != 0) {
+    return invalid("workspace.data() wants an alignment of ", alignment, " bytes");
   }
   if (plan.options.check_finite) {
     for (const auto& [name, operand] : {std::pair<const char*, const Operand&>{"q", inputs.q},
@@ -171,12 +199,20 @@ Status AttentionPlan::run(const AttentionInputs& inputs, const AttentionOutputs&
   }
   if (times != nullptr) *times = {};
   if (plan.batch == 0 || plan.seqlen_q == 0) return {};
+  if (plan.device_plan != nullptr) {
+    return plan.device_plan->run(inputs, outputs, workspace.data(), plan.context.stream);
+  }
   if (plan.options.mode == Mode::kFp8) return run_emulation(plan, inputs, outputs);
   return cpu::run(plan, inputs, outputs, workspace.data(), times);
 }
 
 Status attention(const AttentionInputs& inputs, const AttentionOutputs& outputs,
                  const AttentionOptions& options, const Context& context) noexcept {
+  if (context.device.type != DeviceType::kCpu) {
+    return failure(StatusCode::kUnsupported,
+                   "context.device got cuda, attention() allocates no device memory: "
+                   "use AttentionPlan with a workspace");
+  }
   Result<AttentionPlan> plan = AttentionPlan::make(inputs, outputs, options, context);
   if (!plan.ok()) return plan.status();
   const size_t bytes = plan.value().workspace_bytes();

@@ -3,9 +3,11 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <string>
 
 #include "attn8/attention.hpp"
+#include "core/device_plan.hpp"
 #include "core/kernel_table.hpp"
 
 namespace attn8 {
@@ -37,7 +39,8 @@ struct WorkspaceLayout {
 struct AttentionPlan::State {
   AttentionOptions options;  ///< every default resolved
   Context context;
-  const KernelTable* table = nullptr;  ///< nullptr in kFp8, which is emulated
+  std::shared_ptr<const DevicePlan> device_plan;  ///< set when the device is no CPU
+  const KernelTable* table = nullptr;  ///< nullptr in kFp8, which is emulated, and on a device
   OperandKind q, k, v;
   int64_t batch = 0, seqlen_q = 0, seqlen_k = 0, nheads_q = 0, nheads_k = 0, head_dim = 0;
   float softmax_scale = 0;

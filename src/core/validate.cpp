@@ -15,11 +15,6 @@
 namespace attn8 {
 namespace {
 
-#define ATTN8_RETURN_IF_ERROR(expression)                             \
-  do {                                                                \
-    if (Status status_ = (expression); !status_.ok()) return status_; \
-  } while (false)
-
 /// More bytes than any address space: keeps every offset of a view far from overflow.
 constexpr int64_t kMaxBytes = int64_t{1} << 48;
 
@@ -32,11 +27,18 @@ std::string text(const Extents& shape) {
   return result + "]";
 }
 
+std::string text(Device device) {
+  return device.type == DeviceType::kCpu ? "cpu" : "cuda:" + std::to_string(device.index);
+}
+
 /// Extents, strides and pointer of a view that will be read (or, when written, be distinct
-/// elements).
-Status check_view(std::string_view name, const ConstTensorView& view, bool written) {
-  if (view.device.type != DeviceType::kCpu) {
-    return invalid(name, ".device got cuda, wants cpu, as the context's");
+/// elements) on `device`.
+Status check_view(std::string_view name, const ConstTensorView& view, bool written,
+                  Device device = {}) {
+  if (view.device.type != device.type ||
+      (device.type == DeviceType::kCuda && view.device.index != device.index)) {
+    return invalid(name, ".device got ", text(view.device), ", wants ", text(device),
+                   ", as the context's");
   }
   int64_t reach = static_cast<int64_t>(dtype_bytes(view.dtype));
   if (reach == 0) return invalid(name, ".dtype is not a type of attn8::DType");
@@ -100,16 +102,16 @@ Status check_spec(std::string_view name, const QuantSpec& spec) {
   return {};
 }
 
-Status check_quantized(const std::string& name, const QuantizedView& x) {
-  ATTN8_RETURN_IF_ERROR(check_view(name + ".codes", x.codes, false));
+Status check_quantized(const std::string& name, const QuantizedView& x, Device device = {}) {
+  ATTN8_RETURN_IF_ERROR(check_view(name + ".codes", x.codes, false, device));
   ATTN8_RETURN_IF_ERROR(check_type(name + ".codes", x.codes, DType::kInt8));
   ATTN8_RETURN_IF_ERROR(check_spec(name + ".spec", x.spec));
-  ATTN8_RETURN_IF_ERROR(check_view(name + ".scale", x.scale, false));
+  ATTN8_RETURN_IF_ERROR(check_view(name + ".scale", x.scale, false, device));
   ATTN8_RETURN_IF_ERROR(check_type(name + ".scale", x.scale, DType::kFloat32));
   ATTN8_RETURN_IF_ERROR(check_shape(name + ".scale", x.scale, scale_shape(x.codes.shape, x.spec),
                                     " for this granularity"));
   if (x.mean.has_value()) {
-    ATTN8_RETURN_IF_ERROR(check_view(name + ".mean", *x.mean, false));
+    ATTN8_RETURN_IF_ERROR(check_view(name + ".mean", *x.mean, false, device));
     ATTN8_RETURN_IF_ERROR(check_type(name + ".mean", *x.mean, DType::kFloat32));
     const Extents& s = x.codes.shape;
     ATTN8_RETURN_IF_ERROR(check_shape(name + ".mean", *x.mean, {s[0], 1, s[2], s[3]}, ""));
@@ -119,19 +121,19 @@ Status check_quantized(const std::string& name, const QuantizedView& x) {
 
 /// One of q, k, v: its own consistency and whether the mode takes it in this form.
 Status check_operand(const std::string& name, const Operand& operand,
-                     const AttentionOptions& options) {
+                     const AttentionOptions& options, Device device = {}) {
   const bool is_v = name == "v";
   const Mode mode = options.mode;
   const auto* quantized = std::get_if<QuantizedView>(&operand);
   if (quantized == nullptr) {
     const ConstTensorView& view = *std::get_if<ConstTensorView>(&operand);
-    ATTN8_RETURN_IF_ERROR(check_view(name, view, false));
+    ATTN8_RETURN_IF_ERROR(check_view(name, view, false, device));
     return check_float(name, view);
   }
   if (mode == Mode::kExact || mode == Mode::kFp8 || (mode == Mode::kHalf && is_v)) {
     return invalid(name, " got int8 codes, mode ", to_string(mode), " wants float");
   }
-  ATTN8_RETURN_IF_ERROR(check_quantized(name, *quantized));
+  ATTN8_RETURN_IF_ERROR(check_quantized(name, *quantized, device));
   const Granularity granularity = quantized->spec.granularity;
   if (!is_v && granularity != Granularity::kToken) {
     return invalid(name, ".spec.granularity got ", to_string(granularity), ", wants token");
@@ -212,12 +214,12 @@ Status check_shapes(const Extents& q, const Extents& k, const Extents& v) {
 }
 
 /// out and lse of a call with queries of shape q.
-Status check_outputs(const AttentionOutputs& outputs, const Extents& q) {
-  ATTN8_RETURN_IF_ERROR(check_view("out", outputs.out, true));
+Status check_outputs(const AttentionOutputs& outputs, const Extents& q, Device device = {}) {
+  ATTN8_RETURN_IF_ERROR(check_view("out", outputs.out, true, device));
   ATTN8_RETURN_IF_ERROR(check_float("out", outputs.out));
   ATTN8_RETURN_IF_ERROR(check_shape("out", outputs.out, q, ", as q"));
   if (!outputs.lse.has_value()) return {};
-  ATTN8_RETURN_IF_ERROR(check_view("lse", *outputs.lse, true));
+  ATTN8_RETURN_IF_ERROR(check_view("lse", *outputs.lse, true, device));
   ATTN8_RETURN_IF_ERROR(check_type("lse", *outputs.lse, DType::kFloat32));
   return check_shape("lse", *outputs.lse, {q[0], q[1], q[2], 1}, "");
 }
@@ -236,7 +238,8 @@ Status guarded(Check check) noexcept {
 
 Status validate_context(const Context& context) noexcept {
   if (context.device.type != DeviceType::kCpu) {
-    return failure(StatusCode::kUnsupported, "context.device got cuda, this build has cpu only");
+    return failure(StatusCode::kUnsupported, "context.device got ", text(context.device),
+                   ", this call runs on cpu only");
   }
   if (context.threads < 1) return invalid("context.threads got ", context.threads, ", wants >= 1");
   if (context.force_isa) {
@@ -252,12 +255,12 @@ Status validate_context(const Context& context) noexcept {
 }
 
 Status validate_attention(const AttentionInputs& inputs, const AttentionOutputs& outputs,
-                          const AttentionOptions& options) noexcept {
+                          const AttentionOptions& options, Device device) noexcept {
   return guarded([&]() -> Status {
     ATTN8_RETURN_IF_ERROR(check_options(options));
-    ATTN8_RETURN_IF_ERROR(check_operand("q", inputs.q, options));
-    ATTN8_RETURN_IF_ERROR(check_operand("k", inputs.k, options));
-    ATTN8_RETURN_IF_ERROR(check_operand("v", inputs.v, options));
+    ATTN8_RETURN_IF_ERROR(check_operand("q", inputs.q, options, device));
+    ATTN8_RETURN_IF_ERROR(check_operand("k", inputs.k, options, device));
+    ATTN8_RETURN_IF_ERROR(check_operand("v", inputs.v, options, device));
     const auto shape_of = [](const Operand& operand) {
       const auto* quantized = std::get_if<QuantizedView>(&operand);
       return quantized != nullptr ? quantized->codes.shape
@@ -265,7 +268,7 @@ Status validate_attention(const AttentionInputs& inputs, const AttentionOutputs&
     };
     const Extents q = shape_of(inputs.q);
     ATTN8_RETURN_IF_ERROR(check_shapes(q, shape_of(inputs.k), shape_of(inputs.v)));
-    return check_outputs(outputs, q);
+    return check_outputs(outputs, q, device);
   });
 }
 
@@ -300,6 +303,41 @@ Status validate_dequantize(const QuantizedView& x, const ConstTensorView& out) n
     ATTN8_RETURN_IF_ERROR(check_view("out", out, true));
     ATTN8_RETURN_IF_ERROR(check_float("out", out));
     return check_shape("out", out, x.codes.shape, ", as x.codes");
+  });
+}
+
+Status validate_scale_shape(const Extents& x, const QuantSpec& spec) noexcept {
+  return guarded([&]() -> Status {
+    // One broadcast byte: of the checks of a view only those of its extents remain.
+    const std::byte one{};
+    ATTN8_RETURN_IF_ERROR(
+        check_view("x", {&one, DType::kInt8, Device{}, x, Extents{0, 0, 0, 0}}, false));
+    return check_spec("spec", spec);
+  });
+}
+
+Status validate_merge(std::span<const AttentionState> states,
+                      const AttentionOutputs& merged) noexcept {
+  return guarded([&]() -> Status {
+    const Extents& shape = merged.out.shape;
+    const Extents lse_shape = {shape[0], shape[1], shape[2], 1};
+    ATTN8_RETURN_IF_ERROR(check_view("merged.out", merged.out, true));
+    ATTN8_RETURN_IF_ERROR(check_float("merged.out", merged.out));
+    if (merged.lse.has_value()) {
+      ATTN8_RETURN_IF_ERROR(check_view("merged.lse", *merged.lse, true));
+      ATTN8_RETURN_IF_ERROR(check_type("merged.lse", *merged.lse, DType::kFloat32));
+      ATTN8_RETURN_IF_ERROR(check_shape("merged.lse", *merged.lse, lse_shape, ""));
+    }
+    for (size_t i = 0; i < states.size(); ++i) {
+      const std::string name = "states[" + std::to_string(i) + "]";
+      ATTN8_RETURN_IF_ERROR(check_view(name + ".out", states[i].out, false));
+      ATTN8_RETURN_IF_ERROR(check_float(name + ".out", states[i].out));
+      ATTN8_RETURN_IF_ERROR(check_shape(name + ".out", states[i].out, shape, ", as merged.out"));
+      ATTN8_RETURN_IF_ERROR(check_view(name + ".lse", states[i].lse, false));
+      ATTN8_RETURN_IF_ERROR(check_type(name + ".lse", states[i].lse, DType::kFloat32));
+      ATTN8_RETURN_IF_ERROR(check_shape(name + ".lse", states[i].lse, lse_shape, ""));
+    }
+    return {};
   });
 }
 

@@ -6,18 +6,24 @@
 
 #include "attn8/attention.hpp"
 #include "attn8/kv_cache.hpp"
+#include "attn8/merge.hpp"
 #include "attn8/quantize.hpp"
 
 namespace attn8 {
 
 /// THE validation: every check of an argument and every message stands behind these functions.
+/// Of a call on the CPU.
 Status validate_context(const Context& context) noexcept;
+/// `device`: where the context wants the tensors.
 Status validate_attention(const AttentionInputs& inputs, const AttentionOutputs& outputs,
-                          const AttentionOptions& options) noexcept;
+                          const AttentionOptions& options, Device device) noexcept;
 Status validate_quantize(const ConstTensorView& x, const QuantSpec& spec,
                          const ConstTensorView& codes, const ConstTensorView& scale, Mean mean_use,
                          const std::optional<TensorView>& mean) noexcept;
 Status validate_dequantize(const QuantizedView& x, const ConstTensorView& out) noexcept;
+Status validate_scale_shape(const Extents& x, const QuantSpec& spec) noexcept;
+Status validate_merge(std::span<const AttentionState> states,
+                      const AttentionOutputs& merged) noexcept;
 
 Status validate_kv_cache(const KvCacheOptions& options) noexcept;
 Status validate_kv_append(const KvCacheOptions& options, const ConstTensorView& k,

@@ -15,5 +15,5 @@ namespace avx512_vnni {
 const KernelTable& table() noexcept;
 /// For CPUs that have AVX512-BF16 as well.
 const KernelTable& table_with_bf16() noexcept;
-}
+}  // namespace avx512_vnni
 }  // namespace attn8

@@ -78,7 +78,7 @@ struct CarefulRows {
     if constexpr (kWeights == Weights::kFolded) {
       c.ratio = ptx::ld_global(reinterpret_cast<const float4*>(group + kKeyGroup));
     }
-    const VisibleKeys visible(p, thread_row());
+    const VisibleKeys visible = VisibleKeys::of(p, thread_row());
     ATTN8_UNROLL
     for (int e = 0; e < 8; ++e) {
       const int r = e >> 1 & 1;

@@ -10,7 +10,7 @@
 ///
 /// Shared memory, every tile at a multiple of 1024 bytes:
 ///   Q [kRows][row_bytes] | K 2 stages [kKvBlock][row_bytes] | V^T 2 stages [head_dim][kKvBlock]
-///   | key constants 2 stages [kKvBlock / 16][2][16] floats
+///   | key constants 2 stages [kKvBlock / 16][2][16] floats | VisibleKeys
 namespace attn8::cuda {
 
 template <int kHeadDimIn, int kKvBlockIn, int kWarps, Weights kWeights>
@@ -33,7 +33,8 @@ struct AttendSm80 {
   static constexpr uint32_t kK = kQ + QTile::kBytes;
   static constexpr uint32_t kV = kK + kStages * KTile::kBytes;
   static constexpr uint32_t kConstants = kV + kStages * VTile::kBytes;
-  static constexpr uint32_t kSharedBytes = kConstants + kStages * kConstantBytes;
+  static constexpr uint32_t kVisible = kConstants + kStages * kConstantBytes;
+  static constexpr uint32_t kSharedBytes = kVisible + kThreads * VisibleKeys::kBytes;
 
   /// An accumulator that starts at the bits of 1.5 * 2^23 is, read as a float, that plus the sum:
   /// exact while |sum| <= 2^22. Scores reach 127^2 * head_dim, outputs 255 * 127 * kv_block.
@@ -111,6 +112,7 @@ struct AttendSm80 {
                           p.key_constants + kv_head * (p.rows_k / kKeyGroup) * kKeyConstants,
                           p.rows_k};
 
+    VisibleKeys::of(p, row).keep(visible_address(shared));
     State state;
     state.softmax.start();
     ATTN8_UNROLL
@@ -147,18 +149,18 @@ struct AttendSm80 {
       int masked_end = visited.full_begin;
       while (true) {
         for (; block < masked_end; ++block) {
-          attend_block<true>(p, shared, from, block, visited.end, row, state);
+          attend_block<true>(shared, from, block, visited.end, state);
         }
         if (block >= visited.end) break;
         for (; block < visited.full_end; ++block) {
-          attend_block<false>(p, shared, from, block, visited.end, row, state);
+          attend_block<false>(shared, from, block, visited.end, state);
         }
         masked_end = visited.end;
       }
       ptx::cp_wait<0>();
     }
     state.softmax.add_quad();
-    const VisibleKeys visible(p, row);
+    const VisibleKeys visible = VisibleKeys::kept(visible_address(shared));
     if (ptx::any(!state.softmax.fits(0, visible) || !state.softmax.fits(1, visible))) {
       attend_carefully<kHeadDim, kKvBlock, kWeights>(p, batch, head, block_row + warp * 16);
     } else {
@@ -169,8 +171,7 @@ struct AttendSm80 {
   }
 
   template <bool kMasked>
-  static ATTN8_DEVICE void attend_block(const AttendParams& params, uint32_t shared,
-                                        const Sources& from, int block, int end, int row,
+  static ATTN8_DEVICE void attend_block(uint32_t shared, const Sources& from, int block, int end,
                                         State& state) {
     const int lane = ptx::thread_index() % 32;
     const uint32_t stage = block % kStages;
@@ -218,8 +219,9 @@ struct AttendSm80 {
         }
       }
       state.softmax.template weights<0, kKvBlock / kKeyGroup, kMasked>(
-          params, [&](int i) { return ptx::add(as_magic(products[i / 4][i % 4]), -kMagic); },
-          constants, row, block * kKvBlock, next_scale, p);
+          visible_address(shared),
+          [&](int i) { return ptx::add(as_magic(products[i / 4][i % 4]), -kMagic); }, constants,
+          block * kKvBlock, next_scale, p);
     }
 
     uint32_t packed[kKvBlock / 32][4];  // [k32 steps][A fragment] codes of the weights
@@ -262,6 +264,11 @@ struct AttendSm80 {
         }
       }
     }
+  }
+
+  /// Of the thread's VisibleKeys.
+  static ATTN8_DEVICE uint32_t visible_address(uint32_t shared) {
+    return shared + kVisible + ptx::thread_index() * VisibleKeys::kBytes;
   }
 
   static ATTN8_DEVICE float as_magic(int bits) {

@@ -10,7 +10,7 @@
 ///
 /// Shared memory, every tile at a multiple of 1024 bytes:
 ///   Q [128][row_bytes] | K stages [kKvBlock][row_bytes] | V^T stages [head_dim][kKvBlock]
-///   | key constants stages [kKvBlock / 16][2][16] floats | barriers
+///   | key constants stages [kKvBlock / 16][2][16] floats | VisibleKeys of the consumers | barriers
 namespace attn8::cuda {
 
 template <int kHeadDimIn, int kKvBlockIn, Weights kWeights>
@@ -51,7 +51,8 @@ struct AttendSm90 {
   static constexpr uint32_t kK = kQ + QTile::kBytes;
   static constexpr uint32_t kV = kK + kStages * KTile::kBytes;
   static constexpr uint32_t kConstants = kV + kStages * VTile::kBytes;
-  static constexpr uint32_t kBarriers = kConstants + kStages * kConstantBytes;
+  static constexpr uint32_t kVisible = kConstants + kStages * kConstantBytes;
+  static constexpr uint32_t kBarriers = kVisible + kConsumers * 128 * VisibleKeys::kBytes;
   static constexpr uint32_t kSharedBytes = kBarriers + 16 * (1 + 2 * kStages);
   static_assert(kSharedBytes <= 227 * 1024, "what a block of sm_90 may have");
 
@@ -147,6 +148,7 @@ struct AttendSm90 {
     const int warp = ptx::thread_index() / 32 % 4;
     const int warpgroup_row = block_row + consumer * kWarpgroupRows;
     const int row = warpgroup_row + warp * 16 + lane / 4;
+    VisibleKeys::of(p, row).keep(visible_address(shared));
 
     Softmax softmax;
     softmax.start();
@@ -170,16 +172,16 @@ struct AttendSm90 {
     int masked_end = full_begin;
     while (true) {
       for (; block < masked_end; ++block) {
-        attend_block<true>(p, shared, barriers, block, visited, consumer, row, softmax, out);
+        attend_block<true>(shared, barriers, block, visited, consumer, softmax, out);
       }
       if (block >= visited.end) break;
       for (; block < full_end; ++block) {
-        attend_block<false>(p, shared, barriers, block, visited, consumer, row, softmax, out);
+        attend_block<false>(shared, barriers, block, visited, consumer, softmax, out);
       }
       masked_end = visited.end;
     }
     softmax.add_quad();
-    const VisibleKeys visible(p, row);
+    const VisibleKeys visible = VisibleKeys::kept(visible_address(shared));
     if (ptx::any(!softmax.fits(0, visible) || !softmax.fits(1, visible))) {
       attend_carefully<kHeadDim, kKvBlock, kWeights>(p, batch, head, warpgroup_row + warp * 16);
     } else {
@@ -188,15 +190,19 @@ struct AttendSm90 {
     }
   }
 
+  /// Of the thread's VisibleKeys.
+  static ATTN8_DEVICE uint32_t visible_address(uint32_t shared) {
+    return shared + kVisible + (ptx::thread_index() - 128) * VisibleKeys::kBytes;
+  }
+
   /// Consumer warpgroups take turns; named barrier 1 + consumer is the turn of one.
   static ATTN8_DEVICE void wait_turn(int consumer) { ptx::bar_sync(1 + consumer, 256); }
   static ATTN8_DEVICE void give_turn(int consumer) { ptx::bar_arrive(1 + consumer, 256); }
 
   template <bool kMasked>
-  static ATTN8_DEVICE void attend_block(const AttendParams& params, uint32_t shared,
-                                        const Barriers& barriers, int block,
-                                        const BlockRange& visited, int consumer, int row,
-                                        Softmax& softmax, float (&out)[kHeadDim / 2]) {
+  static ATTN8_DEVICE void attend_block(uint32_t shared, const Barriers& barriers, int block,
+                                        const BlockRange& visited, int consumer, Softmax& softmax,
+                                        float (&out)[kHeadDim / 2]) {
     const uint32_t stage = (block - visited.begin) % kStages;
     const uint32_t parity = (block - visited.begin) / kStages & 1;
     const uint32_t constants = shared + kConstants + stage * kConstantBytes;
@@ -224,11 +230,11 @@ struct AttendSm90 {
       wait_turn(consumer);
       const auto weights = [&]<int kFirst, int kLast>() {
         softmax.template weights<kFirst, kLast, kMasked>(
-            params,
+            visible_address(shared),
             [&](int i) {
               return static_cast<float>(products[i / (kScoreColumns / 2)][i % (kScoreColumns / 2)]);
             },
-            constants, row, block * kKvBlock, next_scale, p);
+            constants, block * kKvBlock, next_scale, p);
       };
       constexpr int kGroups = kKvBlock / kKeyGroup;
       constexpr int kFirstPart = kScoreParts == 2 ? kScoreColumns / kKeyGroup : 0;

@@ -26,30 +26,10 @@ std::span<const AttendEntry> entries() {
   return table;
 }
 
+/// For what an allocation of the host's throws.
+Status out_of_memory() noexcept { return {StatusCode::kOutOfMemory, {}}; }
+
 Status unsupported(std::string message) { return {StatusCode::kUnsupported, std::move(message)}; }
-
-/// Restores the caller's current device.
-class DeviceGuard {
- public:
-  explicit DeviceGuard(int device) {
-    error_ = cudaGetDevice(&previous_);
-    if (error_ == cudaSuccess && previous_ != device) {
-      error_ = cudaSetDevice(device);
-      changed_ = error_ == cudaSuccess;
-    }
-  }
-  ~DeviceGuard() {
-    if (changed_) cudaSetDevice(previous_);
-  }
-  DeviceGuard(const DeviceGuard&) = delete;
-  DeviceGuard& operator=(const DeviceGuard&) = delete;
-  [[nodiscard]] cudaError_t error() const { return error_; }
-
- private:
-  int previous_ = 0;
-  bool changed_ = false;
-  cudaError_t error_ = cudaSuccess;
-};
 
 const ConstTensorView& view_of(const Operand& operand) {
   const auto* quantized = std::get_if<QuantizedView>(&operand);
@@ -123,7 +103,7 @@ int clamp_offset(int64_t offset) {
 size_t aligned(size_t bytes) { return (bytes + 255) / 256 * 256; }
 
 Workspace lay_out(const Plan::State& s) {
-  const auto q_heads = static_cast<size_t>(s.batch()) * s.nheads_q();
+  const auto q_heads = static_cast<size_t>(s.batch()) * s.kernel_heads();
   const auto kv_heads = static_cast<size_t>(s.batch()) * s.nheads_k();
   const size_t row_bytes = s.row_bytes();
   const size_t packed_dim = packed_head_dim(s.head_dim());
@@ -146,8 +126,35 @@ Workspace lay_out(const Plan::State& s) {
   w.token_scale = take(kv_heads * s.rows_k * 4);
   w.panel_scale = take(kv_heads * (s.rows_k / kPanelKeys) * 4);
   w.partial = take(kv_heads * chunks * row_bytes * 8);  // doubles
+  if (s.splits > 1) {
+    const size_t rows = static_cast<size_t>(s.batch()) * s.seqlen_q() * s.nheads_q();
+    w.split_out = take(s.splits * rows * s.head_dim() * 4);
+    w.split_lse = take(s.splits * rows * 4);
+  }
   w.bytes = at;
   return w;
+}
+
+/// Few queries leave most multiprocessors idle: heads that share keys are packed into one row tile,
+/// and the keys are divided among as many blocks of the grid as there is room for.
+void lay_out_grid(Plan::State& s, int multiprocessors) {
+  const int group = s.nheads_k() > 0 ? s.nheads_q() / s.nheads_k() : 1;
+  const bool fits = static_cast<int64_t>(s.seqlen_q()) * group <= s.entry->rows;
+  s.group = fits ? group : 1;
+  s.rows_q = static_cast<int>(round_up(s.kernel_rows(), kSequencePad));
+  s.splits = 1;
+  s.split_keys = 0;
+  // The codes of `paper` do not say how much a part counts.
+  if (s.entry->weights == Weights::kPaper) return;
+  const int64_t tiles = (s.kernel_rows() + s.entry->rows - 1) / s.entry->rows;
+  const int64_t blocks = tiles * s.batch() * s.kernel_heads();
+  if (blocks == 0) return;
+  const int key_blocks = (s.seqlen_k() + s.entry->kv_block - 1) / s.entry->kv_block;
+  const auto room = static_cast<int>(std::min<int64_t>(multiprocessors / blocks, key_blocks));
+  if (room < 2) return;
+  const int split_blocks = (key_blocks + room - 1) / room;
+  s.split_keys = split_blocks * s.entry->kv_block;
+  s.splits = (key_blocks + split_blocks - 1) / split_blocks;
 }
 
 Result<Kernels> kernels_of(int device) {
@@ -167,6 +174,17 @@ Result<Kernels> kernels_of(int device) {
 
 }  // namespace
 
+DeviceGuard::DeviceGuard(int device) noexcept {
+  error_ = cudaGetDevice(&previous_);
+  if (error_ == cudaSuccess && previous_ != device) {
+    error_ = cudaSetDevice(device);
+    changed_ = error_ == cudaSuccess;
+  }
+}
+DeviceGuard::~DeviceGuard() {
+  if (changed_) cudaSetDevice(previous_);
+}
+
 Status device_status(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return {};
   StatusCode code = StatusCode::kDeviceError;
@@ -178,7 +196,13 @@ Status device_status(cudaError_t error, const char* what) {
   return {code, std::string(what) + ": " + cudaGetErrorString(error)};
 }
 
-Result<int> device_count() noexcept {
+std::vector<std::string> kernel_images() {
+  std::vector<std::string> names;
+  for (const AttendEntry& entry : entries()) names.emplace_back(entry.name);
+  return names;
+}
+
+Result<int> device_count() noexcept try {
   int count = 0;
   const cudaError_t error = cudaGetDeviceCount(&count);
   if (error != cudaSuccess) {
@@ -187,9 +211,11 @@ Result<int> device_count() noexcept {
                   std::string("no CUDA device can be used: ") + cudaGetErrorString(error));
   }
   return count;
+} catch (...) {
+  return out_of_memory();
 }
 
-Result<DeviceInfo> device_info(int device) noexcept {
+Result<DeviceInfo> device_info(int device) noexcept try {
   const Result<int> count = device_count();
   if (!count.ok()) return count.status();
   if (device < 0 || device >= count.value()) {
@@ -204,16 +230,18 @@ Result<DeviceInfo> device_info(int device) noexcept {
   return DeviceInfo{properties.name, properties.major, properties.minor,
                     properties.multiProcessorCount,
                     kernels.value() == Kernels::kSm90 ? "sm90a" : "sm80"};
+} catch (...) {
+  return out_of_memory();
 }
 
 Result<Plan> Plan::make(const AttentionInputs& inputs, const AttentionOutputs& outputs,
-                        const AttentionOptions& options, Kernels kernels) noexcept {
+                        const AttentionOptions& options, int device, Kernels kernels) noexcept try {
   const ConstTensorView& q = view_of(inputs.q);
   const ConstTensorView& k = view_of(inputs.k);
   const ConstTensorView& v = view_of(inputs.v);
   auto state = std::make_shared<State>();
   State& s = *state;
-  s.device = outputs.out.device.index;
+  s.device = device;
   const Result<DeviceInfo> info = device_info(s.device);
   if (!info.ok()) return info.status();
 
@@ -280,7 +308,6 @@ Result<Plan> Plan::make(const AttentionInputs& inputs, const AttentionOutputs& o
   s.first_key = static_cast<int>(std::clamp<int64_t>(s.first_offset, 0, seqlen_k));
   s.last_key =
       static_cast<int>(std::clamp<int64_t>(q.shape[1] + s.last_offset, s.first_key, seqlen_k));
-  s.rows_q = static_cast<int>(round_up(q.shape[1], kSequencePad));
   s.rows_k = static_cast<int>(round_up(seqlen_k, kSequencePad));
   s.has_mean = k_quantized != nullptr
                    ? k_quantized->mean.has_value()
@@ -316,6 +343,7 @@ Result<Plan> Plan::make(const AttentionInputs& inputs, const AttentionOutputs& o
                        std::to_string(s.entry->shared_bytes) + " bytes of shared memory, " +
                        info.value().name + " has " + std::to_string(shared_limit) + " per block");
   }
+  lay_out_grid(s, info.value().multiprocessors);
   s.workspace = lay_out(s);
 
   const DeviceGuard guard(s.device);
@@ -327,13 +355,15 @@ Result<Plan> Plan::make(const AttentionInputs& inputs, const AttentionOutputs& o
     return device_status(error, s.entry->name);
   }
   return Plan(std::move(state));
+} catch (...) {
+  return out_of_memory();
 }
 
 size_t Plan::workspace_bytes() const noexcept { return state_->workspace.bytes; }
 std::string_view Plan::kernel() const noexcept { return state_->entry->name; }
 int32_t Plan::kv_block() const noexcept { return state_->entry->kv_block; }
 
-Status Plan::pack(const AttentionInputs& inputs, void* workspace, void* stream) const noexcept {
+Status Plan::pack(const AttentionInputs& inputs, void* workspace, void* stream) const noexcept try {
   const State& s = *state_;
   const DeviceGuard guard(s.device);
   if (guard.error() != cudaSuccess) return device_status(guard.error(), "cudaSetDevice");
@@ -344,9 +374,12 @@ Status Plan::pack(const AttentionInputs& inputs, void* workspace, void* stream) 
     if (!check.ok()) return check;
   }
   return enqueue_pack(s, inputs, static_cast<char*>(workspace), static_cast<cudaStream_t>(stream));
+} catch (...) {
+  return out_of_memory();
 }
 
-Status Plan::attend(const AttentionOutputs& outputs, void* workspace, void* stream) const noexcept {
+Status Plan::attend(const AttentionOutputs& outputs, void* workspace, void* stream) const noexcept
+    try {
   const State& s = *state_;
   if (s.q_shape[0] * s.q_shape[1] * s.q_shape[2] == 0) return {};
   const DeviceGuard guard(s.device);
@@ -382,6 +415,9 @@ Status Plan::attend(const AttentionOutputs& outputs, void* workspace, void* stre
     p.lse_stride_row = outputs.lse->strides[1];
     p.lse_stride_head = outputs.lse->strides[2];
   }
+  p.out_type = out.dtype == DType::kFloat32   ? Element::kFloat32
+               : out.dtype == DType::kFloat16 ? Element::kFloat16
+                                              : Element::kBFloat16;
   p.nheads_q = s.nheads_q();
   p.nheads_k = s.nheads_k();
   p.rows_q = s.rows_q;
@@ -391,15 +427,42 @@ Status Plan::attend(const AttentionOutputs& outputs, void* workspace, void* stre
   p.head_dim = s.head_dim();
   p.first_offset = s.first_offset;
   p.last_offset = s.last_offset;
-  p.out_type = out.dtype == DType::kFloat32   ? Element::kFloat32
-               : out.dtype == DType::kFloat16 ? Element::kFloat16
-                                              : Element::kBFloat16;
+  p.group = s.group;
+  p.group_inverse = group_inverse_of(s.group);
+  p.split_keys = s.split_keys;
   p.score_scale = static_cast<float>(static_cast<double>(s.softmax_scale) * 1.4426950408889634);
-  const dim3 grid((s.seqlen_q() + s.entry->rows - 1) / s.entry->rows, s.batch() * s.nheads_q());
-  void* arguments[] = {&p};
-  return device_status(cudaLaunchKernel(s.entry->function, grid, dim3(s.entry->threads), arguments,
-                                        s.entry->shared_bytes, static_cast<cudaStream_t>(stream)),
-                       s.entry->name);
+
+  AttendParams kernel = p;
+  kernel.nheads_q = s.kernel_heads();
+  kernel.seqlen_q = s.kernel_rows();
+  if (s.splits > 1) {
+    const int64_t dim = s.head_dim();
+    const int64_t heads = s.nheads_q();
+    const int64_t rows = s.seqlen_q();
+    kernel.out = floats_at(s.workspace.split_out);
+    kernel.out_type = Element::kFloat32;
+    kernel.out_stride_head = dim;
+    kernel.out_stride_row = heads * dim;
+    kernel.out_stride_batch = rows * heads * dim;
+    kernel.out_stride_split = s.batch() * rows * heads * dim;
+    kernel.lse = floats_at(s.workspace.split_lse);
+    kernel.lse_stride_head = 1;
+    kernel.lse_stride_row = heads;
+    kernel.lse_stride_batch = rows * heads;
+    kernel.lse_stride_split = s.batch() * rows * heads;
+  }
+  const dim3 grid((s.kernel_rows() + s.entry->rows - 1) / s.entry->rows,
+                  s.batch() * s.kernel_heads(), s.splits);
+  void* arguments[] = {&kernel};
+  const auto cuda_stream = static_cast<cudaStream_t>(stream);
+  const cudaError_t error = cudaLaunchKernel(s.entry->function, grid, dim3(s.entry->threads),
+                                             arguments, s.entry->shared_bytes, cuda_stream);
+  if (error != cudaSuccess || s.splits == 1) return device_status(error, s.entry->name);
+  const MergeParams merge = {floats_at(s.workspace.split_out), floats_at(s.workspace.split_lse),
+                             s.splits, p};
+  return enqueue_merge(merge, s.batch(), cuda_stream);
+} catch (...) {
+  return out_of_memory();
 }
 
 Status Plan::run(const AttentionInputs& inputs, const AttentionOutputs& outputs, void* workspace,

@@ -4,9 +4,9 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
-#include <optional>
 #include <string>
 #include <string_view>
+#include <vector>
 
 #include "attn8/attention.hpp"
 #include "attn8/status.hpp"
@@ -23,6 +23,8 @@ struct DeviceInfo {
   std::string_view family;  ///< "sm90a" or "sm80": which kernels it uses
 };
 
+/// Names of the attention kernels in this build.
+std::vector<std::string> kernel_images();
 /// Devices there are; kUnavailable with the driver's reason when CUDA cannot start.
 Result<int> device_count() noexcept;
 /// kUnavailable when there is no such device or no kernel for it.
@@ -34,14 +36,14 @@ enum class Kernels : uint8_t { kBest, kSm80, kSm90 };
 /// A validated attention problem on one device. Immutable and cheap to copy; run() may be called
 /// from any thread.
 ///
-/// Tensors are on the device of `outputs.out`; channels contiguous (stride 1), data 16-byte
+/// Tensors are on `device`; channels contiguous (stride 1), data 16-byte
 /// aligned, other strides multiples of 8 elements, head_dim a multiple of 8 up to 256. Modes
 /// kAccurate (V granularity kToken, kTensor or kChannel) and kPaper. kv_block is the kernel's: 0,
 /// or kv_block(). Everything else gives kUnsupported with the argument's name.
 class Plan {
  public:
   static Result<Plan> make(const AttentionInputs& inputs, const AttentionOutputs& outputs,
-                           const AttentionOptions& options,
+                           const AttentionOptions& options, int device,
                            Kernels kernels = Kernels::kBest) noexcept;
 
   /// Device memory that the calls below need.

@@ -30,29 +30,53 @@ inline constexpr float kSmallestSum = 0x1p-60f;
 /// Adding 2^23 to x in [0, 255] leaves round-half-even(x) in the low byte.
 inline constexpr float kRoundToByte = 8388608.0f;
 
-/// Keys that a thread's two rows see, `row` and `row + 8` of the call. Made where it is needed, not
-/// kept in registers.
+/// Query of a row of the kernel.
+ATTN8_DEVICE int query_of(const AttendParams& p, int row) {
+  return p.group == 1 ? row : row * p.group_inverse >> 16;
+}
+
+/// Keys that a thread's two rows see, `row` and `row + 8` of the kernel, in this z of the grid. A
+/// thread keeps them in 16 bytes of shared memory of its own: registers are for the blocks that
+/// need no mask.
 struct VisibleKeys {
+  static constexpr int kBytes = 16;
   int first[2];
   uint32_t count[2];
 
-  ATTN8_DEVICE VisibleKeys(const AttendParams& p, int row) {
+  static ATTN8_DEVICE VisibleKeys of(const AttendParams& p, int row) {
+    VisibleKeys keys;
     ATTN8_UNROLL
     for (int r = 0; r < 2; ++r) {
-      const int lowest = row + 8 * r + p.first_offset;
-      const int highest = row + 8 * r + p.last_offset;
-      first[r] = lowest > 0 ? lowest : 0;
-      const int end = highest < p.seqlen_k ? highest + 1 : p.seqlen_k;
-      count[r] = end > first[r] ? static_cast<uint32_t>(end - first[r]) : 0;
+      const int query = query_of(p, row + 8 * r);
+      const int lowest = query + p.first_offset;
+      const int highest = query + p.last_offset;
+      int begin = lowest > 0 ? lowest : 0;
+      int end = highest < p.seqlen_k ? highest + 1 : p.seqlen_k;
+      if (p.split_keys > 0) {
+        const int split_begin = ptx::block_z() * p.split_keys;
+        begin = begin > split_begin ? begin : split_begin;
+        end = end < split_begin + p.split_keys ? end : split_begin + p.split_keys;
+      }
+      keys.first[r] = begin;
+      keys.count[r] = end > begin ? static_cast<uint32_t>(end - begin) : 0;
     }
+    return keys;
+  }
+  static ATTN8_DEVICE VisibleKeys kept(uint32_t address) {
+    const int4 x = ptx::ld_shared<int4>(address);
+    return {{x.x, x.y}, {static_cast<uint32_t>(x.z), static_cast<uint32_t>(x.w)}};
+  }
+  ATTN8_DEVICE void keep(uint32_t address) const {
+    ptx::st_shared(
+        address, int4{first[0], first[1], static_cast<int>(count[0]), static_cast<int>(count[1])});
   }
   ATTN8_DEVICE bool sees(int r, int key) const {
     return static_cast<uint32_t>(key - first[r]) < count[r];
   }
 };
 
-/// Key blocks that rows [row, row + rows) of the call visit, in order: [begin, end); those in
-/// [full_begin, full_end) are seen whole by every row and need no mask.
+/// Key blocks that rows [row, row + rows) of the call visit in this z of the grid, in order:
+/// [begin, end); those in [full_begin, full_end) are seen whole by every row and need no mask.
 struct BlockRange {
   int begin, full_begin, full_end, end;
 };
@@ -61,14 +85,21 @@ ATTN8_DEVICE int clamp_to(int x, int low, int high) { return x < low ? low : x >
 
 template <int kKvBlock>
 ATTN8_DEVICE BlockRange visited_blocks(const AttendParams& p, int row, int rows) {
-  const int last_row = (row + rows < p.seqlen_q ? row + rows : p.seqlen_q) - 1;
+  const int first = query_of(p, row);
+  const int last = query_of(p, (row + rows < p.seqlen_q ? row + rows : p.seqlen_q) - 1);
   BlockRange range;
-  range.begin = clamp_to(row + p.first_offset, 0, p.seqlen_k) / kKvBlock;
-  const int end_key = clamp_to(last_row + p.last_offset + 1, 0, p.seqlen_k);
+  range.begin = clamp_to(first + p.first_offset, 0, p.seqlen_k) / kKvBlock;
+  const int end_key = clamp_to(last + p.last_offset + 1, 0, p.seqlen_k);
   range.end = (end_key + kKvBlock - 1) / kKvBlock;
+  if (p.split_keys > 0) {
+    const int blocks = p.split_keys / kKvBlock;
+    const int split_begin = ptx::block_z() * blocks;
+    range.begin = range.begin > split_begin ? range.begin : split_begin;
+    range.end = range.end < split_begin + blocks ? range.end : split_begin + blocks;
+  }
   range.end = range.end > range.begin ? range.end : range.begin;
-  const int first_full = clamp_to(last_row + p.first_offset, 0, p.seqlen_k);
-  const int end_full = clamp_to(row + p.last_offset + 1, 0, p.seqlen_k);
+  const int first_full = clamp_to(last + p.first_offset, 0, p.seqlen_k);
+  const int end_full = clamp_to(first + p.last_offset + 1, 0, p.seqlen_k);
   range.full_begin = clamp_to((first_full + kKvBlock - 1) / kKvBlock, range.begin, range.end);
   range.full_end = clamp_to(end_full / kKvBlock, range.full_begin, range.end);
   return range;
@@ -131,17 +162,18 @@ struct OnlineSoftmax {
   }
 
   /// Weights p of key groups [kFirst, kLast) of the block, their sums going to block_sum.
-  ///   product(i)  integer product of element i of the block, as a float
-  ///   constants   shared address of the block's [kKvBlock / 16][2][16] key constants
-  ///   row         of the call, the thread's first
-  ///   first_key   of the block
-  ///   next_scale  scales of group kFirst; then those of group kLast
+  ///   visible_address  of the thread's VisibleKeys
+  ///   product(i)       integer product of element i of the block, as a float
+  ///   constants        shared address of the block's [kKvBlock / 16][2][16] key constants
+  ///   first_key        of the block
+  ///   next_scale       scales of group kFirst; then those of group kLast
   /// An exponential takes some 40 cycles and a warp waits for whole batches of them, so each
   /// group's are used while the next group's are being computed.
   template <int kFirst, int kLast, bool kMasked, class Product>
-  ATTN8_DEVICE void weights(const AttendParams& params, const Product& product, uint32_t constants,
-                            int row, int first_key, float4& next_scale, float (&p)[kElements]) {
-    const VisibleKeys visible(params, row);
+  ATTN8_DEVICE void weights(uint32_t visible_address, const Product& product, uint32_t constants,
+                            int first_key, float4& next_scale, float (&p)[kElements]) {
+    VisibleKeys visible = {};
+    if constexpr (kMasked) visible = VisibleKeys::kept(visible_address);
     Constants now = {};
     Constants previous = {};
     ATTN8_UNROLL
@@ -305,8 +337,10 @@ ATTN8_DEVICE void store_rows(const AttendParams& p, const Softmax& softmax, int 
     float lse;
     const float factor = softmax.normalize(r, reference(r), &lse);
     if (r_row >= p.seqlen_q) continue;
-    const int64_t row_offset =
-        batch * p.out_stride_batch + r_row * p.out_stride_row + head * p.out_stride_head;
+    const int query = query_of(p, r_row);
+    const int query_head = head * p.group + r_row - query * p.group;
+    const int64_t row_offset = ptx::block_z() * p.out_stride_split + batch * p.out_stride_batch +
+                               query * p.out_stride_row + query_head * p.out_stride_head;
     ATTN8_UNROLL
     for (int group = 0; group < kHeadDim / 8; ++group) {
       const int column = group * 8 + thread * 2;
@@ -319,9 +353,9 @@ ATTN8_DEVICE void store_rows(const AttendParams& p, const Softmax& softmax, int 
         lse += ptx::ld_global(p.lse_shift +
                               static_cast<int64_t>(batch * p.nheads_q + head) * p.rows_q + r_row);
       }
-      ptx::st_global(
-          p.lse + batch * p.lse_stride_batch + r_row * p.lse_stride_row + head * p.lse_stride_head,
-          lse);
+      ptx::st_global(p.lse + ptx::block_z() * p.lse_stride_split + batch * p.lse_stride_batch +
+                         query * p.lse_stride_row + query_head * p.lse_stride_head,
+                     lse);
     }
   }
 }

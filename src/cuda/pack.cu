@@ -16,6 +16,11 @@ __global__ void __launch_bounds__(FoldV::kThreads)
   FoldV::run(params, packed_dim);
 }
 
+__global__ void __launch_bounds__(MergeSplits::kThreads)
+    merge_kernel(const __grid_constant__ MergeParams params, int batch) {
+  MergeSplits::run(params, batch);
+}
+
 /// result[head][channel] = source[batch, 0, head, channel], zeros past head_dim: scales and means
 /// of operands that were quantized before.
 struct GatherParams {
@@ -156,6 +161,8 @@ Status enqueue_pack(const Plan::State& s, const AttentionInputs& inputs, char* w
     q_rows.mean = floats_at(s.workspace.k_mean);
     q_rows.lse_shift = floats_at(s.workspace.lse_shift);
   }
+  q_rows.group = s.group;
+  k_rows.group = 1;
   q_rows.heads_per_mean = s.nheads_k() > 0 ? s.nheads_q() / s.nheads_k() : 1;
   q_rows.mean_channels = s.row_bytes();
   q_rows.softmax_scale = s.softmax_scale;
@@ -166,7 +173,10 @@ Status enqueue_pack(const Plan::State& s, const AttentionInputs& inputs, char* w
     });
     for_source(s.q_type, [&](auto source) {
       using Rows = QuantizeRows<source(), row_bytes(), true>;
-      launch<Rows>(q_rows, s.rows_q / Rows::kBlockTokens, q_heads, stream);
+      // Queries whose rows fill the packed length, padding included.
+      const int queries = (s.rows_q + s.group - 1) / s.group;
+      launch<Rows>(q_rows, (queries + Rows::kBlockTokens - 1) / Rows::kBlockTokens, q_heads,
+                   stream);
     });
   });
 
@@ -221,6 +231,14 @@ Status enqueue_pack(const Plan::State& s, const AttentionInputs& inputs, char* w
     if (error != cudaSuccess) return device_status(error, "cudaMemsetAsync");
   }
   return device_status(cudaGetLastError(), "launching the quantize kernels");
+}
+
+Status enqueue_merge(const MergeParams& params, int batch, cudaStream_t stream) {
+  const int64_t rows =
+      static_cast<int64_t>(batch) * params.result.seqlen_q * params.result.nheads_q;
+  const auto blocks = static_cast<unsigned>((rows + MergeSplits::kRows - 1) / MergeSplits::kRows);
+  merge_kernel<<<blocks, MergeSplits::kThreads, 0, stream>>>(params, batch);
+  return device_status(cudaGetLastError(), "launching the merge kernel");
 }
 
 }  // namespace attn8::cuda

@@ -19,93 +19,34 @@ struct PackVParams {
   int kv_block;
 };
 
-/// One block per panel of 128 keys, and batch and head: quantizes and transposes.
+/// One block per panel of 128 keys, and batch and head: quantizes and transposes. A thread has four
+/// keys that are neighbours in packed order, and eight channels of each: 16-byte loads, and one
+/// word of codes per channel, which meet in shared memory as
+///   [packed_head_dim][32 words], words exchanged within a channel by swizzled_word()
 template <Source kSource, int kPackedDim, bool kPerToken>
 struct PackV {
   static constexpr int kThreads = 256;
-  // 33 words a channel: a warp's 16 x 2 words of one store fall into 32 banks.
-  static constexpr int kWords = kPanelKeys / 4 + 1;
-  static constexpr int kMaxima = kPackedDim * kWords * 4;  // after the codes: [8 warps] floats
+  static constexpr int kWords = kPanelKeys / 4;  // of a channel
+  /// Threads that share a key; a power of two, so that they are neighbours in a warp.
+  static constexpr int kLanes = kPackedDim <= 64 ? 8 : kPackedDim <= 128 ? 16 : 32;
+  static constexpr int kPasses = kWords * kLanes / kThreads;
+  static_assert(kPasses * kThreads == kWords * kLanes);
+  static constexpr int kMaxima = kPackedDim * kPanelKeys;  // after the codes: [8 warps] floats
   static constexpr uint32_t kSharedBytes = kMaxima + kThreads / 32 * 4;
+
+  /// What a warp stores at once, words [w, w + 32 / kLanes) of channels i, 8 + i, 16 + i, ...,
+  /// falls into 32 banks.
+  static ATTN8_DEVICE int swizzled_word(int channel, int word) {
+    return word ^ (channel / 8 * (32 / kLanes) & 31);
+  }
 
   static ATTN8_DEVICE void run(const PackVParams& p) {
     const uint32_t shared = ptx::smem_base();
-    const int head = ptx::block_y() % p.x.nheads;
-    const int batch = ptx::block_y() / p.x.nheads;
-    const int lane = ptx::thread_index() % 16;
-    const int64_t first_position = static_cast<int64_t>(ptx::block_x()) * kPanelKeys;
     float largest = 0;
     ATTN8_UNROLL
-    for (int pass = 0; pass < 2; ++pass) {
-      const int word = pass * 16 + ptx::thread_index() / 16;  // four positions of the panel
-      float values[4][kPackedDim / 16];
-      float scale[4] = {1, 1, 1, 1};
-      float inverse[4] = {1, 1, 1, 1};
-      int key[4];
-      ATTN8_UNROLL
-      for (int i = 0; i < 4; ++i) {
-        key[i] = static_cast<int>(packed_key(first_position + word * 4 + i));
-        ATTN8_UNROLL
-        for (int c = 0; c < kPackedDim / 32; ++c) {
-          const int channel = c * 32 + lane * 2;
-          values[i][2 * c] = 0;
-          values[i][2 * c + 1] = 0;
-          if (key[i] < p.x.seqlen && channel < p.x.head_dim) {
-            load2<kSource>(p.x, p.x.offset(batch, key[i], head) + channel, values[i][2 * c],
-                           values[i][2 * c + 1]);
-          }
-        }
-      }
-      if constexpr (kPerToken) {
-        ATTN8_UNROLL
-        for (int i = 0; i < 4; ++i) {
-          uint32_t magnitude = 0;
-          ATTN8_UNROLL
-          for (int c = 0; c < kPackedDim / 16; ++c) {
-            magnitude = larger(magnitude, magnitude_bits(values[i][c]));
-          }
-          ATTN8_UNROLL
-          for (int mask = 1; mask < 16; mask *= 2) {
-            magnitude = larger(magnitude, ptx::shfl_xor(magnitude, mask));
-          }
-          scale[i] = group_scale(magnitude);
-          inverse[i] = 1.0f / scale[i];
-          float token_scale = scale[i];
-          if constexpr (kSource == Source::kCodes) {
-            token_scale = key[i] < p.x.seqlen ? p.x.token_scale(batch, key[i], head) : 0.0f;
-          }
-          // A token of zeros, or with a scale too small for a float, has codes 0 throughout.
-          if (magnitude == 0 ||
-              (kSource != Source::kCodes && scale[i] == 1.0f && ptx::as_float(magnitude) < 0.5f)) {
-            if (token_scale == token_scale) token_scale = 0;
-          }
-          if (key[i] >= p.first && key[i] < p.last) largest = ptx::max(largest, token_scale);
-          if (lane == 0) {
-            ptx::st_global(p.token_scale + static_cast<int64_t>(ptx::block_y()) * p.rows + key[i],
-                           token_scale);
-          }
-        }
-      }
-      ATTN8_UNROLL
-      for (int c = 0; c < kPackedDim / 16; ++c) {
-        const int channel = c / 2 * 32 + lane * 2 + c % 2;
-        float channel_scale = 1;
-        if constexpr (!kPerToken && kSource != Source::kCodes) {
-          channel_scale =
-              ptx::ld_global(p.scale + static_cast<int64_t>(ptx::block_y()) * kPackedDim + channel);
-        }
-        const float channel_inverse = 1.0f / channel_scale;
-        uint32_t code[4];
-        ATTN8_UNROLL
-        for (int i = 0; i < 4; ++i) {
-          code[i] = kSource == Source::kCodes
-                        ? static_cast<uint32_t>(static_cast<int>(values[i][c]))
-                        : code_bits(values[i][c], kPerToken ? scale[i] : channel_scale,
-                                    kPerToken ? inverse[i] : channel_inverse);
-        }
-        ptx::st_shared<uint32_t>(shared + (channel * kWords + word) * 4,
-                                 pack_bytes(code[0], code[1], code[2], code[3]));
-      }
+    for (int pass = 0; pass < kPasses; ++pass) {
+      const int item = pass * kThreads + ptx::thread_index();
+      quantize(p, shared, item / kLanes, item % kLanes, largest);
     }
     if constexpr (kPerToken) {
       ATTN8_UNROLL
@@ -128,18 +69,106 @@ struct PackV {
                        largest);
       }
     }
-    int8_t* image = p.codes + static_cast<int64_t>(ptx::block_y()) * p.rows * kPackedDim;
-    for (int i = ptx::thread_index(); i < kPackedDim * 8; i += kThreads) {
-      const int channel = i / 8;
-      const uint32_t address = shared + (channel * kWords + i % 8 * 4) * 4;
-      const uint4 codes = {ptx::ld_shared<uint32_t>(address), ptx::ld_shared<uint32_t>(address + 4),
-                           ptx::ld_shared<uint32_t>(address + 8),
-                           ptx::ld_shared<uint32_t>(address + 12)};
-      const int64_t panel = static_cast<int64_t>(ptx::block_x()) * kPackedDim * kPanelKeys;
+    store(p, shared);
+  }
+
+  /// Keys of word `word` of the panel, channels [8 lane, 8 lane + 8).
+  static ATTN8_DEVICE void quantize(const PackVParams& p, uint32_t shared, int word, int lane,
+                                    float& largest) {
+    const int head = ptx::block_y() % p.x.nheads;
+    const int batch = ptx::block_y() / p.x.nheads;
+    const int64_t first_position = static_cast<int64_t>(ptx::block_x()) * kPanelKeys + word * 4;
+    int key[4];
+    float values[4][8];
+    ATTN8_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      key[i] = static_cast<int>(packed_key(first_position + i));
+      ATTN8_UNROLL
+      for (int c = 0; c < 8; ++c) values[i][c] = 0;
+      if (key[i] < p.x.seqlen && lane * 8 < p.x.head_dim) {
+        load8<kSource>(p.x, p.x.offset(batch, key[i], head) + lane * 8, values[i]);
+      }
+    }
+    float scale[8];
+    float inverse[8];
+    if constexpr (kPerToken) {
+      ATTN8_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        scale[i] = token_scale(p, batch, head, key[i], lane, values[i], largest);
+      }
+    } else if constexpr (kSource != Source::kCodes) {
+      const float* channels =
+          p.scale + static_cast<int64_t>(ptx::block_y()) * kPackedDim + lane * 8;
+      ATTN8_UNROLL
+      for (int c = 0; c < 8; ++c) scale[c] = 1;
+      if (lane * 8 < kPackedDim) load_floats(channels, scale);
+    }
+    if constexpr (kSource != Source::kCodes) {
+      ATTN8_UNROLL
+      for (int i = 0; i < (kPerToken ? 4 : 8); ++i) inverse[i] = reciprocal(scale[i]);
+    }
+    if (lane * 8 >= kPackedDim) return;
+    ATTN8_UNROLL
+    for (int c = 0; c < 8; ++c) {
+      uint32_t code[4];
+      ATTN8_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        if constexpr (kSource == Source::kCodes) {
+          code[i] = static_cast<uint32_t>(static_cast<int>(values[i][c]));
+        } else {
+          code[i] = code_bits(values[i][c], scale[kPerToken ? i : c], inverse[kPerToken ? i : c]);
+        }
+      }
+      const int channel = lane * 8 + c;
+      ptx::st_shared<uint32_t>(shared + (channel * kWords + swizzled_word(channel, word)) * 4,
+                               pack_bytes(code[0], code[1], code[2], code[3]));
+    }
+  }
+
+  /// Scale to quantize a key with; writes the one that FoldV reads, which is 0 where all codes are,
+  /// and keeps the largest of those a query sees. Collective over the kLanes threads of the key.
+  static ATTN8_DEVICE float token_scale(const PackVParams& p, int batch, int head, int key,
+                                        int lane, const float (&values)[8], float& largest) {
+    uint32_t magnitude = 0;
+    ATTN8_UNROLL
+    for (int c = 0; c < 8; ++c) magnitude = larger(magnitude, magnitude_bits(values[c]));
+    ATTN8_UNROLL
+    for (int mask = 1; mask < kLanes; mask *= 2) {
+      magnitude = larger(magnitude, ptx::shfl_xor(magnitude, mask));
+    }
+    const float scale = group_scale(magnitude);
+    float known = scale;
+    if constexpr (kSource == Source::kCodes) {
+      known = key < p.x.seqlen ? p.x.token_scale(batch, key, head) : 0.0f;
+    }
+    // A token of zeros, or with a scale too small for a float, has codes 0 throughout.
+    if (magnitude == 0 ||
+        (kSource != Source::kCodes && scale == 1.0f && ptx::as_float(magnitude) < 0.5f)) {
+      if (known == known) known = 0;
+    }
+    if (key >= p.first && key < p.last) largest = ptx::max(largest, known);
+    if (lane == 0) {
+      ptx::st_global(p.token_scale + static_cast<int64_t>(ptx::block_y()) * p.rows + key, known);
+    }
+    return scale;
+  }
+
+  /// The panel from shared memory to its image, 16 bytes of a channel at a time.
+  static ATTN8_DEVICE void store(const PackVParams& p, uint32_t shared) {
+    int8_t* panel = p.codes + static_cast<int64_t>(ptx::block_y()) * p.rows * kPackedDim +
+                    static_cast<int64_t>(ptx::block_x()) * kPackedDim * kPanelKeys;
+    for (int i = ptx::thread_index(); i < kPackedDim * (kWords / 4); i += kThreads) {
+      const int channel = i / (kWords / 4);
+      const int word = i % (kWords / 4) * 4;
+      const int at = swizzled_word(channel, word);
+      uint4 codes = ptx::ld_shared<uint4>(shared + (channel * kWords + (at & ~3)) * 4);
+      // swizzled_word() exchanges words within the 16 bytes, too.
+      if ((at & 2) != 0) codes = {codes.z, codes.w, codes.x, codes.y};
+      if ((at & 1) != 0) codes = {codes.y, codes.x, codes.w, codes.z};
       ptx::st_global(
           reinterpret_cast<uint4*>(
-              image + panel + channel / 8 * (8 * kPanelKeys) +
-              swizzle(static_cast<uint32_t>(channel % 8 * kPanelKeys + i % 8 * 16), kPanelKeys)),
+              panel + channel / 8 * (8 * kPanelKeys) +
+              swizzle(static_cast<uint32_t>(channel % 8 * kPanelKeys + word * 4), kPanelKeys)),
           codes);
     }
   }

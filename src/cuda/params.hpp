@@ -67,6 +67,14 @@ enum class Weights : int32_t {
 
 /// One attention call. Plain value, passed to the kernel. `rows` stands for the packed lengths,
 /// multiples of kSequencePad.
+///
+/// With `group` > 1 the query heads that share a kv head are one head of the kernel, their rows
+/// interleaved: nheads_q is nheads_k, and row r is query r / group of head head * group + r %
+/// group. Strides are those of the caller's heads.
+///
+/// With grid.z > 1 each z attends to split_keys keys and writes an output and an LSE of its
+/// own, out_stride_split and lse_stride_split after that of the z before; MergeSplits combines
+/// them.
 struct AttendParams {
   const int8_t* q;             ///< [batch * nheads_q] images of rows_q rows
   const int8_t* k;             ///< [batch * nheads_k] images of rows_k rows
@@ -81,13 +89,22 @@ struct AttendParams {
   int64_t lse_stride_batch, lse_stride_row, lse_stride_head;
   int nheads_q, nheads_k;
   int rows_q, rows_k;
-  int seqlen_q, seqlen_k;
+  int seqlen_q, seqlen_k;  ///< seqlen_q counts rows of the kernel
   int head_dim;
-  int first_offset;  ///< row i sees keys from i + first_offset
-  int last_offset;   ///< row i sees keys to i + last_offset
+  int first_offset;   ///< row i sees keys from i + first_offset
+  int last_offset;    ///< row i sees keys to i + last_offset
+  int group;          ///< query heads per head of the kernel, 1 unless they are packed
+  int group_inverse;  ///< group_inverse_of(group)
+  int split_keys;     ///< keys per z of the grid, whole blocks; 0: all
+  int64_t out_stride_split, lse_stride_split;
   Element out_type;
   float score_scale;  ///< float(softmax_scale * log2(e))
 };
+
+/// What a row of a packed group, below kGroupedRows, is multiplied with to get 2^16 times its
+/// query: exact, because the error of at most row / 2^16 stays below 1 / group.
+inline constexpr int kGroupedRows = 256;
+ATTN8_HOST_DEVICE constexpr int group_inverse_of(int group) { return 65535 / group + 1; }
 
 /// Mask offsets that stand for "unlimited": beyond any length, and safe to add to one.
 inline constexpr int kNoLimit = 1 << 30;

@@ -7,6 +7,7 @@
 
 #include "backend.hpp"
 #include "launch.hpp"
+#include "merge_splits.hpp"
 #include "pack_v.hpp"
 
 /// What backend.cu and pack.cu share.
@@ -15,7 +16,7 @@ namespace attn8::cuda {
 /// Byte offsets into the workspace, multiples of 256.
 struct Workspace {
   size_t q, k, v, q_scale, key_constants, v_scale, lse_shift, k_mean, token_scale, panel_scale,
-      partial, bytes;
+      partial, split_out, split_lse, bytes;
 };
 
 struct Plan::State {
@@ -31,6 +32,9 @@ struct Plan::State {
   int first_offset, last_offset;  ///< of the mask, see AttendParams
   int first_key, last_key;        ///< keys visible to a query: [first_key, last_key)
   int rows_q, rows_k;
+  int group;       ///< query heads that the kernel treats as one, see AttendParams
+  int splits;      ///< parts that the keys are attended in
+  int split_keys;  ///< keys per part; 0 when there is one part
   Workspace workspace;
 
   [[nodiscard]] int batch() const { return static_cast<int>(q_shape[0]); }
@@ -39,6 +43,9 @@ struct Plan::State {
   [[nodiscard]] int seqlen_k() const { return static_cast<int>(k_shape[1]); }
   [[nodiscard]] int nheads_k() const { return static_cast<int>(k_shape[2]); }
   [[nodiscard]] int head_dim() const { return static_cast<int>(q_shape[3]); }
+  /// Rows of one head of the kernel.
+  [[nodiscard]] int kernel_rows() const { return seqlen_q() * group; }
+  [[nodiscard]] int kernel_heads() const { return nheads_q() / group; }
   [[nodiscard]] int row_bytes() const { return packed_row_bytes(head_dim()); }
 };
 
@@ -46,8 +53,26 @@ struct Plan::State {
 /// cause).
 Status device_status(cudaError_t error, const char* what);
 
+/// Makes a device current, and the caller's again.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device) noexcept;
+  ~DeviceGuard();
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+  [[nodiscard]] cudaError_t error() const noexcept { return error_; }
+
+ private:
+  int previous_ = 0;
+  bool changed_ = false;
+  cudaError_t error_ = cudaSuccess;
+};
+
 /// Enqueues the quantize and pack kernels; the operands have been checked against the plan.
 Status enqueue_pack(const Plan::State& state, const AttentionInputs& inputs, char* workspace,
                     cudaStream_t stream);
+
+/// Enqueues what joins the parts that the keys were attended in.
+Status enqueue_merge(const MergeParams& params, int batch, cudaStream_t stream);
 
 }  // namespace attn8::cuda

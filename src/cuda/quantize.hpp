@@ -53,20 +53,23 @@ ATTN8_DEVICE float signed_byte(uint32_t word, int index) {
   return static_cast<float>(static_cast<int8_t>(word >> 8 * index));
 }
 
+/// Eight floats, 16-byte aligned.
+ATTN8_DEVICE void load_floats(const float* source, float (&values)[8]) {
+  ATTN8_UNROLL
+  for (int i = 0; i < 2; ++i) {
+    const float4 part = ptx::ld_global(reinterpret_cast<const float4*>(source) + i);
+    values[4 * i] = part.x;
+    values[4 * i + 1] = part.y;
+    values[4 * i + 2] = part.z;
+    values[4 * i + 3] = part.w;
+  }
+}
+
 /// Eight channels from `offset` on, as floats (codes as integers).
 template <Source kSource>
 ATTN8_DEVICE void load8(const SourceTensor& x, int64_t offset, float (&values)[8]) {
   if constexpr (kSource == Source::kFloat32) {
-    const float4* source =
-        reinterpret_cast<const float4*>(static_cast<const float*>(x.data) + offset);
-    ATTN8_UNROLL
-    for (int i = 0; i < 2; ++i) {
-      const float4 part = ptx::ld_global(source + i);
-      values[4 * i] = part.x;
-      values[4 * i + 1] = part.y;
-      values[4 * i + 2] = part.z;
-      values[4 * i + 3] = part.w;
-    }
+    load_floats(static_cast<const float*>(x.data) + offset, values);
   } else if constexpr (kSource == Source::kCodes) {
     const uint2 bits =
         ptx::ld_global(reinterpret_cast<const uint2*>(static_cast<const int8_t*>(x.data) + offset));
@@ -85,26 +88,6 @@ ATTN8_DEVICE void load8(const SourceTensor& x, int64_t offset, float (&values)[8
   }
 }
 
-/// Two channels from `offset` on.
-template <Source kSource>
-ATTN8_DEVICE void load2(const SourceTensor& x, int64_t offset, float& low, float& high) {
-  if constexpr (kSource == Source::kFloat32) {
-    const float2 pair =
-        ptx::ld_global(reinterpret_cast<const float2*>(static_cast<const float*>(x.data) + offset));
-    low = pair.x;
-    high = pair.y;
-  } else if constexpr (kSource == Source::kCodes) {
-    const uint16_t bits = ptx::ld_global(
-        reinterpret_cast<const uint16_t*>(static_cast<const int8_t*>(x.data) + offset));
-    low = signed_byte(bits, 0);
-    high = signed_byte(bits, 1);
-  } else {
-    const uint32_t bits = ptx::ld_global(
-        reinterpret_cast<const uint32_t*>(static_cast<const uint16_t*>(x.data) + offset));
-    widen_pair<kSource>(bits, low, high);
-  }
-}
-
 /// |x| in a form whose unsigned maximum keeps a NaN or an infinity.
 ATTN8_DEVICE uint32_t magnitude_bits(float x) { return ptx::as_uint(x) & 0x7FFFFFFFu; }
 
@@ -112,22 +95,31 @@ ATTN8_DEVICE uint32_t larger(uint32_t a, uint32_t b) { return a > b ? a : b; }
 
 inline constexpr uint32_t kNotFinite = 0x7F800000u;
 
+/// a / b as a division rounds it, from the rounded 1 / b: one Newton step.
+ATTN8_DEVICE float divide(float a, float b, float inverse) {
+  const float estimate = ptx::mul(a, inverse);
+  return ptx::fma(ptx::fma(-estimate, b, a), inverse, estimate);
+}
+/// 1 / x of a normal x below 2^126, rounded.
+ATTN8_DEVICE float reciprocal(float x) {
+  const float estimate = ptx::rcp(x);
+  return ptx::fma(ptx::fma(-x, estimate, 1.0f), estimate, estimate);
+}
+
 /// Scale of a group from the largest magnitude_bits() in it: NaN when one is not finite, 1 when
 /// the scale would be no normal number. Its low 3 bits are clear.
 ATTN8_DEVICE float group_scale(uint32_t magnitude) {
   if (magnitude >= kNotFinite) return ptx::as_float(0x7FC00000u);
-  const float scale = ptx::as_float(ptx::as_uint(ptx::as_float(magnitude) / 127.0f) & ~7u);
+  const float quotient = divide(ptx::as_float(magnitude), 127.0f, 1.0f / 127.0f);
+  const float scale = ptx::as_float(ptx::as_uint(quotient) & ~7u);
   return scale < FLT_MIN ? 1.0f : scale;
 }
 
 /// round-half-even(x / scale) in the low byte, two's complement; 0 for a scale of NaN. `inverse` is
-/// 1 / scale: one Newton step from x * inverse gives the quotient as a division rounds it, at a
-/// third of its instructions.
+/// reciprocal(scale).
 ATTN8_DEVICE uint32_t code_bits(float x, float scale, float inverse) {
-  const float estimate = ptx::mul(x, inverse);
-  const float quotient = ptx::fma(ptx::fma(-estimate, scale, x), inverse, estimate);
   const float magic = 12582912.0f;  // 1.5 * 2^23: the sum's last bit is worth 1
-  return scale == scale ? ptx::as_uint(ptx::add(quotient, magic)) : 0;
+  return scale == scale ? ptx::as_uint(ptx::add(divide(x, scale, inverse), magic)) : 0;
 }
 
 ATTN8_DEVICE uint32_t pack_bytes(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
@@ -281,47 +273,35 @@ struct RowsParams {
   int heads_per_mean, mean_channels;
   float* lse_shift;  ///< Q: [batch * nheads][rows] or nullptr
   float softmax_scale;
+  int group;  ///< Q: heads that share an image, rows interleaved (see AttendParams); else 1
 };
 
-/// One row of kRowBytes codes per kRowBytes / 8 threads, four rows each.
+/// One row of kRowBytes codes per kRowBytes / 8 threads.
 template <Source kSource, int kRowBytes, bool kQuery>
 struct QuantizeRows {
   static constexpr int kThreads = 256;
   static constexpr int kLanes = kRowBytes / 8;
-  static constexpr int kUnroll = 4;
-  static constexpr int kTokens = kThreads / kLanes;
-  static constexpr int kBlockTokens = kTokens * kUnroll;
+  static constexpr int kBlockTokens = kThreads / kLanes;
   static constexpr uint32_t kSharedBytes = 0;
 
   static ATTN8_DEVICE void run(const RowsParams& p) {
     const int lane = ptx::thread_index() % kLanes;
     const int head = ptx::block_y() % p.x.nheads;
     const int batch = ptx::block_y() / p.x.nheads;
-    const int first = ptx::block_x() * kBlockTokens + ptx::thread_index() / kLanes;
+    const int row = ptx::block_x() * kBlockTokens + ptx::thread_index() / kLanes;
 
-    float values[kUnroll][8];
-    ATTN8_UNROLL
-    for (int u = 0; u < kUnroll; ++u) {
-      ATTN8_UNROLL
-      for (int i = 0; i < 8; ++i) values[u][i] = 0;
-      const int row = first + u * kTokens;
-      if (row < p.x.seqlen && lane * 8 < p.x.head_dim) {
-        load8<kSource>(p.x, p.x.offset(batch, row, head) + lane * 8, values[u]);
-      }
-    }
+    float values[8] = {};
     float mean[8] = {};
-    if (p.mean != nullptr && lane * 8 < p.x.head_dim) {
-      const int64_t mean_head = ptx::block_y() / p.heads_per_mean;
-      ATTN8_UNROLL
-      for (int i = 0; i < 8; ++i) {
-        mean[i] = ptx::ld_global(p.mean + mean_head * p.mean_channels + lane * 8 + i);
+    if (lane * 8 < p.x.head_dim) {
+      if (row < p.x.seqlen) {
+        load8<kSource>(p.x, p.x.offset(batch, row, head) + lane * 8, values);
+      }
+      if (p.mean != nullptr) {
+        const int64_t mean_head = ptx::block_y() / p.heads_per_mean;
+        load_floats(p.mean + mean_head * p.mean_channels + lane * 8, mean);
       }
     }
-    ATTN8_UNROLL
-    for (int u = 0; u < kUnroll; ++u) {
-      const int row = first + u * kTokens;
-      quantize_row(p, values[u], mean, batch, head, row, lane);
-    }
+    quantize_row(p, values, mean, batch, head, row, lane);
   }
 
   static ATTN8_DEVICE void quantize_row(const RowsParams& p, float (&x)[8], const float (&mean)[8],
@@ -355,22 +335,25 @@ struct QuantizeRows {
         if constexpr (kSource == Source::kCodes) shift *= scale;
       }
     }
-    const float inverse = 1.0f / scale;
+    const float inverse = reciprocal(scale);
     uint32_t code[8];
     ATTN8_UNROLL
     for (int i = 0; i < 8; ++i) {
       code[i] = kSource == Source::kCodes ? static_cast<uint32_t>(static_cast<int>(x[i]))
                                           : code_bits(x[i], scale, inverse);
     }
-    const int64_t image = static_cast<int64_t>(ptx::block_y()) * p.rows * kRowBytes;
-    ptx::st_global(reinterpret_cast<uint2*>(p.codes + image +
-                                            packed_row_offset(p.rows, kRowBytes, row, lane * 8)),
-                   uint2{pack_bytes(code[0], code[1], code[2], code[3]),
-                         pack_bytes(code[4], code[5], code[6], code[7])});
+    const int64_t image = ptx::block_y() / p.group;
+    const int64_t image_row = static_cast<int64_t>(row) * p.group + ptx::block_y() % p.group;
+    if (image_row >= p.rows) return;
+    ptx::st_global(
+        reinterpret_cast<uint2*>(p.codes + image * p.rows * kRowBytes +
+                                 packed_row_offset(p.rows, kRowBytes, image_row, lane * 8)),
+        uint2{pack_bytes(code[0], code[1], code[2], code[3]),
+              pack_bytes(code[4], code[5], code[6], code[7])});
     if (lane != 0) return;
     if (!inside) scale = 0;
-    const int64_t head_row = static_cast<int64_t>(ptx::block_y()) * p.rows + row;
     if constexpr (kQuery) {
+      const int64_t head_row = image * p.rows + image_row;
       ptx::st_global(p.q_scale + head_row, scale);
       if (p.lse_shift != nullptr) ptx::st_global(p.lse_shift + head_row, shift * p.softmax_scale);
     } else {

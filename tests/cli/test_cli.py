@@ -259,7 +259,7 @@ def test_output_paths_are_checked(qkv: dict[str, Path], tmp_path: Path) -> None:
         (["--kv-block", "100"], "kv_block"),
         (["--v-granularity", "row"], "row"),
         (["--align", "middle"], "--align"),
-        (["--device", "cuda"], "unsupported"),
+        (["--device", "cuda:x"], "--device: got 'cuda:x'"),
         (["--device", "tpu"], "--device: got 'tpu'"),
         (["--softcap", "30"], "--softcap: got '30', want no such flag: unsupported"),
         (["--alibi", "a.npy"], "unsupported"),
@@ -270,6 +270,14 @@ def test_output_paths_are_checked(qkv: dict[str, Path], tmp_path: Path) -> None:
 )
 def test_bad_flags(qkv: dict[str, Path], tmp_path: Path, flags: list[str], words: str) -> None:
     assert words in refuse(2, "run", *operands(qkv), "--out", tmp_path / "o.npy", *flags)
+
+
+def test_a_device_the_build_lacks_is_exit_3(qkv: dict[str, Path], tmp_path: Path) -> None:
+    if json.loads(succeed("info", "--json"))["cuda"]["built"]:
+        pytest.skip("this build has CUDA kernels")
+    words = refuse(3, "run", *operands(qkv), "--out", tmp_path / "o.npy", "--device", "cuda")
+    assert "context.device got cuda, this build has no CUDA kernels" in words
+    assert not (tmp_path / "o.npy").exists()
 
 
 def test_missing_flags_and_commands() -> None:

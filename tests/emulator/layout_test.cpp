@@ -1,6 +1,7 @@
 // SPDX-FileCopyrightText: The attn8 authors
 // SPDX-License-Identifier: Apache-2.0
 #include "cuda/layout.hpp"
+#include "cuda/params.hpp"
 
 #include <gtest/gtest.h>
 
@@ -194,6 +195,14 @@ TEST(MatrixDescriptor, RoundTrips) {
   }
   // One descriptor written out by hand: address 0x4400, 128-byte swizzle, stride 1024.
   EXPECT_EQ(matrix_descriptor(0x4400, 128), 0x4000004000010440u);
+}
+
+TEST(Packed, GroupInverseDivides) {
+  for (int group = 1; group <= kGroupedRows; ++group) {
+    for (int row = 0; row < kGroupedRows; ++row) {
+      ASSERT_EQ(row * group_inverse_of(group) >> 16, row / group) << row << ' ' << group;
+    }
+  }
 }
 
 }  // namespace

@@ -167,21 +167,22 @@ Quantized quantize(const Inputs& inputs, Weights weights, bool smooth_k, int kv_
   return z;
 }
 
-Packed pack(const Inputs& inputs, const Quantized& z) {
+Packed pack(const Inputs& inputs, const Quantized& z, int group) {
   const Shape& s = inputs.shape;
   const int dim = s.head_dim;
   const int row_bytes = packed_row_bytes(dim);
   const int packed_dim = packed_head_dim(dim);
   Packed p;
-  p.rows_q = static_cast<int>(round_up(s.seqlen_q, kSequencePad));
+  p.rows_q = static_cast<int>(round_up(s.seqlen_q * group, kSequencePad));
   p.rows_k = static_cast<int>(round_up(s.seqlen_k, kSequencePad));
   const int64_t q_heads = static_cast<int64_t>(s.batch) * s.nheads_q;
   const int64_t kv_heads = static_cast<int64_t>(s.batch) * s.nheads_k;
-  p.q.assign(q_heads * p.rows_q * row_bytes, 0);
+  const int64_t q_images = q_heads / group;
+  p.q.assign(q_images * p.rows_q * row_bytes, 0);
   p.k.assign(kv_heads * p.rows_k * row_bytes, 0);
   p.v.assign(kv_heads * p.rows_k * packed_dim, 0);
-  p.q_scale.assign(q_heads * p.rows_q, 0.0f);
-  p.lse_shift.assign(q_heads * p.rows_q, 0.0f);
+  p.q_scale.assign(q_images * p.rows_q, 0.0f);
+  p.lse_shift.assign(q_images * p.rows_q, 0.0f);
   p.key_constants.assign(kv_heads * p.rows_k * 2, 0.0f);
   p.v_scale.assign(kv_heads * packed_dim, 0.0f);
   for (int64_t head = 0; head < q_heads; ++head) {
@@ -189,15 +190,17 @@ Packed pack(const Inputs& inputs, const Quantized& z) {
     const int64_t kv_head = head / (s.nheads_q / s.nheads_k);
     for (int i = 0; i < s.seqlen_q; ++i) {
       const size_t token = (b * s.seqlen_q + i) * s.nheads_q + head % s.nheads_q;
-      p.q_scale[head * p.rows_q + i] = z.q_scale[token];
+      const int64_t image = head / group;
+      const int64_t row = i * group + head % group;
+      p.q_scale[image * p.rows_q + row] = z.q_scale[token];
       double shift = 0;
       for (int d = 0; d < dim; ++d) {
-        p.q[head * p.rows_q * row_bytes + packed_row_offset(p.rows_q, row_bytes, i, d)] =
+        p.q[image * p.rows_q * row_bytes + packed_row_offset(p.rows_q, row_bytes, row, d)] =
             z.q[token * dim + d];
         shift +=
             static_cast<double>(value_of(inputs.q[token * dim + d])) * z.k_mean[kv_head * dim + d];
       }
-      p.lse_shift[head * p.rows_q + i] = static_cast<float>(shift / std::sqrt(double(dim)));
+      p.lse_shift[image * p.rows_q + row] = static_cast<float>(shift / std::sqrt(double(dim)));
     }
   }
   for (int64_t head = 0; head < kv_heads; ++head) {
@@ -233,7 +236,7 @@ std::string launch(emulator::Async async, int x, int y, const Call& call) {
 
 template <int kRowBytes, int kPackedDim>
 std::string pack_of_dim(const Inputs& inputs, Weights weights, bool smooth_k, int kv_block,
-                        emulator::Async async, Packed& p) {
+                        emulator::Async async, Packed& p, int group) {
   const Shape& s = inputs.shape;
   const auto [first, last] = s.visible_keys();
   const auto source = [&](const std::vector<uint16_t>& data, int seqlen, int nheads) {
@@ -270,6 +273,7 @@ std::string pack_of_dim(const Inputs& inputs, Weights weights, bool smooth_k, in
     keep(launch<Finish>(async, kv_heads, 1, [&] { Finish::run(params); }));
   }
   RowsParams rows{};
+  rows.group = 1;
   rows.mean = smooth_k && first < last ? mean.data() : nullptr;
   rows.mean_channels = kRowBytes;
   rows.softmax_scale = static_cast<float>(1 / std::sqrt(double(s.head_dim)));
@@ -281,7 +285,10 @@ std::string pack_of_dim(const Inputs& inputs, Weights weights, bool smooth_k, in
   q_rows.heads_per_mean = s.nheads_q / s.nheads_k;
   q_rows.lse_shift = rows.mean != nullptr ? p.lse_shift.data() : nullptr;
   using Q = QuantizeRows<Source::kFloat16, kRowBytes, true>;
-  keep(launch<Q>(async, p.rows_q / Q::kBlockTokens, s.batch * s.nheads_q, [&] { Q::run(q_rows); }));
+  q_rows.group = group;
+  const int queries = (p.rows_q + group - 1) / group;
+  keep(launch<Q>(async, (queries + Q::kBlockTokens - 1) / Q::kBlockTokens, s.batch * s.nheads_q,
+                 [&] { Q::run(q_rows); }));
   RowsParams k_rows = rows;
   k_rows.x = source(inputs.k, s.seqlen_k, s.nheads_k);
   k_rows.codes = p.k.data();
@@ -331,16 +338,16 @@ std::string pack_of_dim(const Inputs& inputs, Weights weights, bool smooth_k, in
 }  // namespace
 
 std::string pack_with_kernels(const Inputs& inputs, Weights weights, bool smooth_k, int kv_block,
-                              emulator::Async async, Packed& packed) {
+                              emulator::Async async, Packed& packed, int group) {
   switch (packed_head_dim(inputs.shape.head_dim)) {
     case 64:
-      return pack_of_dim<64, 64>(inputs, weights, smooth_k, kv_block, async, packed);
+      return pack_of_dim<64, 64>(inputs, weights, smooth_k, kv_block, async, packed, group);
     case 96:
-      return pack_of_dim<128, 96>(inputs, weights, smooth_k, kv_block, async, packed);
+      return pack_of_dim<128, 96>(inputs, weights, smooth_k, kv_block, async, packed, group);
     case 128:
-      return pack_of_dim<128, 128>(inputs, weights, smooth_k, kv_block, async, packed);
+      return pack_of_dim<128, 128>(inputs, weights, smooth_k, kv_block, async, packed, group);
     default:
-      return pack_of_dim<256, 256>(inputs, weights, smooth_k, kv_block, async, packed);
+      return pack_of_dim<256, 256>(inputs, weights, smooth_k, kv_block, async, packed, group);
   }
 }
 
@@ -373,6 +380,7 @@ AttendParams attend_params(const Shape& s, const Packed& packed, std::vector<flo
   p.head_dim = s.head_dim;
   p.first_offset = s.first_offset();
   p.last_offset = s.last_offset();
+  p.group = 1;
   p.out_type = Element::kFloat32;
   p.score_scale = static_cast<float>(1.4426950408889634 / std::sqrt(double(s.head_dim)));
   return p;

@@ -51,14 +51,15 @@ struct Packed {
   std::vector<float> q_scale, key_constants, v_scale, lse_shift;
   int rows_q = 0, rows_k = 0;
 };
-/// Packs by the layout functions, without kernels.
-Packed pack(const Inputs& inputs, const Quantized& quantized);
+/// Packs by the layout functions, without kernels; `group` heads of Q to an image, see
+/// AttendParams.
+Packed pack(const Inputs& inputs, const Quantized& quantized, int group = 1);
 /// Quantizes and packs with the kernels, in the emulator; "" or what went wrong.
 std::string pack_with_kernels(const Inputs& inputs, Weights weights, bool smooth_k, int kv_block,
-                              emulator::Async async, Packed& packed);
+                              emulator::Async async, Packed& packed, int group = 1);
 
 /// Attention kernel parameters over `packed`, writing float32 out and lse (dense, in the order of
-/// the inputs).
+/// the inputs), for heads and keys that are not divided.
 AttendParams attend_params(const Shape& shape, const Packed& packed, std::vector<float>& out,
                            std::vector<float>& lse);
 

@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
 #include <cmath>
+#include <numbers>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -122,6 +123,77 @@ TEST_P(Attend, GroupedAndMultiQueryHeads) {
       c.head_dim = 48;
       check_kernel(c, GetParam());
     }
+  }
+}
+
+/// Few queries against many keys run in parts of the keys; threads do not change the bits.
+TEST_P(Attend, PartsOfTheKeys) {
+  for (const Mode mode : {Mode::kAccurate, Mode::kExact}) {
+    for (const auto& [seqlen_q, window] :
+         {std::pair<int64_t, int64_t>{1, -1}, {5, -1}, {3, 9000}}) {
+      KernelCase c;
+      c.options.mode = mode;
+      c.options.mask.causal = true;
+      c.options.mask.window_left = window;
+      c.nheads_q = 2;
+      c.nheads_k = 1;
+      c.seqlen_q = seqlen_q;
+      c.seqlen_k = 25000 + seqlen_q;
+      c.head_dim = 16;
+      const KernelInputs inputs = make_inputs(c);
+      const KernelResult one = run_kernel(c, inputs.operands(), GetParam());
+      expect_matches_oracle(c, inputs.operands(), one, GetParam());
+      c.threads = 3;
+      const KernelResult three = run_kernel(c, inputs.operands(), GetParam());
+      EXPECT_EQ(one.out.bytes(), three.out.bytes());
+      EXPECT_EQ(one.lse.bytes(), three.lse.bytes());
+    }
+  }
+}
+
+/// Scores that grow by hundreds of octaves over the keys: references move, again and again, on the
+/// 16-bit path of AVX-512 (a total of 300 octaves) and beyond it (3000).
+TEST_P(Attend, ReferencesMove) {
+  for (const double octaves : {300.0, 3000.0}) {
+    for (const bool causal : {false, true}) {
+      KernelCase c;
+      c.options.mask.causal = causal;
+      c.options.kv_block = 64;
+      c.options.smooth_k = false;
+      c.options.softmax_scale = 1.0f;
+      c.seqlen_q = 66;
+      c.seqlen_k = 700;
+      c.head_dim = 80;
+      KernelInputs inputs = make_inputs(c);
+      inputs.q.fill([](int64_t, int64_t i, int64_t, int64_t d) {
+        return d == 0 ? 1.0 : 1e-3 * normal_at(7, static_cast<uint64_t>(i * 80 + d));
+      });
+      inputs.k.fill([&](int64_t, int64_t j, int64_t, int64_t d) {
+        return d == 0 ? octaves * std::numbers::ln2 * static_cast<double>(j) / 700
+                      : normal_at(8, static_cast<uint64_t>(j * 80 + d));
+      });
+      const KernelResult result = run_kernel(c, inputs.operands(), GetParam());
+      expect_matches_oracle(c, inputs.operands(), result, GetParam());
+    }
+  }
+}
+
+/// V scales over 2^-24 .. 1 within a block: both halves of the weights of the denominator, and
+/// tokens below 2^-16 of the largest, whose codes are taken again.
+TEST_P(Attend, UnevenValues) {
+  for (const int64_t head_dim : {32, 64, 128, 176}) {
+    KernelCase c;
+    c.options.mask.causal = true;
+    c.seqlen_q = 70;
+    c.seqlen_k = 600;
+    c.head_dim = head_dim;
+    KernelInputs inputs = make_inputs(c);
+    inputs.v.fill([&](int64_t, int64_t j, int64_t, int64_t d) {
+      return std::ldexp(normal_at(9, static_cast<uint64_t>(j * 256 + d)),
+                        -static_cast<int>(j * 7 % 25));
+    });
+    const KernelResult result = run_kernel(c, inputs.operands(), GetParam());
+    expect_matches_oracle(c, inputs.operands(), result, GetParam());
   }
 }
 

@@ -9,6 +9,10 @@ torch = pytest.importorskip("torch", reason="torch (CPU) is not installed")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 import attn8.transformers as integration  # noqa: E402
 
+# In 4.57 encoders choose among their own attention classes and never ask for a registered one.
+V5 = int(transformers.__version__.split(".")[0]) >= 5
+ENCODER = pytest.mark.skipif(not V5, reason="encoders of transformers 4 take no attention function")
+
 SIZES = {
     "hidden_size": 128,
     "intermediate_size": 256,
@@ -77,7 +81,10 @@ def distance(out, wanted):
 
 
 @pytest.mark.parametrize("side", ["none", "left", "right"])
-@pytest.mark.parametrize("make", [llama, mistral, bert, modernbert])
+@pytest.mark.parametrize(
+    "make",
+    [llama, mistral, pytest.param(bert, marks=ENCODER), pytest.param(modernbert, marks=ENCODER)],
+)
 def test_forward(make, side):
     model, mask = make(), padding(side)
     seen = mask.bool()

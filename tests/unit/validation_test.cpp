@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "attn8/cuda.hpp"
 #include "support/kernel_case.hpp"
 
 namespace attn8::testing {
@@ -104,8 +105,46 @@ TEST(Validation, Context) {
   expect_refused("context.isa is not a value of attn8::Isa",
                  [](Call& c) { c.context = Context::with_isa(static_cast<Isa>(3)); });
   expect_refused(
-      "context.device got cuda, this build has cpu only",
-      [](Call& c) { c.context.device.type = DeviceType::kCuda; }, StatusCode::kUnsupported);
+      "context.device got cuda, attention() allocates no device memory: "
+      "use AttentionPlan with a workspace",
+      [](Call& c) { c.context = Context::cuda(0); }, StatusCode::kUnsupported);
+}
+
+TEST(Validation, CudaDevice) {
+  Call call;
+  const auto plan = [&] {
+    return AttentionPlan::make(call.inputs, call.outputs, call.options, Context::cuda(1)).status();
+  };
+  EXPECT_EQ(plan().message(), "q.device got cpu, wants cuda:1, as the context's");
+  const Device device = {DeviceType::kCuda, 1};
+  call.q_view().device = call.k_view().device = call.v_view().device = device;
+  call.outputs.out.device = call.outputs.lse->device = device;
+  call.k_view().device.index = 0;
+  EXPECT_EQ(plan().message(), "k.device got cuda:0, wants cuda:1, as the context's");
+  call.k_view().device = device;
+  call.options.check_finite = true;
+  EXPECT_EQ(plan().code(), StatusCode::kUnsupported);
+  EXPECT_EQ(plan().message(),
+            "options.check_finite got true, device memory is not read by the host");
+}
+
+TEST(Validation, CudaOfABuildWithoutIt) {
+  const CudaSupport support = cuda_support();
+  if (support.built) GTEST_SKIP() << "this build has CUDA kernels";
+  const std::string reason =
+      "context.device got cuda, this build has no CUDA kernels (CMake: ATTN8_CUDA=ON)";
+  EXPECT_EQ(support.reason, reason);
+  EXPECT_TRUE(support.devices.empty());
+  EXPECT_TRUE(support.kernel_images.empty());
+  Call call;
+  const Device device = {DeviceType::kCuda, 0};
+  call.q_view().device = call.k_view().device = call.v_view().device = device;
+  call.outputs.out.device = call.outputs.lse->device = device;
+  const auto plan = AttentionPlan::make(call.inputs, call.outputs, call.options, Context::cuda(0));
+  EXPECT_EQ(plan.status().code(), StatusCode::kUnavailable);
+  EXPECT_EQ(plan.status().message(), reason);
+  EXPECT_EQ(CudaMemory::allocate(16, 0).status().code(), StatusCode::kUnavailable);
+  EXPECT_EQ(cuda_synchronize(0).code(), StatusCode::kUnavailable);
 }
 
 TEST(Validation, ForcedIsaThatIsMissing) {
@@ -204,7 +243,7 @@ TEST(Validation, TypesAndPointers) {
                  [](Call& c) { c.outputs.out.data = nullptr; });
   expect_refused("lse.data got nullptr, wants [2, 3, 4, 1]",
                  [](Call& c) { c.outputs.lse->data = nullptr; });
-  expect_refused("v.device got cuda, wants cpu, as the context's",
+  expect_refused("v.device got cuda:0, wants cpu, as the context's",
                  [](Call& c) { c.v_view().device.type = DeviceType::kCuda; });
 }
 

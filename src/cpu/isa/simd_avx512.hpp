@@ -66,8 +66,8 @@ ATTN8_INLINE F32 keep_lanes(F32 a, int lo, int hi, F32 other) {
 }
 ATTN8_INLINE float reduce_max(F32 a) { return _mm512_reduce_max_ps(a.v); }
 
-/// 16 numbers rounded to bfloat16 (nearest even); a finite. kNative: by AVX512-BF16, which not every
-/// CPU of this table has, so that the compiler must not use it of its own accord.
+/// 16 numbers rounded to bfloat16 (nearest even); a finite. kNative: by AVX512-BF16, which not
+/// every CPU of this table has, so that the compiler must not use it of its own accord.
 template <bool kNative>
 ATTN8_INLINE void store_bfloat16(std::byte* p, F32 a) {
   __m256i narrow;

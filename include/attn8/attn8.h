@@ -1,0 +1,330 @@
+/* SPDX-FileCopyrightText: The attn8 authors */
+/* SPDX-License-Identifier: Apache-2.0 */
+#ifndef ATTN8_H_
+#define ATTN8_H_
+
+/* The C interface of attn8 (C11): all that C, or a language that calls C, needs. docs/c-abi.md is
+ * its guide; what the functions compute stands with their C++ namesakes.
+ *
+ * Results: a function that returns attn8_status returns ATTN8_OK or says in attn8_last_error() what
+ * was wrong. Arguments are checked before anything is written. No function throws, aborts, prints
+ * or reads the environment.
+ *
+ * Structs: each begins with struct_size, its size as the caller was compiled with, a multiple of 8.
+ * A release appends fields and changes nothing else. Fields beyond a smaller struct_size have their
+ * defaults; bytes beyond the size this library knows must be 0. The _init functions fill in
+ * struct_size and defaults, and never write past the struct_size they are given.
+ *
+ * Threads: every function may be called from any thread. Handles do not change once made, so any
+ * number of threads may use one; only destroying it excludes all other use.
+ *
+ * Lifetime: nothing is kept of what an argument points to once a call returns, except `pool`,
+ * `parallel_for` and `stream` of a context. */
+#include <stddef.h>
+#include <stdint.h>
+
+#ifndef ATTN8_API
+#if defined(_WIN32)
+#define ATTN8_API
+#else
+#define ATTN8_API __attribute__((visibility("default")))
+#endif
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* The enumerations stand in the structs as int32_t. */
+
+typedef int32_t attn8_status;
+enum attn8_status_code {
+  ATTN8_OK = 0,
+  ATTN8_INVALID_ARGUMENT = 1, /* an argument breaks a stated rule; retrying cannot help */
+  ATTN8_UNSUPPORTED = 2,      /* a valid request that no kernel of this library implements */
+  ATTN8_UNAVAILABLE = 3,      /* implemented, but this machine lacks the ISA or the device */
+  ATTN8_OUT_OF_MEMORY = 4,
+  ATTN8_DEVICE_ERROR = 5,
+  ATTN8_INTERNAL = 6 /* a bug in this library */
+};
+
+enum attn8_dtype {
+  ATTN8_FLOAT32 = 0,
+  ATTN8_FLOAT16 = 1,
+  ATTN8_BFLOAT16 = 2,
+  ATTN8_INT8 = 3,
+  ATTN8_INT32 = 4
+};
+
+enum attn8_device_type { ATTN8_CPU = 0, ATTN8_CUDA = 1 };
+
+enum attn8_isa {
+  ATTN8_ISA_BEST = -1, /* the best that this machine runs */
+  ATTN8_ISA_SCALAR = 0,
+  ATTN8_ISA_AVX2 = 1,
+  ATTN8_ISA_AVX512_VNNI = 2
+};
+
+enum attn8_mode {
+  ATTN8_ACCURATE = 0, /* INT8 Q, K, V, P: what users run */
+  ATTN8_PAPER = 1,    /* Algorithm 1 of arXiv:2409.16997 */
+  ATTN8_HALF = 2,     /* INT8 scores; P and V in bfloat16 */
+  ATTN8_EXACT = 3,    /* float32 */
+  ATTN8_FP8 = 4       /* in software, for error studies */
+};
+
+/* Which elements share a scale; shapes of scale in attn8_scale_shape(). */
+enum attn8_granularity {
+  ATTN8_PER_TOKEN = 0,
+  ATTN8_PER_TENSOR = 1,
+  ATTN8_PER_CHANNEL = 2,
+  ATTN8_PER_BLOCK = 3,
+  ATTN8_PER_BLOCK_CHANNEL = 4
+};
+
+/* What attn8_quantize() does with the mean over the tokens of each (batch, head). */
+enum attn8_mean { ATTN8_MEAN_NONE = 0, ATTN8_MEAN_COMPUTE = 1, ATTN8_MEAN_GIVEN = 2 };
+
+/* The diagonal that causal masks and windows are measured from when seqlen_q != seqlen_k:
+ * flash-attn's or torch SDPA's. */
+enum attn8_causal_align { ATTN8_BOTTOM_RIGHT = 0, ATTN8_TOP_LEFT = 1 };
+
+enum attn8_fp8_format { ATTN8_FP8_E4M3_TENSOR = 0, ATTN8_FP8_E5M2_RAW = 1 };
+
+/* "0.1.0" */
+ATTN8_API const char* attn8_version(void);
+
+/* One line that says what was wrong with this thread's last call that returned an attn8_status; ""
+ * when that call succeeded. Never NULL. It belongs to the library, until the thread's next call. */
+ATTN8_API const char* attn8_last_error(void);
+
+/* "Ok", "InvalidArgument", ...; "?" for any other number. */
+ATTN8_API const char* attn8_status_name(attn8_status status);
+
+/* Instruction sets with kernels of their own: attn8_isa_count() of them, best first. Strings are
+ * static; a pointer that is NULL is not written to.
+ *   isa        of enum attn8_isa
+ *   available  1 when this build has it and this machine runs it, else 0
+ *   name       "avx512_vnni"
+ *   reason     why it is not available; "" when it is */
+ATTN8_API size_t attn8_isa_count(void);
+ATTN8_API attn8_status attn8_isa_at(size_t index, int32_t* isa, int32_t* available,
+                                    const char** name, const char** reason);
+
+/* tensors */
+
+struct attn8_quantization;
+
+/* Non-owning tensor of rank 4. shape and strides are in the order [batch, seq, head, dim]; strides
+ * count elements, the memory order is free. data may be NULL where an extent is 0; the data of
+ * inputs is only read. */
+typedef struct attn8_tensor {
+  uint32_t struct_size;
+  int32_t dtype;
+  int32_t device_type;
+  int32_t device_index;
+  void* data;
+  int64_t shape[4];
+  int64_t strides[4];
+  /* Set on an int8 input that stands for codes * scale (+ mean); NULL on every other tensor. */
+  const struct attn8_quantization* quantization;
+} attn8_tensor;
+
+/* What belongs to the codes of a quantized tensor. */
+typedef struct attn8_quantization {
+  uint32_t struct_size;
+  int32_t granularity;
+  int32_t block;    /* tokens per block, > 0; read with ATTN8_PER_BLOCK and _PER_BLOCK_CHANNEL */
+  int32_t reserved; /* 0 */
+  const attn8_tensor* scale; /* float32, shape of attn8_scale_shape() */
+  const attn8_tensor* mean;  /* K only, may be NULL: [batch, 1, head, dim] float32, what was
+                                subtracted before quantizing */
+} attn8_quantization;
+
+/* Fill in a tensor of dense memory on the CPU in the order [batch, seq, head, dim] or
+ * [batch, head, seq, dim]; `shape` is [batch, seq, head, dim] for both. struct_size:
+ * sizeof(attn8_tensor). */
+ATTN8_API attn8_status attn8_tensor_bshd(attn8_tensor* tensor, uint32_t struct_size,
+                                         const void* data, int32_t dtype, const int64_t shape[4]);
+ATTN8_API attn8_status attn8_tensor_bhsd(attn8_tensor* tensor, uint32_t struct_size,
+                                         const void* data, int32_t dtype, const int64_t shape[4]);
+
+/* PER_TOKEN, no scale yet. struct_size: sizeof(attn8_quantization). */
+ATTN8_API attn8_status attn8_quantization_init(attn8_quantization* quantization,
+                                               uint32_t struct_size);
+
+/* context */
+
+/* Runs body(argument, i) for every i in [0, count), in any order, on any threads, and returns when
+ * all are done. Must not throw. */
+typedef void (*attn8_parallel_for)(void* pool, int64_t count,
+                                   void (*body)(void* argument, int64_t i), void* argument);
+
+typedef struct attn8_context_params {
+  uint32_t struct_size;
+  int32_t threads; /* default 1; tasks that may run at the same time; never changes results */
+  int32_t isa;     /* default ATTN8_ISA_BEST */
+  int32_t device_type;
+  int32_t device_index;
+  int32_t reserved;                /* 0 */
+  attn8_parallel_for parallel_for; /* default NULL: OpenMP */
+  void* pool;                      /* first argument of parallel_for */
+  void* stream; /* cudaStream_t of runs on ATTN8_CUDA; default NULL: the default stream */
+} attn8_context_params;
+
+/* Where and how calls run. A NULL context: the CPU, the best ISA, the calling thread only. Plans
+ * run on both devices, all other functions on the CPU. */
+typedef struct attn8_context attn8_context;
+
+ATTN8_API attn8_status attn8_context_params_init(attn8_context_params* params,
+                                                 uint32_t struct_size);
+/* params NULL: defaults. On failure *context is NULL. */
+ATTN8_API attn8_status attn8_context_create(const attn8_context_params* params,
+                                            attn8_context** context);
+/* NULL does nothing. */
+ATTN8_API void attn8_context_destroy(attn8_context* context);
+
+/* quantization */
+
+/* Shape of the scales of a tensor of this shape, blocks = ceil(seq / block):
+ *   PER_TOKEN          [batch, seq, head, 1]
+ *   PER_TENSOR         [batch, 1, head, 1]
+ *   PER_CHANNEL        [batch, 1, head, dim]
+ *   PER_BLOCK          [batch, blocks, head, 1]
+ *   PER_BLOCK_CHANNEL  [batch, blocks, head, dim] */
+ATTN8_API attn8_status attn8_scale_shape(const int64_t x_shape[4], int32_t granularity,
+                                         int32_t block, int64_t shape[4]);
+
+typedef struct attn8_quantize_params {
+  uint32_t struct_size;
+  int32_t granularity; /* default PER_TOKEN */
+  int32_t block;       /* default 0 */
+  int32_t mean_use;    /* default ATTN8_MEAN_NONE */
+} attn8_quantize_params;
+
+ATTN8_API attn8_status attn8_quantize_params_init(attn8_quantize_params* params,
+                                                  uint32_t struct_size);
+/* codes = round-half-even(x / scale) in [-127, 127], scale = max|group| / 127: attn8::quantize().
+ *   x      [batch, seq, head, dim] float32, float16 or bfloat16
+ *   codes  the same shape, int8; scale float32, shape of attn8_scale_shape()
+ *   mean   [batch, 1, head, dim] float32; written with MEAN_COMPUTE, read with MEAN_GIVEN, else
+ *          NULL
+ *   params NULL: defaults */
+ATTN8_API attn8_status attn8_quantize(const attn8_tensor* x, const attn8_tensor* codes,
+                                      const attn8_tensor* scale, const attn8_tensor* mean,
+                                      const attn8_quantize_params* params,
+                                      const attn8_context* context);
+/* out = codes * scale (+ mean) for an x with quantization set; out is a float tensor. */
+ATTN8_API attn8_status attn8_dequantize(const attn8_tensor* x, const attn8_tensor* out,
+                                        const attn8_context* context);
+
+/* attention */
+
+typedef struct attn8_attention_params {
+  uint32_t struct_size;
+  int32_t mode;              /* default ATTN8_ACCURATE */
+  int32_t has_softmax_scale; /* default 0: 1 / sqrt(head_dim) */
+  float softmax_scale;       /* finite; read when has_softmax_scale */
+  int32_t causal;            /* default 0 */
+  int32_t causal_align;      /* default ATTN8_BOTTOM_RIGHT */
+  int64_t window_left;       /* default -1: unlimited */
+  int64_t window_right;      /* default -1: unlimited */
+  int32_t kv_block;          /* default 0: the library's; else a multiple of 64 in [64, 512] */
+  int32_t v_granularity;     /* default PER_TOKEN; of a float V in ACCURATE */
+  int32_t smooth_k;          /* default 1: subtract the mean of a float K */
+  int32_t check_finite;      /* default 0; else a NaN or an Inf of a float input is an error */
+  int32_t fp8_format;        /* default ATTN8_FP8_E4M3_TENSOR */
+  int32_t reserved;          /* 0 */
+} attn8_attention_params;
+
+ATTN8_API attn8_status attn8_attention_params_init(attn8_attention_params* params,
+                                                   uint32_t struct_size);
+
+/* Quantizes what is float, and computes softmax(softmax_scale Q K^T) V: attn8::attention().
+ *   q    [batch, seqlen_q, nheads_q, head_dim]; k, v [batch, seqlen_k, nheads_k, head_dim];
+ *        float32, float16, bfloat16, or int8 with quantization set
+ *   out  as q, float32, float16 or bfloat16; may not overlap an input
+ *   lse  [batch, seqlen_q, nheads_q, 1] float32; NULL: not wanted
+ *   params, context NULL: defaults */
+ATTN8_API attn8_status attn8_attention(const attn8_tensor* q, const attn8_tensor* k,
+                                       const attn8_tensor* v, const attn8_tensor* out,
+                                       const attn8_tensor* lse,
+                                       const attn8_attention_params* params,
+                                       const attn8_context* context);
+
+/* A problem checked once, to be run many times without allocating. Made from tensors whose data
+ * need only be non-NULL; runs may bring other data and strides, not other shapes and dtypes. */
+typedef struct attn8_plan attn8_plan;
+
+/* On failure *plan is NULL. A plan outlives its context. */
+ATTN8_API attn8_status attn8_plan_create(const attn8_tensor* q, const attn8_tensor* k,
+                                         const attn8_tensor* v, const attn8_tensor* out,
+                                         const attn8_tensor* lse,
+                                         const attn8_attention_params* params,
+                                         const attn8_context* context, attn8_plan** plan);
+/* NULL does nothing. */
+ATTN8_API void attn8_plan_destroy(attn8_plan* plan);
+
+/* Properties of a plan; for NULL 0, "" and -1. */
+ATTN8_API size_t attn8_plan_workspace_bytes(const attn8_plan* plan);
+ATTN8_API const char* attn8_plan_kernel(const attn8_plan* plan); /* lives as long as the plan */
+ATTN8_API int32_t attn8_plan_isa(const attn8_plan* plan);
+ATTN8_API int32_t attn8_plan_kv_block(const attn8_plan* plan);
+ATTN8_API int32_t attn8_plan_v_granularity(const attn8_plan* plan);
+
+/* Wall-clock times of one run. */
+typedef struct attn8_run_times {
+  uint32_t struct_size; /* set before the call */
+  int32_t reserved;     /* 0 */
+  double quantize_ms;   /* quantizing, smoothing and packing K and V */
+  double attention_ms;  /* everything after */
+} attn8_run_times;
+
+/* workspace: attn8_plan_workspace_bytes() bytes, 64-byte aligned, not shared with a concurrent run;
+ * on ATTN8_CUDA device memory, 256-byte aligned, and the work is only enqueued. times NULL: not
+ * wanted. */
+ATTN8_API attn8_status attn8_plan_run(const attn8_plan* plan, const attn8_tensor* q,
+                                      const attn8_tensor* k, const attn8_tensor* v,
+                                      const attn8_tensor* out, const attn8_tensor* lse,
+                                      void* workspace, size_t workspace_bytes,
+                                      attn8_run_times* times);
+
+/* Merges attention over disjoint sets of keys into that over all: attn8::merge_states().
+ *   outs, lses  `count` tensors each: what attn8_attention() wrote for the parts
+ *   out, lse    as of attn8_attention(); may be tensors of a part; lse NULL: not wanted */
+ATTN8_API attn8_status attn8_merge_states(const attn8_tensor* const* outs,
+                                          const attn8_tensor* const* lses, size_t count,
+                                          const attn8_tensor* out, const attn8_tensor* lse,
+                                          const attn8_context* context);
+
+/* checking */
+
+/* softmax(softmax_scale Q K^T) V in float64 with plain loops; slow. Of params, only softmax_scale
+ * and the mask count.
+ *   q, k, v  float tensors
+ *   out      [batch, seqlen_q, nheads_q, head_dim] dense, out_count doubles
+ *   lse      [batch, seqlen_q, nheads_q] dense, lse_count doubles; or NULL and 0 */
+ATTN8_API attn8_status attn8_reference_attention(const attn8_tensor* q, const attn8_tensor* k,
+                                                 const attn8_tensor* v,
+                                                 const attn8_attention_params* params, double* out,
+                                                 size_t out_count, double* lse, size_t lse_count);
+
+/* Error of `count` doubles against as many of a reference. */
+typedef struct attn8_error_report {
+  uint32_t struct_size; /* set before the call */
+  int32_t reserved;     /* 0 */
+  double rel_l2;        /* ||o - r|| / ||r|| */
+  double mean_rel;      /* mean|o - r| / mean|r| */
+  double max_abs;       /* max|o - r| */
+  double cosine;        /* o.r / (||o|| ||r||) */
+  double mre;           /* mean(|o - r| / (|r| + 1e-5)) */
+} attn8_error_report;
+
+ATTN8_API attn8_status attn8_compare(const double* out, const double* reference, size_t count,
+                                     attn8_error_report* report);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif /* ATTN8_H_ */
