@@ -47,7 +47,7 @@ class Worker:
             text=True,
         )
         first = self.answer()
-        self.library: str = first.get("library", module)
+        self.peer: str = first.get("library", module)
         self.variants: list[str] = first.get("variants", [])
         self.missing: dict[str, str] = first.get("missing", {})
 
@@ -98,7 +98,7 @@ def measure(case: Case, threads: int, rounds: int) -> tuple[list[Record], list[R
                     {
                         "case": case.name,
                         "threads": threads,
-                        "library": worker.library,
+                        "library": worker.peer,
                         "variant": variant,
                         "why": why,
                     }
@@ -114,7 +114,7 @@ def measure(case: Case, threads: int, rounds: int) -> tuple[list[Record], list[R
                             ],
                             "causal": case.causal,
                             "threads": threads,
-                            "library": worker.library,
+                            "library": worker.peer,
                             "variant": variant,
                             "rel_l2": relative_l2(rows, exact),
                         }
@@ -128,7 +128,7 @@ def measure(case: Case, threads: int, rounds: int) -> tuple[list[Record], list[R
 
 def take_turns(case: Case, workers: list[Worker], records: list[Record], rounds: int) -> None:
     """Add the times to `records`, which are in the order of the workers' variants."""
-    by_library = {worker.library: worker for worker in workers}
+    by_library = {worker.peer: worker for worker in workers}
     ours = by_library[OURS[0]]
     times: list[list[float]] = [[] for _ in records]
     prepare: list[list[float]] = [[] for _ in records]

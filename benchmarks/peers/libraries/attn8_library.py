@@ -55,7 +55,7 @@ class PlannedAttention:
     """A plan over fixed tensors. Tells apart the time of quantizing and of attention."""
 
     def __init__(self, problem: Problem, mode: str, dtype: str) -> None:
-        self.library = load()
+        self.native = load()
         case = problem.case
         self.tensors = [
             to_bfloat16(x) if dtype == "bfloat16" else x for x in (problem.q, problem.k, problem.v)
@@ -75,7 +75,7 @@ class PlannedAttention:
         )
         error = ctypes.create_string_buffer(512)
         pointers = [ctypes.c_void_p(x.ctypes.data) for x in (*self.tensors, self.result)]
-        self.handle = self.library.attn8_peers_make(
+        self.handle = self.native.attn8_peers_make(
             ctypes.byref(shape), *pointers, error, ctypes.c_size_t(len(error))
         )
         if not self.handle:
@@ -84,7 +84,7 @@ class PlannedAttention:
         self.attention_ms = ctypes.c_double()  # what attn8_peers_run wants a place for
 
     def run(self) -> float:
-        if self.library.attn8_peers_run(
+        if self.native.attn8_peers_run(
             self.handle, ctypes.byref(self.quantize_ms), ctypes.byref(self.attention_ms)
         ):
             raise RuntimeError("attn8_peers_run failed")
