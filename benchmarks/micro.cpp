@@ -1,15 +1,17 @@
 // SPDX-FileCopyrightText: The attn8 authors
 // SPDX-License-Identifier: Apache-2.0
 //
-// Micro-benchmarks of quantize() and attention, each on every instruction set of this machine, one
-// thread. For speed against the machine's peak, see `attn8 bench`.
+// Micro-benchmarks of quantize(), attention and the KV cache, each on every instruction set of this
+// machine, one thread. For speed against the machine's peak, see `attn8 bench`.
 #include <benchmark/benchmark.h>
 
+#include <chrono>
 #include <cstddef>
 #include <new>
 #include <optional>
 #include <random>
 #include <string>
+#include <variant>
 #include <vector>
 
 #include "attn8/attn8.hpp"
@@ -99,6 +101,75 @@ void attend(benchmark::State& state, attn8::Isa isa, attn8::Mode mode, bool caus
   state.counters["gops"] = 4e-6 * pairs * static_cast<double>(shape[3]) * runs / attention_ms;
 }
 
+/// One query per query head against a long sequence, from the pages of a cache or from what a plan
+/// packed; the time of the attention alone, in both cases right after K and V were packed.
+void decode(benchmark::State& state, attn8::Isa isa, bool paged) {
+  constexpr int64_t kHeadsK = 8;
+  constexpr int64_t kHeadDim = 128;
+  const Extents q_shape = {1, 1, state.range(1) * kHeadsK, kHeadDim};
+  const Extents k_shape = {1, state.range(0), kHeadsK, kHeadDim};
+  const std::vector<float> q = normal_tensor(q_shape, 1);
+  const std::vector<float> k = normal_tensor(k_shape, 2);
+  const std::vector<float> v = normal_tensor(k_shape, 3);
+  std::vector<float> out(q.size());
+  const attn8::AttentionInputs inputs = {.q = attn8::bshd(q.data(), DType::kFloat32, q_shape),
+                                         .k = attn8::bshd(k.data(), DType::kFloat32, k_shape),
+                                         .v = attn8::bshd(v.data(), DType::kFloat32, k_shape)};
+  const attn8::AttentionOutputs outputs = {.out =
+                                               attn8::bshd(out.data(), DType::kFloat32, q_shape)};
+  const attn8::Context context = attn8::Context::with_isa(isa);
+  attn8::Status status;
+  if (paged) {
+    auto cache = attn8::KvCache::make(
+        {.nheads_k = kHeadsK, .head_dim = kHeadDim, .max_pages = state.range(0) / 256 + 1});
+    const auto sequence = cache.value().create();
+    const std::vector<int32_t> cu_seqlens_q = {0, 1};
+    for (auto _ : state) {
+      status = cache.value().truncate(sequence.value(), 0);
+      if (!status.ok()) break;
+      status = cache.value().append(sequence.value(), std::get<attn8::ConstTensorView>(inputs.k),
+                                    std::get<attn8::ConstTensorView>(inputs.v), context);
+      if (!status.ok()) break;
+      const auto start = std::chrono::steady_clock::now();
+      status = cache.value().attend({&sequence.value(), 1}, inputs.q, cu_seqlens_q, outputs, {},
+                                    context);
+      const std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - start;
+      state.SetIterationTime(elapsed.count());
+      if (!status.ok()) break;
+    }
+  } else {
+    const auto plan = attn8::AttentionPlan::make(inputs, outputs, {}, context);
+    const size_t bytes = plan.value().workspace_bytes();
+    auto* workspace = static_cast<std::byte*>(::operator new(bytes, kWorkspaceAlignment));
+    attn8::RunTimes times;
+    for (auto _ : state) {
+      status = plan.value().run(inputs, outputs, {workspace, bytes}, &times);
+      state.SetIterationTime(times.attention_ms / 1e3);
+      if (!status.ok()) break;
+    }
+    ::operator delete(workspace, kWorkspaceAlignment);
+  }
+  if (!status.ok()) state.SkipWithError(status.message().c_str());
+}
+
+/// Appends one token to a sequence of a cache, from a page boundary on.
+void append(benchmark::State& state, attn8::Isa isa) {
+  const Extents shape = {1, 1, 8, 128};
+  const std::vector<float> k = normal_tensor(shape, 2);
+  const attn8::ConstTensorView view = attn8::bshd(k.data(), DType::kFloat32, shape);
+  const attn8::Context context = attn8::Context::with_isa(isa);
+  auto cache =
+      attn8::KvCache::make({.nheads_k = 8, .head_dim = 128, .max_pages = 64, .smooth_k = false});
+  const auto sequence = cache.value().create();
+  attn8::Status status;
+  for (auto _ : state) {
+    if (cache.value().usage().pages_free == 0) status = cache.value().truncate(sequence.value(), 0);
+    status = cache.value().append(sequence.value(), view, view, context);
+    if (!status.ok()) break;
+  }
+  if (!status.ok()) state.SkipWithError(status.message().c_str());
+}
+
 void register_all() {
   using attn8::Granularity;
   using attn8::Mean;
@@ -116,6 +187,15 @@ void register_all() {
     add_quantize("quantize_token_smooth", Granularity::kToken, Mean::kCompute);
     add_quantize("quantize_tensor", Granularity::kTensor, Mean::kNone);
     add_quantize("quantize_channel", Granularity::kChannel, Mean::kNone);
+    for (const bool paged : {false, true}) {
+      const std::string name = (paged ? "decode_pages" : "decode_contiguous") + suffix;
+      benchmark::RegisterBenchmark(name.c_str(), decode, isa, paged)
+          ->ArgsProduct({{4096, 32768}, {1, 4}})
+          ->UseManualTime()
+          ->Unit(benchmark::kMicrosecond);
+    }
+    benchmark::RegisterBenchmark(("append_token" + suffix).c_str(), append, isa)
+        ->Unit(benchmark::kMicrosecond);
     for (const Mode mode : {Mode::kAccurate, Mode::kPaper, Mode::kHalf, Mode::kExact}) {
       for (const bool causal : {false, true}) {
         const std::string name =
