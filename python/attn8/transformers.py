@@ -20,8 +20,8 @@ from transformers.masking_utils import AttentionMaskInterface, causal_mask_funct
 
 from attn8.errors import UnsupportedError
 from attn8.functional import attention
-from attn8.int8_cache import Int8Cache, quantized_of
-from attn8.key_ranges import KeyRange, attend_ranges
+from attn8.int8_cache import Int8Cache, layer_of
+from attn8.padding import KeyRange, attend_ranges
 
 __all__ = ["Int8Cache", "attention_function", "register"]
 
@@ -205,22 +205,29 @@ def _attention(
     seqlen_q, seqlen_k = query.shape[2], key.shape[2]
     if causal and seqlen_q > seqlen_k:
         raise ValueError(f"key: got {seqlen_k} tokens, want at least the {seqlen_q} of query")
-    k, v = quantized_of(key, value)
-    common: dict[str, Any] = {"softmax_scale": scaling, "mode": mode, "layout": "bshd"}
     # A single query sees all keys whatever the diagonal.
-    common["causal"] = causal and seqlen_q > 1
-    common["window_size"] = window
+    mask: dict[str, Any] = {"causal": causal and seqlen_q > 1, "window_size": window}
     if seqlen_q == 1 and causal:
-        common["window_size"] = (window[0], -1)
-    q = query.transpose(1, 2)
-    if attention_mask is None:
-        return attention(q, k, v, **common), None
-    ranges = _ranges(attention_mask)
-    if attention_mask.shape[1] != seqlen_k:
-        raise ValueError(
-            f"attention_mask: got {attention_mask.shape[1]} tokens, want {seqlen_k}, as key"
-        )
-    return attend_ranges(q, k, v, ranges, **common), None
+        mask["window_size"] = (window[0], -1)
+    ranges = None
+    if attention_mask is not None:
+        if attention_mask.shape[1] != seqlen_k:
+            raise ValueError(
+                f"attention_mask: got {attention_mask.shape[1]} tokens, want {seqlen_k}, as key"
+            )
+        ranges = _ranges(attention_mask)
+    layer = layer_of(key, value)
+    if layer is not None:
+        if mode != "accurate":
+            raise UnsupportedError(
+                f"past_key_values: got an Int8Cache with mode {mode}, want accurate"
+            )
+        return layer.attend(query, ranges, softmax_scale=scaling, **mask), None
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    common: dict[str, Any] = {"softmax_scale": scaling, "mode": mode, "layout": "bshd"}
+    if ranges is None:
+        return attention(q, k, v, **common, **mask), None
+    return attend_ranges(q, k, v, ranges, **common, **mask), None
 
 
 def attention_function(mode: str = "accurate") -> Callable[..., tuple[torch.Tensor, None]]:
