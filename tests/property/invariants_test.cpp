@@ -46,7 +46,7 @@ TEST(Invariants, IsasAgreeBitForBit) {
         c.options.v_granularity = granularity;
         const KernelInputs inputs = make_inputs(c);
         const KernelResult scalar = run_kernel(c, inputs.operands(), Isa::kScalar);
-        for (const Isa isa : {Isa::kAvx2, Isa::kAvx512Vnni}) {
+        for (const Isa isa : {Isa::kAvx2, Isa::kAvxVnni, Isa::kAvx512Vnni}) {
           const KernelResult other = run_kernel(c, inputs.operands(), isa);
           ASSERT_EQ(scalar.out.bytes(), other.out.bytes()) << to_string(isa) << " " << c.name();
           ASSERT_EQ(scalar.lse.bytes(), other.lse.bytes()) << to_string(isa) << " " << c.name();
