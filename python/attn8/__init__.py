@@ -14,6 +14,7 @@ from attn8.interfaces import (
 )
 from attn8.kv_cache import KVCache, KVCacheUsage, KVSequence
 from attn8.quantization import QuantizedTensor, dequantize, quantize
+from attn8.rotation import rotate
 from attn8.runtime import get_num_threads, info, set_num_threads
 
 __version__ = _version()
@@ -35,6 +36,7 @@ __all__ = [
     "merge_states",
     "quantize",
     "reference",
+    "rotate",
     "scaled_dot_product_attention",
     "set_num_threads",
 ]

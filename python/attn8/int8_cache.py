@@ -16,6 +16,7 @@ from attn8.arrays import without_grad
 from attn8.errors import UnsupportedError
 from attn8.kv_cache import KVCache
 from attn8.padding import KeyRange, query_range
+from attn8.rotation import rotate
 
 Window = tuple[int, int]
 
@@ -72,11 +73,12 @@ class _Row:
 class _Pages:
     """The pages of the layers of one cache; layers whose heads have the same shape share them."""
 
-    def __init__(self, max_bytes: int | None, page_size: int) -> None:
+    def __init__(self, max_bytes: int | None, page_size: int, rotated: bool) -> None:
         if max_bytes is None:
             max_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
         self.max_bytes = max_bytes
         self.page_size = page_size
+        self.rotated = rotated
         self.pools: dict[tuple[int, int], KVCache] = {}
 
     def __deepcopy__(self, _memo: Any) -> _Pages:
@@ -165,8 +167,11 @@ class _Int8Layer(DynamicLayer):  # type: ignore[misc]
             if new > 0:
                 last = ranges[i][1] - start
                 k, v = (x[i, :, last - new : last].transpose(0, 1) for x in self.waiting)
-                row.pages.append(row.sequence, k, v)
+                row.pages.append(row.sequence, self._rotated(k), v)
         self.waiting = None
+
+    def _rotated(self, x: torch.Tensor) -> torch.Tensor:
+        return rotate(x) if self.shared_pages.rotated else x
 
     def _expose(self) -> None:
         """Make keys and values stand-ins that know this layer."""
@@ -207,11 +212,11 @@ class _Int8Layer(DynamicLayer):  # type: ignore[misc]
         pages = self.rows[0].pages
         names = [row.sequence for row in self.rows]
         mask: dict[str, Any] = {"causal": causal, "window_size": window_size}
-        q = query.transpose(1, 2)
+        q = self._rotated(query.transpose(1, 2))
         if list(seen) == whole:
             packed = q.reshape(batch * seqlen_q, heads, dim)
             out: torch.Tensor = pages.attend(names, packed, **mask, **options)
-            return out.view(q.shape)
+            return out.view(q.shape).to(query.dtype)
         masked = causal or window_size != (-1, -1)
         spans = [query_range(keys, seqlen_q, self.tokens, masked) for keys in seen]
         starts = torch.tensor([0, *(last - first for first, last in spans)], dtype=torch.int32)
@@ -222,7 +227,7 @@ class _Int8Layer(DynamicLayer):  # type: ignore[misc]
         for i, (first, last) in enumerate(spans):
             out[i, first:last] = found[at : at + last - first]
             at += last - first
-        return out
+        return out.to(query.dtype)
 
     def get_seq_length(self, *_args: Any) -> int:
         return self.tokens
@@ -273,12 +278,21 @@ class Int8Cache(Cache):  # type: ignore[misc]
         becomes memory page by page as tokens arrive.
     page_size : int
         Tokens per page, as for :class:`attn8.KVCache`. A sequence takes whole pages.
+    rotate : bool
+        Store K, and look it up with q, as :func:`attn8.rotate` has them: finer codes.
     """
 
     def __init__(
-        self, *_args: Any, max_bytes: int | None = None, page_size: int = 0, **_options: Any
+        self,
+        *_args: Any,
+        max_bytes: int | None = None,
+        page_size: int = 0,
+        rotate: bool = True,
+        **_options: Any,
     ) -> None:
-        self.pages = _Pages(max_bytes, page_size)
+        if not isinstance(rotate, bool):
+            raise TypeError(f"rotate: got {type(rotate).__name__}, want a bool")
+        self.pages = _Pages(max_bytes, page_size, rotate)
         super().__init__(layer_class_to_replicate=functools.partial(_Int8Layer, self.pages))
 
     @property

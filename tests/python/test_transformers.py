@@ -348,7 +348,26 @@ def test_codes_without_a_cache():
         integration._attention(torch.nn.Module(), torch.zeros(1, 2, 4, 8), codes, codes, None)
 
 
+def test_rotation_is_a_choice():
+    model = llama()
+    integration.register("attn8-plain", rotate=False)
+    wanted = forward(model, "sdpa", input_ids=ids())
+    rotated, plain = (forward(model, n, input_ids=ids()) for n in ("attn8", "attn8-plain"))
+    assert not torch.equal(rotated, plain)
+    assert distance(plain, wanted) < 0.02
+    outs = []
+    for rotate in (True, False):
+        cache = integration.Int8Cache(rotate=rotate)
+        outs.append(forward(model, "attn8", input_ids=ids(), past_key_values=cache))
+        assert distance(outs[-1], wanted) < 0.02
+    assert not torch.equal(*outs)
+
+
 def test_register_checks_its_arguments():
+    with pytest.raises(TypeError, match="rotate: got int, want a bool"):
+        integration.register(rotate=1)
+    with pytest.raises(TypeError, match="rotate: got int, want a bool"):
+        integration.Int8Cache(rotate=1)
     with pytest.raises(ValueError, match="mode: got 'best', want accurate"):
         integration.register(mode="best")
     with pytest.raises(TypeError, match="name: got ''"):

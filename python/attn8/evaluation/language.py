@@ -21,8 +21,12 @@ from attn8.transformers import Int8Cache, attention_function, register
 Progress = Callable[[Iterable[Any], str], Iterable[Any]]
 """Wraps what is iterated over, with a label: a progress bar, or nothing."""
 
-MODES = ("exact", "half", "accurate", "paper", "fp8")
 _ROWS = 256  # of logits at a time: 256 rows of 49152 floats are 50 MB
+
+
+def _options(mode: str) -> dict[str, Any]:
+    name, _, plain = mode.partition("-")  # "accurate-plain": q and k not rotated
+    return {"mode": name, "rotate": not plain}
 
 
 def implementation(mode: str) -> str:
@@ -30,7 +34,7 @@ def implementation(mode: str) -> str:
     if mode == "float":
         return "sdpa"
     name = f"attn8-{mode}"
-    register(name, mode=mode)
+    register(name, **_options(mode))
     return name
 
 
@@ -161,7 +165,7 @@ def _with_layers(
     global _replaced, _replacement
     AttentionInterface.register("attn8-some-layers", _some_layers)
     AttentionMaskInterface.register("attn8-some-layers", _no_mask)
-    _replaced, _replacement = frozenset(layers), attention_function(mode)
+    _replaced, _replacement = frozenset(layers), attention_function(**_options(mode))
     model.set_attn_implementation("attn8-some-layers")
     with torch.inference_mode():
         out = model.model(ids, use_cache=False, output_hidden_states=True)
