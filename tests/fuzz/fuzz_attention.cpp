@@ -145,7 +145,8 @@ OperandMemory read_operand(ByteReader& bytes, const Extents& shape, const Attent
   memory.scale = Tensor(DType::kFloat32, scale_shape(shape, spec), read_memory(bytes));
   memory.mean = Tensor(DType::kFloat32, {shape[0], 1, shape[2], shape[3]});
   memory.with_mean = name == 'k' && bytes.one_in(2);
-  const bool by_library = bytes.one_in(2) && shape[0] * shape[1] * shape[2] > 0;
+  const bool by_library =
+      bytes.one_in(2) && (spec.block > 0 || spec.granularity < Granularity::kBlock);
   if (by_library) {
     const Status status =
         quantize(memory.floats.view(), spec, memory.codes.view(), memory.scale.view(), Context(),

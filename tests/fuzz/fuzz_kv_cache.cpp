@@ -108,11 +108,11 @@ class Life {
     append(live_.back());
   }
 
-  /// Values up to 2^15 apart, so that no token of V lies 2^16 below another (docs/kv-cache.md), now
-  /// and then a zero token, and now and then a NaN, an Inf, a huge or a denormal number.
+  /// Values of 1 to 5 times a power of two up to 2^12, so that no token of V lies 2^16 below
+  /// another (docs/kv-cache.md), now and then a zero token, a NaN or an Inf.
   Tensor tokens(int64_t count) {
     const uint64_t seed = bytes_.byte();
-    const int spread = bytes_.pick({0, 0, 4, 14});
+    const int spread = bytes_.pick({0, 0, 4, 12});
     Tensor x(bytes_.pick({DType::kFloat32, DType::kFloat32, DType::kFloat16, DType::kBFloat16}),
              {1, count, heads_, dim_},
              bytes_.pick({Memory::kBshd, Memory::kBshd, Memory::kBhsd, Memory::kStrided,
@@ -120,7 +120,9 @@ class Life {
     x.fill([&](int64_t, int64_t s, int64_t h, int64_t d) {
       const auto index = static_cast<uint64_t>((s * 7 + h) * 257 + d);
       if (spread > 0 && (s + h) % 11 == 5) return 0.0;
-      return std::ldexp(value_at(seed, index), static_cast<int>(s + h) * 5 % (spread + 1));
+      const double value = value_at(seed, index);
+      return std::ldexp(value + std::copysign(1.0, value),
+                        static_cast<int>(s + h) * 5 % (spread + 1));
     });
     if (count > 0 && bytes_.one_in(8)) {
       const double special = bytes_.pick({std::nan(""), std::numeric_limits<double>::infinity(),
