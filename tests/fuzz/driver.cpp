@@ -12,7 +12,6 @@
 #include <algorithm>
 #include <chrono>
 #include <csignal>
-#include <cstdlib>
 #include <fstream>
 #include <iterator>
 #include <random>
@@ -172,11 +171,6 @@ void fuzz(const Options& options) {
 }
 
 }  // namespace
-
-void finding(const std::string& what) {
-  fmt::print(stderr, "finding: {}\n", what);
-  std::abort();
-}
 
 }  // namespace attn8::fuzz
 

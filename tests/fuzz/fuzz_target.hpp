@@ -3,6 +3,8 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <cstdio>
+#include <cstdlib>
 #include <initializer_list>
 #include <string>
 #include <vector>
@@ -19,7 +21,10 @@ using Bytes = std::vector<uint8_t>;
 std::vector<Bytes> seeds();
 
 /// Prints what is wrong and aborts: the driver, or libFuzzer, keeps the bytes.
-[[noreturn]] void finding(const std::string& what);
+[[noreturn]] inline void finding(const std::string& what) {
+  std::fprintf(stderr, "finding: %s\n", what.c_str());
+  std::abort();
+}
 
 inline void expect(bool holds, const std::string& what) {
   if (!holds) finding(what);
