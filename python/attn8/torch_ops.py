@@ -3,7 +3,8 @@
 """attn8 inside PyTorch: operators that torch.compile and torch.export understand, SDPA's routing.
 
 Importing this module registers ``torch.ops.attn8.attention``, ``attention_quantized`` and
-``rotate``; :func:`attn8.attention` calls them by itself while torch traces. Nothing of torch is patched.
+``rotate``; :func:`attn8.attention` calls them by itself while torch traces. Nothing of torch is
+patched.
 """
 
 from __future__ import annotations
