@@ -24,12 +24,10 @@ inline std::byte* element(const TensorView& view, int64_t batch, int64_t seq, in
 /// n elements, from `dim` on, of `count` tokens of a head.
 inline RowSpan token_rows(const ConstTensorView& view, int64_t batch, int64_t seq, int64_t count,
                           int64_t head, int64_t dim, int64_t n) noexcept {
-  return {element(view, batch, seq, head, dim),
-          view.dtype,
-          view.strides[1] * static_cast<int64_t>(dtype_bytes(view.dtype)),
-          count,
-          view.strides[3],
-          static_cast<int>(n)};
+  return {element(view, batch, seq, head, dim), view.dtype,
+          // The stride of a single token may be anything.
+          count > 1 ? view.strides[1] * static_cast<int64_t>(dtype_bytes(view.dtype)) : 0, count,
+          view.strides[3], static_cast<int>(n)};
 }
 inline float float_at(const ConstTensorView& view, int64_t batch, int64_t seq, int64_t head,
                       int64_t dim = 0) noexcept {

@@ -77,8 +77,11 @@ inline void row_max_abs_bits_each(const float* x, int n, uint32_t* bits) {
 
 template <DType kType>
 inline constexpr int kBytes = kType == DType::kFloat32 ? 4 : 2;
-/// Rows between what is computed and what is asked for.
-inline constexpr int kRowsAhead = 8;
+/// Bytes from what is computed to what is asked for: eight rows, as far as there are so many. Rows
+/// of a head lie apart where there are more heads, which no prefetcher of the CPU follows for long.
+ATTN8_INLINE int64_t bytes_ahead(int64_t row_bytes, int64_t rows) {
+  return rows > 8 ? 8 * row_bytes : 0;
+}
 
 template <DType kType>
 ATTN8_INLINE F32 load_elements(const void* p, int i) {
@@ -91,8 +94,8 @@ ATTN8_INLINE F32 load_elements(const void* p, int i) {
 
 /// kCount vectors of 16 channels of `rows` rows, added to sums.
 template <DType kType, int kCount>
-ATTN8_INLINE void add_columns(const void* src, int64_t row_bytes, int64_t rows, int channel,
-                              double* sums) {
+ATTN8_INLINE void add_columns(const void* src, int64_t row_bytes, int64_t rows, int64_t ahead,
+                              int channel, double* sums) {
   F64 sum[kCount];
 #pragma GCC unroll 4
   for (int c = 0; c < kCount; ++c) sum[c] = load(sums + channel + 16 * c);
@@ -100,7 +103,7 @@ ATTN8_INLINE void add_columns(const void* src, int64_t row_bytes, int64_t rows, 
     const std::byte* row = static_cast<const std::byte*>(src) + r * row_bytes;
 #pragma GCC unroll 4
     for (int c = 0; c < kCount; ++c) {
-      __builtin_prefetch(row + kRowsAhead * row_bytes + (channel + 16 * c) * kBytes<kType>);
+      __builtin_prefetch(row + ahead + (channel + 16 * c) * kBytes<kType>);
       add_to(sum[c], load_elements<kType>(row, channel + 16 * c));
     }
   }
@@ -109,13 +112,13 @@ ATTN8_INLINE void add_columns(const void* src, int64_t row_bytes, int64_t rows, 
 }
 
 template <DType kType>
-inline void add_contiguous_rows(const void* src, int64_t row_bytes, int64_t rows, int n,
-                                double* sums) {
+inline void add_contiguous_rows(const void* src, int64_t row_bytes, int64_t rows, int64_t ahead,
+                                int n, double* sums) {
   int i = 0;
   for (; i + 16 * kVectors <= n; i += 16 * kVectors) {
-    add_columns<kType, kVectors>(src, row_bytes, rows, i, sums);
+    add_columns<kType, kVectors>(src, row_bytes, rows, ahead, i, sums);
   }
-  for (; i + 16 <= n; i += 16) add_columns<kType, 1>(src, row_bytes, rows, i, sums);
+  for (; i + 16 <= n; i += 16) add_columns<kType, 1>(src, row_bytes, rows, ahead, i, sums);
   for (int64_t r = 0; i < n && r < rows; ++r) {
     float rest[16];
     const auto* row = static_cast<const std::byte*>(src) + r * row_bytes;
@@ -127,20 +130,21 @@ inline void add_contiguous_rows(const void* src, int64_t row_bytes, int64_t rows
 inline void add_rows(const RowSpan& src, double* sums) {
   // Rows that fit L1 together, for each of the passes over their columns.
   constexpr int64_t kRows = 16;
+  const int64_t ahead = bytes_ahead(src.row_bytes, src.rows);
   for (int64_t first = 0; first < src.rows; first += kRows) {
     const auto* p = static_cast<const std::byte*>(src.data) + first * src.row_bytes;
     const int64_t count = src.rows - first < kRows ? src.rows - first : kRows;
     if (src.stride == 1 && src.dtype == DType::kFloat32) {
-      add_contiguous_rows<DType::kFloat32>(p, src.row_bytes, count, src.n, sums);
+      add_contiguous_rows<DType::kFloat32>(p, src.row_bytes, count, ahead, src.n, sums);
     } else if (src.stride == 1 && src.dtype == DType::kFloat16) {
-      add_contiguous_rows<DType::kFloat16>(p, src.row_bytes, count, src.n, sums);
+      add_contiguous_rows<DType::kFloat16>(p, src.row_bytes, count, ahead, src.n, sums);
     } else if (src.stride == 1 && src.dtype == DType::kBFloat16) {
-      add_contiguous_rows<DType::kBFloat16>(p, src.row_bytes, count, src.n, sums);
+      add_contiguous_rows<DType::kBFloat16>(p, src.row_bytes, count, ahead, src.n, sums);
     } else {
       for (int64_t r = 0; r < count; ++r) {
         float row[kMaxRow];
         load_row(p + r * src.row_bytes, src.dtype, src.stride, src.n, row);
-        add_contiguous_rows<DType::kFloat32>(row, 0, 1, src.n, sums);
+        add_contiguous_rows<DType::kFloat32>(row, 0, 1, 0, src.n, sums);
       }
     }
   }
@@ -244,25 +248,21 @@ template <DType kType>
 inline void quantize_contiguous_rows(const std::byte* src, int64_t row_bytes, int64_t rows, int n,
                                      const float* mean, int8_t* codes, int64_t codes_stride,
                                      uint32_t* bits) {
-  const auto value = [&](int r, int i) ATTN8_INLINE_LAMBDA {
-    return load_elements<kType>(src + r * row_bytes, i) - load(mean + i);
+  const int64_t ahead = bytes_ahead(row_bytes, rows);
+  const auto quantize = [&]<int kRows>(int64_t first) ATTN8_INLINE_LAMBDA {
+    const std::byte* p = src + first * row_bytes;
+    const auto value = [&](int r, int i) ATTN8_INLINE_LAMBDA {
+      return load_elements<kType>(p + r * row_bytes, i) - load(mean + i);
+    };
+    const auto request = [&](int r, int i) ATTN8_INLINE_LAMBDA {
+      __builtin_prefetch(p + r * row_bytes + ahead + i * kBytes<kType>);
+    };
+    quantize_values<kRows>(value, request, n, codes + first * codes_stride, codes_stride,
+                           bits + first);
   };
-  // The rows of a head lie apart where there are more heads, which no prefetcher follows for long.
-  const auto request = [&](int r, int i) ATTN8_INLINE_LAMBDA {
-    __builtin_prefetch(src + (r + kRowsAhead) * row_bytes + i * kBytes<kType>);
-  };
-  for (; rows >= 4; rows -= 4) {
-    quantize_values<4>(value, request, n, codes, codes_stride, bits);
-    src += 4 * row_bytes;
-    codes += 4 * codes_stride;
-    bits += 4;
-  }
-  for (; rows > 0; --rows) {
-    quantize_values<1>(value, request, n, codes, codes_stride, bits);
-    src += row_bytes;
-    codes += codes_stride;
-    ++bits;
-  }
+  int64_t first = 0;
+  for (; first + 4 <= rows; first += 4) quantize.template operator()<4>(first);
+  for (; first < rows; ++first) quantize.template operator()<1>(first);
 }
 
 inline void quantize_rows(const RowSpan& src, const float* mean, int8_t* codes,
