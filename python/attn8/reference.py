@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from attn8 import _core
 from attn8.arrays import Array
 from attn8.functional import operand
+from attn8.scores import score_changes
 
 Doubles = NDArray[np.float64]
 
@@ -68,6 +69,11 @@ def _rows(rows: Any) -> Any:
     return None if rows is None else np.ascontiguousarray(rows, np.int32)
 
 
+def _sizes(q: Any, k: Any, layout: str) -> tuple[int, int, int, int]:
+    heads, tokens = (2, 1) if layout == "bshd" else (1, 2)
+    return q.shape[0], q.shape[heads], q.shape[tokens], k.shape[tokens]
+
+
 def _in_layout(out: Doubles, layout: str) -> Doubles:
     return out if layout == "bshd" else out.transpose(0, 2, 1, 3)
 
@@ -83,6 +89,7 @@ def attention(
     align: str = "bottom_right",
     window_size: tuple[int, int] = (-1, -1),
     rows: Any = None,
+    **scores: Any,
 ) -> tuple[Doubles, Doubles]:
     """Compute exact attention in float64 with plain loops.
 
@@ -92,16 +99,19 @@ def attention(
         As for :func:`attn8.attention`; floats only.
     rows : sequence of int, optional
         Query positions to compute; the others are left 0.
+    **scores
+        What changes scores, from softcap to k_offset, as for :func:`attn8.attention`.
 
     Returns
     -------
     out, lse : ndarray
-        float64, shaped as q, and ``[batch, nheads_q, seqlen_q]``.
+        float64, shaped as q (with v's head_dim), and ``[batch, nheads_q, seqlen_q]``.
     """
     operands = operand(q, "q", layout), operand(k, "k", layout), operand(v, "v", layout)
+    changes = score_changes(_sizes(q, k, layout), **scores)
     out, lse, _ = _core.reference_attention(
         *operands, layout, _rows(rows), True, "exact", softmax_scale, causal, align, window_size,
-        0, "token", True, "e4m3",
+        0, "token", True, "e4m3", changes,
     )  # fmt: skip
     return _in_layout(out, layout), lse.transpose(0, 2, 1)
 
@@ -122,6 +132,7 @@ def emulation(
     smooth_k: bool = True,
     fp8_format: str = "e4m3",
     rows: Any = None,
+    **scores: Any,
 ) -> Emulation:
     """Compute a mode's arithmetic in float64, but for its codes and the rounding of P.
 
@@ -132,11 +143,14 @@ smooth_k, fp8_format
         As for :func:`attn8.attention`; mode is accurate, paper, half or fp8.
     rows : sequence of int, optional
         Query positions to compute; the others are left 0.
+    **scores
+        What changes scores, from softcap to k_offset, as for :func:`attn8.attention`.
     """
     operands = operand(q, "q", layout), operand(k, "k", layout), operand(v, "v", layout)
+    changes = score_changes(_sizes(q, k, layout), **scores)
     out, lse, bound = _core.reference_attention(
         *operands, layout, _rows(rows), False, mode, softmax_scale, causal, align, window_size,
-        kv_block, v_granularity, smooth_k, fp8_format,
+        kv_block, v_granularity, smooth_k, fp8_format, changes,
     )  # fmt: skip
     assert bound is not None
     return Emulation(_in_layout(out, layout), lse.transpose(0, 2, 1), _in_layout(bound, layout))
