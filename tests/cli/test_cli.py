@@ -351,7 +351,7 @@ def test_an_isa_the_machine_lacks_is_exit_3(qkv: dict[str, Path], tmp_path: Path
 def test_info() -> None:
     report = json.loads(succeed("info", "--json"))
     assert report["self_test"] == "ok"
-    assert [one["name"] for one in report["isas"]] == ["avx512_vnni", "avx2", "scalar"]
+    assert [one["name"] for one in report["isas"]] == ["avx512_vnni", "avx_vnni", "avx2", "scalar"]
     assert any(one["name"] == report["isa"] and one["available"] for one in report["isas"])
     text = succeed("info")
     assert "self-test" in text
@@ -359,7 +359,7 @@ def test_info() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["", "info", "run", "bench", "verify", "paper", "study", "report"]
+    "command", ["", "info", "run", "bench", "verify", "paper", "study", "report", "soak"]
 )
 def test_help(command: str) -> None:
     text = succeed(*([command] if command else []), "--help")
@@ -400,6 +400,24 @@ def test_bench_json(tmp_path: Path) -> None:
     assert "line 1" in refuse(2, "bench", "--shapes", shapes)
     shapes.write_text("# none\n")
     assert "no shape" in refuse(2, "bench", "--shapes", shapes)
+
+
+def test_soak_json() -> None:
+    """Same seed, same life; another seed, another."""
+    lives = []
+    for seed in ("7", "7", "8"):
+        args = ("soak", "--operations", "600", "--pages", "16", "--seed", seed, "--json")
+        report = json.loads(succeed(*args))
+        assert report["operations"] == 600
+        assert report["failures"] == []
+        assert report["counts"]["out_of_pages"] > 0
+        assert 0 < report["worst_out_ratio"] <= 1
+        assert report["checks"] > 0
+        assert report["peak_pages"] <= report["pages"] == 16
+        assert report["rss_peak_bytes"] >= report["rss_end_bytes"] > 0
+        lives.append((report["counts"], report["tokens"], report["rows"]))
+    assert lives[0] == lives[1] != lives[2]
+    assert "--pages" in refuse(2, "soak", "--pages", "0")
 
 
 def test_study_and_report_write_their_files(tmp_path: Path) -> None:
