@@ -26,6 +26,18 @@ def operand(x: Operand, name: str, layout: str) -> Any:
     return x.fields()
 
 
+def operand_shape(x: Operand, name: str) -> tuple[int, ...]:
+    """Return the shape of an operand of rank 4."""
+    return shape_of(x.codes if isinstance(x, QuantizedTensor) else x, name, 4)
+
+
+def sizes_of(q: Operand, k: Operand, layout: str) -> tuple[int, int, int, int]:
+    """Return batch, nheads_q, seqlen_q and seqlen_k."""
+    heads, tokens = (2, 1) if layout == "bshd" else (1, 2)
+    shape = operand_shape(q, "q")
+    return shape[0], shape[heads], shape[tokens], operand_shape(k, "k")[tokens]
+
+
 def _rotated(q: Operand, k: Operand, wanted: bool) -> tuple[Operand, Operand]:
     if not isinstance(wanted, bool):
         raise TypeError(f"rotate: got {type(wanted).__name__}, want a bool")
@@ -161,10 +173,8 @@ def attention(
     """
     first = q.codes if isinstance(q, QuantizedTensor) else q
     shape = shape_of(first, "q", 4)
-    k_shape = k.shape if isinstance(k, QuantizedTensor) else shape_of(k, "k", 4)
-    v_shape = v.shape if isinstance(v, QuantizedTensor) else shape_of(v, "v", 4)
-    heads, tokens = (shape[2], shape[1]) if layout == "bshd" else (shape[1], shape[2])
-    sizes = (shape[0], heads, tokens, k_shape[1 if layout == "bshd" else 2])
+    sizes = sizes_of(q, k, layout)
+    dim_v = operand_shape(v, "v")[3]
     changes = score_changes(
         sizes, softcap, attn_mask, alibi_slopes, sinks, seqlens_k, leftpad_k, q_offset, k_offset
     )
@@ -182,11 +192,11 @@ def attention(
         raise TypeError(f"return_lse: got {type(return_lse).__name__}, want a bool")
     operands = operand(q, "q", layout), operand(k, "k", layout), operand(v, "v", layout)
     float_type = "float32" if isinstance(q, QuantizedTensor) else None
-    out_shape = (*shape[:3], v_shape[3])
+    out_shape = (*shape[:3], dim_v)
     written = empty(first, out_shape, float_type) if out is None else without_grad(out, "out")
     lse = None
     if return_lse:
-        lse = empty(first, (shape[0], heads, tokens), "float32")
+        lse = empty(first, sizes[:3], "float32")
     _core.attention(
         *operands, written, lse, layout, mode, softmax_scale, causal, align, window_size, kv_block,
         v_granularity, smooth_k, check_finite, fp8_format, threads_for(first, threads),

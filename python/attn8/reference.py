@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from attn8 import _core
 from attn8.arrays import Array
-from attn8.functional import operand
+from attn8.functional import operand, sizes_of
 from attn8.scores import score_changes
 
 Doubles = NDArray[np.float64]
@@ -69,11 +69,6 @@ def _rows(rows: Any) -> Any:
     return None if rows is None else np.ascontiguousarray(rows, np.int32)
 
 
-def _sizes(q: Any, k: Any, layout: str) -> tuple[int, int, int, int]:
-    heads, tokens = (2, 1) if layout == "bshd" else (1, 2)
-    return q.shape[0], q.shape[heads], q.shape[tokens], k.shape[tokens]
-
-
 def _in_layout(out: Doubles, layout: str) -> Doubles:
     return out if layout == "bshd" else out.transpose(0, 2, 1, 3)
 
@@ -108,7 +103,7 @@ def attention(
         float64, shaped as q (with v's head_dim), and ``[batch, nheads_q, seqlen_q]``.
     """
     operands = operand(q, "q", layout), operand(k, "k", layout), operand(v, "v", layout)
-    changes = score_changes(_sizes(q, k, layout), **scores)
+    changes = score_changes(sizes_of(q, k, layout), **scores)
     out, lse, _ = _core.reference_attention(
         *operands, layout, _rows(rows), True, "exact", softmax_scale, causal, align, window_size,
         0, "token", True, "e4m3", changes,
@@ -147,7 +142,7 @@ smooth_k, fp8_format
         What changes scores, from softcap to k_offset, as for :func:`attn8.attention`.
     """
     operands = operand(q, "q", layout), operand(k, "k", layout), operand(v, "v", layout)
-    changes = score_changes(_sizes(q, k, layout), **scores)
+    changes = score_changes(sizes_of(q, k, layout), **scores)
     out, lse, bound = _core.reference_attention(
         *operands, layout, _rows(rows), False, mode, softmax_scale, causal, align, window_size,
         kv_block, v_granularity, smooth_k, fp8_format, changes,

@@ -233,11 +233,16 @@ def _attention(
         common["sinks"] = s_aux.detach().to(torch.float32)
     layer = layer_of(key, value)
     if layer is not None:
-        if mode != "accurate" or dense is not None:
-            got = f"mode {mode}" if mode != "accurate" else "a mask that is not padding at the ends"
-            raise UnsupportedError(
-                f"past_key_values: got an Int8Cache with {got}, want DynamicCache"
-            )
+        for got, cannot in (
+            (f"mode {mode}", mode != "accurate"),
+            ("a mask that is not padding at the ends", dense is not None),
+            ("softcap", softcap is not None),
+            ("attention sinks", s_aux is not None),
+        ):
+            if cannot:
+                raise UnsupportedError(
+                    f"past_key_values: got an Int8Cache with {got}, want DynamicCache"
+                )
         return layer.attend(query, ranges, **common), None
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     if rotated and mode in ("accurate", "half"):
