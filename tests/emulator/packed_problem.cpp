@@ -34,15 +34,16 @@ float magnitude(float a, float b) {
 
 }  // namespace
 
+int Shape::position_offset() const { return q_offset + (top_left ? 0 : seqlen_k - seqlen_q); }
 int Shape::first_offset() const {
-  return window_left < 0 ? -kNoLimit : (top_left ? 0 : seqlen_k - seqlen_q) - window_left;
+  return window_left < 0 ? -kNoLimit : position_offset() - window_left;
 }
 int Shape::last_offset() const {
   const int right = causal ? 0 : window_right;
-  return right < 0 ? kNoLimit : (top_left ? 0 : seqlen_k - seqlen_q) + right;
+  return right < 0 ? kNoLimit : position_offset() + right;
 }
 bool Shape::sees(int row, int key) const {
-  const int p = row + (top_left ? 0 : seqlen_k - seqlen_q);
+  const int p = row + position_offset();
   return key < seqlen_k && (!causal || key <= p) && (window_left < 0 || key >= p - window_left) &&
          (window_right < 0 || key <= p + window_right);
 }
@@ -85,6 +86,10 @@ Quantized quantize(const Inputs& inputs, Weights weights, bool smooth_k, int kv_
   z.q.resize(inputs.q.size());
   z.k.resize(inputs.k.size());
   z.v.resize(inputs.v.size());
+  z.v_half.resize(inputs.v.size());
+  for (size_t i = 0; i < inputs.v.size(); ++i) {
+    z.v_half[i] = emulator::bfloat16_bits(value_of(inputs.v[i]));
+  }
   z.q_scale.resize(inputs.q.size() / dim);
   z.k_scale.resize(inputs.k.size() / dim);
   z.v_token_scale.assign(inputs.v.size() / dim, 0.0f);
@@ -139,7 +144,9 @@ Quantized quantize(const Inputs& inputs, Weights weights, bool smooth_k, int kv_
         std::fill(channel.begin(), channel.end(), all);
       }
       for (int d = 0; d < dim; ++d) {
-        z.v_scale[head + d] = weights == Weights::kFolded ? reference : scale_of(channel[d]);
+        z.v_scale[head + d] = weights == Weights::kFolded ? reference
+                              : weights == Weights::kHalf ? 1.0f
+                                                          : scale_of(channel[d]);
       }
       for (int j = 0; j < s.seqlen_k; ++j) {
         const size_t token = token_of(j);
@@ -147,6 +154,7 @@ Quantized quantize(const Inputs& inputs, Weights weights, bool smooth_k, int kv_
           const float scale = weights != Weights::kFolded      ? z.v_scale[head + d]
                               : z.v_token_scale[token] == 0.0f ? 1.0f
                                                                : z.v_token_scale[token];
+          if (weights == Weights::kHalf) continue;
           z.v[token * dim + d] = code_of(value_of(inputs.v[token * dim + d]), scale);
         }
         if (weights != Weights::kFolded) continue;
@@ -167,7 +175,7 @@ Quantized quantize(const Inputs& inputs, Weights weights, bool smooth_k, int kv_
   return z;
 }
 
-Packed pack(const Inputs& inputs, const Quantized& z, int group) {
+Packed pack(const Inputs& inputs, const Quantized& z, Weights weights, int group) {
   const Shape& s = inputs.shape;
   const int dim = s.head_dim;
   const int row_bytes = packed_row_bytes(dim);
@@ -180,7 +188,8 @@ Packed pack(const Inputs& inputs, const Quantized& z, int group) {
   const int64_t q_images = q_heads / group;
   p.q.assign(q_images * p.rows_q * row_bytes, 0);
   p.k.assign(kv_heads * p.rows_k * row_bytes, 0);
-  p.v.assign(kv_heads * p.rows_k * packed_dim, 0);
+  const bool half = weights == Weights::kHalf;
+  p.v.assign(kv_heads * p.rows_k * packed_dim * (half ? 2 : 1), 0);
   p.q_scale.assign(q_images * p.rows_q, 0.0f);
   p.lse_shift.assign(q_images * p.rows_q, 0.0f);
   p.key_constants.assign(kv_heads * p.rows_k * 2, 0.0f);
@@ -214,12 +223,42 @@ Packed pack(const Inputs& inputs, const Quantized& z, int group) {
       for (int d = 0; d < dim; ++d) {
         p.k[head * p.rows_k * row_bytes + packed_row_offset(p.rows_k, row_bytes, j, d)] =
             z.k[token * dim + d];
-        p.v[head * p.rows_k * packed_dim + packed_v_offset(packed_dim, j, d)] =
-            z.v[token * dim + d];
+        if (half) {
+          int8_t* value =
+              &p.v[head * p.rows_k * packed_dim * 2 + packed_v_half_offset(packed_dim, j, d)];
+          value[0] = static_cast<int8_t>(z.v_half[token * dim + d] & 0xFF);
+          value[1] = static_cast<int8_t>(z.v_half[token * dim + d] >> 8);
+        } else {
+          p.v[head * p.rows_k * packed_dim + packed_v_offset(packed_dim, j, d)] =
+              z.v[token * dim + d];
+        }
       }
     }
   }
+  for (int h = 0; h < s.nheads_q; ++h) {
+    p.slopes.push_back(Shape::slope(h));
+    p.sinks.push_back(Shape::sink(h));
+  }
   return p;
+}
+
+namespace {
+
+/// Where row `row` of the inputs' order lies in the packed images.
+size_t packed_row(const Shape& s, const Packed& packed, size_t row, int group) {
+  const auto heads = static_cast<size_t>(s.nheads_q);
+  const auto queries = static_cast<size_t>(s.seqlen_q);
+  const auto shared = static_cast<size_t>(group);
+  const size_t head = row / (queries * heads) * heads + row % heads;
+  const size_t query = row / heads % queries;
+  return head / shared * static_cast<size_t>(packed.rows_q) + query * shared + head % shared;
+}
+
+}  // namespace
+
+double expected_shift(const Shape& s, const Packed& packed, size_t row, int group) {
+  if (s.softcap != 0) return 0;  // it is in the scores
+  return packed.lse_shift[packed_row(s, packed, row, group)];
 }
 
 namespace {
@@ -360,11 +399,23 @@ AttendParams attend_params(const Shape& s, const Packed& packed, std::vector<flo
   p.q_scale = packed.q_scale.data();
   p.key_constants = packed.key_constants.data();
   p.v_scale = packed.v_scale.data();
-  p.lse_shift = packed.lse_shift.data();
+  p.lse_shift = s.softcap != 0 ? nullptr : packed.lse_shift.data();
+  p.changes = {};
+  if (s.softcap != 0) {
+    p.changes.softcap = s.softcap * 1.4426950408889634f;
+    p.changes.softcap_rate = 2 / s.softcap;
+    p.changes.score_shift = packed.lse_shift.data();
+  }
+  p.changes.alibi_slopes = s.alibi ? packed.slopes.data() : nullptr;
+  p.changes.alibi_stride_head = 1;
+  p.changes.position_offset = s.position_offset();
+  p.sinks = s.sinks ? packed.sinks.data() : nullptr;
   out.assign(static_cast<size_t>(s.batch) * s.seqlen_q * s.nheads_q * s.head_dim, NAN);
   lse.assign(out.size() / s.head_dim, NAN);
   p.out = out.data();
   p.lse = lse.data();
+  p.out_stride_channel = 1;
+  p.out_pairs = s.head_dim % 2 == 0;
   p.out_stride_head = s.head_dim;
   p.out_stride_row = static_cast<int64_t>(s.nheads_q) * s.head_dim;
   p.out_stride_batch = p.out_stride_row * s.seqlen_q;
@@ -381,12 +432,44 @@ AttendParams attend_params(const Shape& s, const Packed& packed, std::vector<flo
   p.first_offset = s.first_offset();
   p.last_offset = s.last_offset();
   p.group = 1;
+  p.group_inverse = group_inverse_of(1);
   p.out_type = Element::kFloat32;
   p.score_scale = static_cast<float>(1.4426950408889634 / std::sqrt(double(s.head_dim)));
   return p;
 }
 
-Expected expected(const Shape& s, const Quantized& z, Weights weights, int kv_block) {
+namespace {
+
+/// Log2 units: what a score becomes, and how far float32 may be off.
+struct Changed {
+  double t, error;
+};
+Changed change(const Shape& s, double t, double shift, int head, int row, int key) {
+  const double log2e = 1.4426950408889634;
+  // A float32 score is off by half an ulp per operation, 3 operations, and so is its weight.
+  double error = 1e-6 + 2e-7 * std::fabs(t);
+  if (s.softcap != 0) {
+    const double cap = s.softcap * log2e;
+    t = cap * std::tanh((t + shift * log2e) / cap);
+    error += 1e-6 * cap + 2e-7 * std::fabs(shift);
+  }
+  if (s.alibi) {
+    const double bias = Shape::slope(head) * log2e * std::abs(row + s.position_offset() - key);
+    t -= bias;
+    error += 2e-7 * (bias + std::fabs(t));
+  }
+  return {t, error};
+}
+
+double bfloat16_of(double x) {
+  return std::bit_cast<float>(uint32_t{emulator::bfloat16_bits(static_cast<float>(x))} << 16);
+}
+
+}  // namespace
+
+Expected expected(const Shape& s, const Quantized& z, const Packed& packed, Weights weights,
+                  int kv_block, int group) {
+  const bool half = weights == Weights::kHalf;
   const int dim = s.head_dim;
   const double levels = weights == Weights::kPaper ? 127 : 255;
   const double score_scale = static_cast<float>(1.4426950408889634 / std::sqrt(double(dim)));
@@ -395,6 +478,7 @@ Expected expected(const Shape& s, const Quantized& z, Weights weights, int kv_bl
   e.bound.assign(z.q.size(), 0.0);
   e.lse.assign(z.q_scale.size(), -INFINITY);
   std::vector<double> t(kv_block);
+  std::vector<double> t_error(kv_block);
   std::vector<double> block(dim);
   std::vector<double> slack(dim);
   for (size_t row = 0; row < z.q_scale.size(); ++row) {
@@ -416,15 +500,20 @@ Expected expected(const Shape& s, const Quantized& z, Weights weights, int kv_bl
         if (!s.sees(i, j)) continue;
         int product = 0;
         for (int d = 0; d < dim; ++d) product += z.q[row * dim + d] * z.k[token * dim + d];
-        t[j - begin] =
-            static_cast<double>(product) * z.k_scale[token] * z.q_scale[row] * score_scale +
-            std::log2(static_cast<double>(z.ratio[token]));
+        const double shift = packed.lse_shift[packed_row(s, packed, row, group)];
+        const Changed changed = change(
+            s, static_cast<double>(product) * z.k_scale[token] * z.q_scale[row] * score_scale,
+            shift, h, i, j);
+        const double log2_ratio = std::log2(static_cast<double>(z.ratio[token]));
+        t[j - begin] = changed.t + log2_ratio;
+        t_error[j - begin] = changed.error + 2e-7 * std::fabs(log2_ratio);
         m_block = std::max(m_block, t[j - begin]);
       }
       if (m_block == -INFINITY) continue;
+      if (half) m_block = std::ceil(m_block);  // weights are relative to powers of two
       const double m_new = std::max(maximum, m_block);
       const double a = std::exp2(maximum - m_new);
-      const double m_used = weights == Weights::kPaper ? m_new : m_block;
+      const double m_used = weights == Weights::kPaper || half ? m_new : m_block;
       const double factor = std::exp2(m_used - m_new);
       std::fill(block.begin(), block.end(), 0.0);
       std::fill(slack.begin(), slack.end(), 0.0);
@@ -433,11 +522,23 @@ Expected expected(const Shape& s, const Quantized& z, Weights weights, int kv_bl
       for (int j = begin; j < end; ++j) {
         const size_t token = (static_cast<size_t>(b) * s.seqlen_k + j) * s.nheads_k + kv;
         const double weight = std::exp2(t[j - begin] - m_used);
+        const double error = weight == 0 ? 0 : t_error[j - begin];
+        if (half) {
+          const double code = bfloat16_of(weight);
+          const double flip = std::max(std::fabs(bfloat16_of(weight * (1 + error)) - code),
+                                       std::fabs(bfloat16_of(weight * (1 - error)) - code));
+          block_sum += weight;
+          for (int d = 0; d < dim; ++d) {
+            const double v = std::bit_cast<float>(uint32_t{z.v_half[token * dim + d]} << 16);
+            block[d] += code * v;
+            // Sums of products in float32, in an order of the hardware's.
+            slack[d] += (flip + (error + 1e-5) * code) * std::fabs(v);
+          }
+          continue;
+        }
         const double code = std::nearbyint(levels * weight);
         block_sum += weight / z.ratio[token];
         block_codes += code;
-        // A float32 score is off by half an ulp per operation, 3 operations, and so is its weight.
-        const double error = weight == 0 ? 0 : 1e-6 + 2e-7 * std::fabs(t[j - begin]);
         const double off = levels * weight * error;
         const bool near = std::fabs(levels * weight - std::floor(levels * weight) - 0.5) < off;
         for (int d = 0; d < dim; ++d) {
@@ -456,15 +557,22 @@ Expected expected(const Shape& s, const Quantized& z, Weights weights, int kv_bl
       maximum = m_new;
     }
     if (maximum == -INFINITY) continue;
-    const double normalizer = weights == Weights::kPaper ? code_sum : levels * sum;
-    double shift = 0;
+    const double normalizer = weights == Weights::kPaper ? code_sum : half ? sum : levels * sum;
+    // The LSE without what smoothing took away, which a sink is beside.
+    double lse = std::log(sum) + maximum * std::log(2.0);
+    double kept = 1;
+    if (s.sinks) {
+      const double whole = lse + expected_shift(s, packed, row, group);
+      kept = 1 / (1 + std::exp(Shape::sink(h) - whole));
+      lse += std::log1p(std::exp(Shape::sink(h) - whole));
+    }
     for (int d = 0; d < dim; ++d) {
       const double scale = z.v_scale[(static_cast<size_t>(b) * s.nheads_k + kv) * dim + d];
-      e.out[row * dim + d] = out[d] / normalizer * scale;
+      e.out[row * dim + d] = kept * out[d] / normalizer * scale;
       e.bound[row * dim + d] =
           (bound[d] / normalizer + 4e-6 * std::fabs(out[d]) / normalizer) * scale + 1e-30;
     }
-    e.lse[row] = std::log(sum) + maximum * std::log(2.0) + shift;
+    e.lse[row] = lse;
   }
   return e;
 }
