@@ -99,7 +99,7 @@ struct CarefulRows {
       if (t[e] == -INFINITY) t[e] = -FLT_MAX;
       const int column = static_cast<int>(key) + key_column(0, e);
       if constexpr (kScores == Scores::kChanged) {
-        t[e] = changes.apply(p.changes, t[e], r, column);
+        t[e] = changes.apply(p.changes, t[e], r, column, visible.sees(r, column));
       }
       if (!visible.sees(r, column)) t[e] = -INFINITY;
     }

@@ -43,7 +43,8 @@ struct MergeSplits {
     const int row_floats = r.head_dim + r.head_dim % 2;
     float lse = sum == 0 ? -INFINITY : reference + logf(sum);
     float kept = 1;
-    if (r.sinks != nullptr) kept = beside_sink(ptx::ld_global(r.sinks + head), &lse);
+    if (r.sinks != nullptr)
+      kept = beside_sink(ptx::ld_global(r.sinks + head * r.sinks_stride), &lse);
     const int64_t target =
         batch * r.out_stride_batch + query * r.out_stride_row + head * r.out_stride_head;
     for (int column = ptx::thread_index() % 32 * 2; column < r.head_dim; column += 64) {

@@ -57,10 +57,11 @@ ATTN8_DEVICE int key_column(int group, int e) {
 /// What Scores::kChanged does to the scores of a thread's two rows. Kept in shared memory of the
 /// thread's own, as VisibleKeys are.
 struct RowChanges {
-  static constexpr int kBytes = 32;
+  static constexpr int kBytes = 48;
   float shift[2];   // log2 units, before softcap
   float slope[2];   // log2 units per key
   int position[2];  // of the query, among the keys
+  int2 mask_at[2];  // attn_mask of key 0: low and high half of an element offset
   static constexpr float kLog2E = 1.4426950408889634f;
 
   static ATTN8_DEVICE RowChanges of(const AttendParams& p, const Sequence& sequence, int batch,
@@ -69,13 +70,20 @@ struct RowChanges {
     ATTN8_UNROLL
     for (int r = 0; r < 2; ++r) {
       if (row + 8 * r >= sequence.seqlen_q) continue;
-      changes.position[r] = query_of(p, row + 8 * r) + sequence.position_offset;
+      const int query = query_of(p, row + 8 * r);
+      const int query_head = query_head_of(p, head, row + 8 * r);
+      changes.position[r] = query + sequence.position_offset;
+      if (p.changes.attn_mask != nullptr) {
+        const int64_t at = batch * p.changes.attn_mask_stride_batch +
+                           query * p.changes.attn_mask_stride_row +
+                           query_head * p.changes.attn_mask_stride_head;
+        changes.mask_at[r] = {static_cast<int>(at), static_cast<int>(at >> 32)};
+      }
       if (p.changes.score_shift != nullptr) {
         changes.shift[r] = kLog2E * ptx::ld_global(p.changes.score_shift +
                                                    sequence.row_index(p, head, row + 8 * r));
       }
       if (p.changes.alibi_slopes != nullptr) {
-        const int query_head = query_head_of(p, head, row + 8 * r);
         changes.slope[r] =
             kLog2E * ptx::ld_global(p.changes.alibi_slopes + batch * p.changes.alibi_stride_batch +
                                     query_head * p.changes.alibi_stride_head);
@@ -86,19 +94,46 @@ struct RowChanges {
   static ATTN8_DEVICE RowChanges kept(uint32_t address) {
     const float4 x = ptx::ld_shared<float4>(address);
     const int2 y = ptx::ld_shared<int2>(address + 16);
-    return {{x.x, x.y}, {x.z, x.w}, {y.x, y.y}};
+    const int4 z = ptx::ld_shared<int4>(address + 32);
+    return {{x.x, x.y}, {x.z, x.w}, {y.x, y.y}, {{z.x, z.y}, {z.z, z.w}}};
   }
   ATTN8_DEVICE void keep(uint32_t address) const {
     ptx::st_shared(address, float4{shift[0], shift[1], slope[0], slope[1]});
     ptx::st_shared(address + 16, int2{position[0], position[1]});
+    ptx::st_shared(address + 32, int4{mask_at[0].x, mask_at[0].y, mask_at[1].x, mask_at[1].y});
   }
 
-  /// Score t of row r and a key.
-  ATTN8_DEVICE float apply(const ScoreChanges& changes, float t, int r, int key) const {
+  /// What attn_mask adds to a score, in nats.
+  ATTN8_DEVICE float masked(const ScoreChanges& changes, int r, int key) const {
+    const int64_t at = (static_cast<int64_t>(mask_at[r].y) << 32 |
+                        static_cast<int64_t>(static_cast<uint32_t>(mask_at[r].x))) +
+                       key * changes.attn_mask_stride_key;
+    switch (changes.attn_mask_type) {
+      case MaskElement::kBool:
+        return ptx::ld_global(static_cast<const uint8_t*>(changes.attn_mask) + at) != 0 ? 0.0f
+                                                                                        : -INFINITY;
+      case MaskElement::kFloat32:
+        return ptx::ld_global(static_cast<const float*>(changes.attn_mask) + at);
+      case MaskElement::kFloat16:
+        return ptx::half_to_float(
+            ptx::ld_global(static_cast<const uint16_t*>(changes.attn_mask) + at));
+      default:
+        return ptx::bfloat16_to_float(
+            ptx::ld_global(static_cast<const uint16_t*>(changes.attn_mask) + at));
+    }
+  }
+
+  /// Score t of row r and a key; one that is not visible stays unread.
+  ATTN8_DEVICE float apply(const ScoreChanges& changes, float t, int r, int key,
+                           bool visible) const {
     if (changes.softcap != 0) {
       // tanh(x) = 1 - 2 / (e^2x + 1): off by a few float roundings of softcap, however small x is.
       const float power = ptx::ex2(ptx::mul(ptx::add(t, shift[r]), changes.softcap_rate));
       t = ptx::fma(-2 * changes.softcap, ptx::rcp(ptx::add(power, 1.0f)), changes.softcap);
+    }
+    if (changes.attn_mask != nullptr && visible) {
+      const float added = masked(changes, r, key);
+      t = added <= kHidingScore ? -INFINITY : ptx::fma(added, kLog2E, t);
     }
     if (changes.alibi_slopes != nullptr) {
       const int distance = key < position[r] ? position[r] - key : key - position[r];
@@ -174,12 +209,11 @@ struct OnlineSoftmax {
         if (group < kLast) {
           float score = now.score(product(group * 8 + e), score_scale[r], e);
           [[maybe_unused]] const int key = first_key + key_column(group, e);
+          const bool sees = !kMasked || visible.sees(r, key);
           if constexpr (kScores == Scores::kChanged) {
-            score = row_changes.apply(changes, score, r, key);
+            score = row_changes.apply(changes, score, r, key, sees);
           }
-          if constexpr (kMasked) {
-            if (!visible.sees(r, key)) score = -INFINITY;
-          }
+          if (!sees) score = -INFINITY;
           p[group * 8 + e] = ptx::ex2(score);
         }
         if (group > kFirst) {
@@ -365,7 +399,8 @@ ATTN8_DEVICE void store_rows(const AttendParams& p, const Softmax& softmax, int 
     if (p.lse_shift != nullptr) {
       lse += ptx::ld_global(p.lse_shift + sequence.row_index(p, head, r_row));
     }
-    if (p.sinks != nullptr) factor *= beside_sink(ptx::ld_global(p.sinks + query_head), &lse);
+    if (p.sinks != nullptr)
+      factor *= beside_sink(ptx::ld_global(p.sinks + query_head * p.sinks_stride), &lse);
     const int64_t row_offset = ptx::block_z() * p.out_stride_split +
                                sequence.batch * p.out_stride_batch + query * p.out_stride_row +
                                query_head * p.out_stride_head;

@@ -25,6 +25,10 @@ ATTN8_HOST_DEVICE constexpr int64_t round_up(int64_t n, int64_t multiple) {
   return (n + multiple - 1) / multiple * multiple;
 }
 
+ATTN8_HOST_DEVICE constexpr int clamp_to(int x, int low, int high) {
+  return x < low ? low : x > high ? high : x;
+}
+
 /// Bytes of a packed row of Q or K: head_dim with zeros up to a whole swizzle span.
 ATTN8_HOST_DEVICE constexpr int packed_row_bytes(int head_dim) {
   return head_dim <= 64 ? 64 : head_dim <= 128 ? 128 : 256;
@@ -84,6 +88,11 @@ enum class Scores : int32_t {
   kChanged,  ///< what ScoreChanges says
 };
 
+/// Element types of attn_mask.
+enum class MaskElement : int32_t { kFloat32, kFloat16, kBFloat16, kBool };
+/// A score of attn_mask that hides its key, and those below it.
+inline constexpr float kHidingScore = -0x1p100f;
+
 /// What Scores::kChanged kernels do to a score, in this order. Log2 units, as scores.
 struct ScoreChanges {
   float softcap;              ///< t -> softcap tanh(t / softcap); 0: not
@@ -93,6 +102,11 @@ struct ScoreChanges {
   const float* alibi_slopes;  ///< t -> t - slope |position of the query - key|; or nullptr
   int64_t alibi_stride_batch, alibi_stride_head;
   int position_offset;  ///< position of query i: i + position_offset
+  const void*
+      attn_mask;  ///< added, in nats, at most kHidingScore hides; kBool: 0 hides; or nullptr
+  MaskElement attn_mask_type;
+  int64_t attn_mask_stride_batch, attn_mask_stride_row, attn_mask_stride_head,
+      attn_mask_stride_key;  ///< 0 where one stands for all
 };
 
 /// One attention call. Plain value, passed to the kernel. `rows` stands for the packed lengths,
@@ -137,10 +151,13 @@ struct AttendParams {
   bool out_pairs;     ///< two neighbouring channels may be stored at once
   float score_scale;  ///< float(softmax_scale * log2(e))
   ScoreChanges changes;
-  const float* sinks;       ///< [nheads_q of the caller] or nullptr: a score of a key without a V
+  const float* sinks;  ///< [nheads_q of the caller] or nullptr: a score of a key without a V
+  int64_t sinks_stride;
   const int* cu_seqlens_q;  ///< [batch + 1] or nullptr: sequence b has queries [b, b + 1) of it
   const int* seqlens_k;     ///< [batch] or nullptr: keys of each sequence, at most seqlen_k
-  const int* block_table;   ///< [batch][block_table_stride] page of each page_size keys, or nullptr
+  const int* leftpad_k;     ///< [batch] or nullptr: keys before it count for nothing
+  int64_t seqlens_k_stride, leftpad_k_stride;
+  const int* block_table;  ///< [batch][block_table_stride] page of each page_size keys, or nullptr
   int block_table_stride;
   int page_shift;  ///< log2(page_size)
 };

@@ -23,6 +23,7 @@ ATTN8_DEVICE int query_head_of(const AttendParams& p, int head, int row) {
 struct Sequence {
   int seqlen_q;  ///< rows of the kernel
   int seqlen_k;
+  int first_key;                  ///< those before it count for nothing
   int first_offset, last_offset;  ///< see AttendParams
   int position_offset;            ///< see ScoreChanges
   int first_query;                ///< among those of a ragged batch
@@ -33,6 +34,7 @@ struct Sequence {
   static ATTN8_DEVICE Sequence of(const AttendParams& p, int batch) {
     Sequence s = {p.seqlen_q,
                   p.seqlen_k,
+                  0,
                   p.first_offset,
                   p.last_offset,
                   p.changes.position_offset,
@@ -40,7 +42,15 @@ struct Sequence {
                   batch,
                   0,
                   static_cast<int64_t>(batch) * p.nheads_q};
-    if (p.seqlens_k != nullptr) s.seqlen_k = ptx::ld_global(p.seqlens_k + batch);
+    // Whatever the caller's memory holds, the kernels stay inside theirs.
+    if (p.seqlens_k != nullptr) {
+      s.seqlen_k =
+          clamp_to(ptx::ld_global(p.seqlens_k + batch * p.seqlens_k_stride), 0, p.seqlen_k);
+    }
+    if (p.leftpad_k != nullptr) {
+      s.first_key =
+          clamp_to(ptx::ld_global(p.leftpad_k + batch * p.leftpad_k_stride), 0, s.seqlen_k);
+    }
     if (p.cu_seqlens_q != nullptr) {
       s.first_query = ptx::ld_global(p.cu_seqlens_q + batch);
       s.seqlen_q = (ptx::ld_global(p.cu_seqlens_q + batch + 1) - s.first_query) * p.group;
@@ -90,7 +100,7 @@ struct VisibleKeys {
       const int query = query_of(p, row + 8 * r);
       const int lowest = query + sequence.first_offset;
       const int highest = query + sequence.last_offset;
-      int begin = lowest > 0 ? lowest : 0;
+      int begin = lowest > sequence.first_key ? lowest : sequence.first_key;
       int end = highest < sequence.seqlen_k ? highest + 1 : sequence.seqlen_k;
       if (p.split_keys > 0) {
         const int split_begin = ptx::block_z() * p.split_keys;
@@ -121,15 +131,13 @@ struct BlockRange {
   int begin, full_begin, full_end, end;
 };
 
-ATTN8_DEVICE int clamp_to(int x, int low, int high) { return x < low ? low : x > high ? high : x; }
-
 template <int kKvBlock>
 ATTN8_DEVICE BlockRange visited_blocks(const AttendParams& p, const Sequence& s, int row,
                                        int rows) {
   const int first = query_of(p, row);
   const int last = query_of(p, (row + rows < s.seqlen_q ? row + rows : s.seqlen_q) - 1);
   BlockRange range;
-  range.begin = clamp_to(first + s.first_offset, 0, s.seqlen_k) / kKvBlock;
+  range.begin = clamp_to(first + s.first_offset, s.first_key, s.seqlen_k) / kKvBlock;
   const int end_key = clamp_to(last + s.last_offset + 1, 0, s.seqlen_k);
   range.end = (end_key + kKvBlock - 1) / kKvBlock;
   if (p.split_keys > 0) {
@@ -139,7 +147,7 @@ ATTN8_DEVICE BlockRange visited_blocks(const AttendParams& p, const Sequence& s,
     range.end = range.end < split_begin + blocks ? range.end : split_begin + blocks;
   }
   range.end = range.end > range.begin ? range.end : range.begin;
-  const int first_full = clamp_to(last + s.first_offset, 0, s.seqlen_k);
+  const int first_full = clamp_to(last + s.first_offset, s.first_key, s.seqlen_k);
   const int end_full = clamp_to(first + s.last_offset + 1, 0, s.seqlen_k);
   range.full_begin = clamp_to((first_full + kKvBlock - 1) / kKvBlock, range.begin, range.end);
   range.full_end = clamp_to(end_full / kKvBlock, range.full_begin, range.end);

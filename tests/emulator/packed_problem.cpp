@@ -34,7 +34,13 @@ float magnitude(float a, float b) {
 
 }  // namespace
 
-int Shape::position_offset() const { return q_offset + (top_left ? 0 : seqlen_k - seqlen_q); }
+float Shape::added(int head, int row, int key) {
+  if ((row * 7 + key * 3 + head * 5) % 5 == 0) return -INFINITY;
+  return 0.25f * static_cast<float>((row + 2 * key + head) % 7) - 0.5f;
+}
+int Shape::position_offset(int b) const {
+  return q_offset + (top_left ? 0 : seqlen_of(b) - seqlen_q);
+}
 int Shape::first_offset() const {
   return window_left < 0 ? -kNoLimit : position_offset() - window_left;
 }
@@ -42,17 +48,18 @@ int Shape::last_offset() const {
   const int right = causal ? 0 : window_right;
   return right < 0 ? kNoLimit : position_offset() + right;
 }
-bool Shape::sees(int row, int key) const {
-  const int p = row + position_offset();
-  return key < seqlen_k && (!causal || key <= p) && (window_left < 0 || key >= p - window_left) &&
+bool Shape::sees(int row, int key, int b) const {
+  const int p = row + position_offset(b);
+  return key < seqlen_of(b) && key >= leftpad_of(b) && (!causal || key <= p) &&
+         (window_left < 0 || key >= p - window_left) &&
          (window_right < 0 || key <= p + window_right);
 }
-std::pair<int, int> Shape::visible_keys() const {
+std::pair<int, int> Shape::visible_keys(int b) const {
   int first = seqlen_k;
   int last = 0;
   for (int i = 0; i < seqlen_q; ++i) {
     for (int j = 0; j < seqlen_k; ++j) {
-      if (!sees(i, j)) continue;
+      if (!sees(i, j, b)) continue;
       first = std::min(first, j);
       last = std::max(last, j + 1);
     }
@@ -81,7 +88,6 @@ Inputs random_inputs(const Shape& s, unsigned seed, float q_size) {
 Quantized quantize(const Inputs& inputs, Weights weights, bool smooth_k, int kv_block) {
   const Shape& s = inputs.shape;
   const int dim = s.head_dim;
-  const auto [first, last] = s.visible_keys();
   Quantized z;
   z.q.resize(inputs.q.size());
   z.k.resize(inputs.k.size());
@@ -105,6 +111,7 @@ Quantized quantize(const Inputs& inputs, Weights weights, bool smooth_k, int kv_
     }
   }
   for (int b = 0; b < s.batch; ++b) {
+    const auto [first, last] = s.visible_keys(b);
     for (int h = 0; h < s.nheads_k; ++h) {
       const auto token_of = [&](int j) {
         return (static_cast<size_t>(b) * s.seqlen_k + j) * s.nheads_k + h;
@@ -235,6 +242,14 @@ Packed pack(const Inputs& inputs, const Quantized& z, Weights weights, int group
       }
     }
   }
+  for (int i = 0; i < s.seqlen_q && s.attn_mask != Shape::AttnMask::kNone; ++i) {
+    for (int h = 0; h < s.nheads_q; ++h) {
+      for (int j = 0; j < s.seqlen_k; ++j) {
+        p.attn_mask.push_back(Shape::added(h, i, j));
+        p.attn_mask_bytes.push_back(std::isinf(p.attn_mask.back()) ? 0 : 3);
+      }
+    }
+  }
   for (int h = 0; h < s.nheads_q; ++h) {
     p.slopes.push_back(Shape::slope(h));
     p.sinks.push_back(Shape::sink(h));
@@ -277,10 +292,18 @@ template <int kRowBytes, int kPackedDim>
 std::string pack_of_dim(const Inputs& inputs, Weights weights, bool smooth_k, int kv_block,
                         emulator::Async async, Packed& p, int group) {
   const Shape& s = inputs.shape;
-  const auto [first, last] = s.visible_keys();
+  int first = s.seqlen_k;
+  int last = 0;
+  for (int b = 0; b < s.batch; ++b) {
+    first = std::min(first, s.visible_keys(b).first);
+    last = std::max(last, s.visible_keys(b).second);
+  }
+  first = std::min(first, last);
   const auto source = [&](const std::vector<uint16_t>& data, int seqlen, int nheads) {
     SourceTensor x{};
     x.data = data.data();
+    x.stride_channel = 1;
+    x.vectors = s.head_dim % 8 == 0;
     x.stride_head = s.head_dim;
     x.stride_row = static_cast<int64_t>(nheads) * s.head_dim;
     x.stride_batch = x.stride_row * seqlen;
@@ -289,6 +312,21 @@ std::string pack_of_dim(const Inputs& inputs, Weights weights, bool smooth_k, in
     x.head_dim = s.head_dim;
     return x;
   };
+  VisibleTokens visible{};
+  visible.first = first;
+  visible.last = last;
+  if (!s.seqlens_k.empty() || !s.leftpad_k.empty()) {
+    const bool own = !s.seqlens_k.empty();
+    visible.seqlens_k = own ? s.seqlens_k.data() : nullptr;
+    visible.leftpad_k = s.leftpad_k.empty() ? nullptr : s.leftpad_k.data();
+    visible.seqlens_k_stride = visible.leftpad_k_stride = 1;
+    visible.seqlen_q = s.seqlen_q;
+    visible.seqlen_k = s.seqlen_k;
+    visible.bottom_right = own && !s.top_left;
+    const int counted = visible.bottom_right ? s.position_offset() - s.q_offset : 0;
+    visible.first_offset = s.first_offset() - counted;
+    visible.last_offset = s.last_offset() - counted;
+  }
   const int kv_heads = s.batch * s.nheads_k;
   const int chunks = (last - first + 255) / 256;
   std::vector<float> mean(static_cast<size_t>(kv_heads) * kRowBytes);
@@ -299,8 +337,7 @@ std::string pack_of_dim(const Inputs& inputs, Weights weights, bool smooth_k, in
   };
   if (smooth_k && first < last) {
     const StatisticsParams params{source(inputs.k, s.seqlen_k, s.nheads_k),
-                                  first,
-                                  last,
+                                  visible,
                                   sums.data(),
                                   chunks,
                                   mean.data(),
@@ -343,25 +380,31 @@ std::string pack_of_dim(const Inputs& inputs, Weights weights, bool smooth_k, in
   v.x = source(inputs.v, s.seqlen_k, s.nheads_k);
   v.codes = p.v.data();
   v.rows = p.rows_k;
-  v.first = first;
-  v.last = last;
+  v.visible = visible;
   v.scale = p.v_scale.data();
   v.token_scale = token_scale.data();
   v.panel_scale = panel_scale.data();
   v.v_scale = p.v_scale.data();
   v.key_constants = p.key_constants.data();
   v.kv_block = kv_block;
-  if (weights == Weights::kFolded) {
+  if (weights == Weights::kHalf) {
+    using V = PackHalfV<Source::kFloat16>;
+    const int blocks = (p.rows_k * (kPackedDim / 8) + V::kThreads - 1) / V::kThreads;
+    keep(launch<V>(async, blocks, kv_heads, [&] { V::run(v, kPackedDim); }));
+  } else if (weights == Weights::kFolded) {
     using V = PackV<Source::kFloat16, kPackedDim, true>;
     keep(launch<V>(async, p.rows_k / kPanelKeys, kv_heads, [&] { V::run(v); }));
     keep(launch<FoldV>(async, p.rows_k / kv_block, kv_heads, [&] { FoldV::run(v, kPackedDim); }));
   } else {
     std::vector<uint32_t> magnitudes(static_cast<size_t>(kv_heads) * kPackedDim *
                                      std::max(chunks, 1));
-    const StatisticsParams params{v.x,        first,
-                                  last,       magnitudes.data(),
-                                  chunks,     p.v_scale.data(),
-                                  kPackedDim, weights == Weights::kPaper};
+    const StatisticsParams params{v.x,
+                                  visible,
+                                  magnitudes.data(),
+                                  chunks,
+                                  p.v_scale.data(),
+                                  kPackedDim,
+                                  weights == Weights::kPaper};
     using Magnitude = ChannelStatistics<Source::kFloat16, Statistic::kMagnitude>;
     if (chunks > 0) {
       keep(launch<Magnitude>(async, chunks, kv_heads, [&] { Magnitude::run(params); }));
@@ -408,7 +451,28 @@ AttendParams attend_params(const Shape& s, const Packed& packed, std::vector<flo
   }
   p.changes.alibi_slopes = s.alibi ? packed.slopes.data() : nullptr;
   p.changes.alibi_stride_head = 1;
+  p.changes.attn_mask_stride_key = 1;
+  p.changes.attn_mask_stride_head = s.seqlen_k;
+  p.changes.attn_mask_stride_row = static_cast<int64_t>(s.seqlen_k) * s.nheads_q;
+  if (s.attn_mask == Shape::AttnMask::kFloat) {
+    p.changes.attn_mask = packed.attn_mask.data();
+    p.changes.attn_mask_type = MaskElement::kFloat32;
+  } else if (s.attn_mask == Shape::AttnMask::kBool) {
+    p.changes.attn_mask = packed.attn_mask_bytes.data();
+    p.changes.attn_mask_type = MaskElement::kBool;
+  }
   p.changes.position_offset = s.position_offset();
+  p.sinks_stride = 1;
+  if (!s.seqlens_k.empty()) {
+    p.seqlens_k = s.seqlens_k.data();
+    p.seqlens_k_stride = 1;
+    p.bottom_right = !s.top_left;
+    p.changes.position_offset = s.q_offset;
+  }
+  if (!s.leftpad_k.empty()) {
+    p.leftpad_k = s.leftpad_k.data();
+    p.leftpad_k_stride = 1;
+  }
   p.sinks = s.sinks ? packed.sinks.data() : nullptr;
   out.assign(static_cast<size_t>(s.batch) * s.seqlen_q * s.nheads_q * s.head_dim, NAN);
   lse.assign(out.size() / s.head_dim, NAN);
@@ -429,8 +493,9 @@ AttendParams attend_params(const Shape& s, const Packed& packed, std::vector<flo
   p.seqlen_q = s.seqlen_q;
   p.seqlen_k = s.seqlen_k;
   p.head_dim = s.head_dim;
-  p.first_offset = s.first_offset();
-  p.last_offset = s.last_offset();
+  const int counted = p.bottom_right ? s.position_offset() - s.q_offset : 0;
+  p.first_offset = s.first_offset() - counted;
+  p.last_offset = s.last_offset() - counted;
   p.group = 1;
   p.group_inverse = group_inverse_of(1);
   p.out_type = Element::kFloat32;
@@ -444,7 +509,7 @@ namespace {
 struct Changed {
   double t, error;
 };
-Changed change(const Shape& s, double t, double shift, int head, int row, int key) {
+Changed change(const Shape& s, double t, double shift, int b, int head, int row, int key) {
   const double log2e = 1.4426950408889634;
   // A float32 score is off by half an ulp per operation, 3 operations, and so is its weight.
   double error = 1e-6 + 2e-7 * std::fabs(t);
@@ -453,8 +518,13 @@ Changed change(const Shape& s, double t, double shift, int head, int row, int ke
     t = cap * std::tanh((t + shift * log2e) / cap);
     error += 1e-6 * cap + 2e-7 * std::fabs(shift);
   }
+  if (s.attn_mask != Shape::AttnMask::kNone) {
+    const double added = Shape::added(head, row, key);
+    if (s.attn_mask == Shape::AttnMask::kFloat || std::isinf(added)) t += added * log2e;
+    error += 2e-7 * std::fabs(t);
+  }
   if (s.alibi) {
-    const double bias = Shape::slope(head) * log2e * std::abs(row + s.position_offset() - key);
+    const double bias = Shape::slope(head) * log2e * std::abs(row + s.position_offset(b) - key);
     t -= bias;
     error += 2e-7 * (bias + std::fabs(t));
   }
@@ -497,13 +567,13 @@ Expected expected(const Shape& s, const Quantized& z, const Packed& packed, Weig
       for (int j = begin; j < end; ++j) {
         const size_t token = (static_cast<size_t>(b) * s.seqlen_k + j) * s.nheads_k + kv;
         t[j - begin] = -INFINITY;
-        if (!s.sees(i, j)) continue;
+        if (!s.sees(i, j, b)) continue;
         int product = 0;
         for (int d = 0; d < dim; ++d) product += z.q[row * dim + d] * z.k[token * dim + d];
         const double shift = packed.lse_shift[packed_row(s, packed, row, group)];
         const Changed changed = change(
             s, static_cast<double>(product) * z.k_scale[token] * z.q_scale[row] * score_scale,
-            shift, h, i, j);
+            shift, b, h, i, j);
         const double log2_ratio = std::log2(static_cast<double>(z.ratio[token]));
         t[j - begin] = changed.t + log2_ratio;
         t_error[j - begin] = changed.error + 2e-7 * std::fabs(log2_ratio);
@@ -556,7 +626,10 @@ Expected expected(const Shape& s, const Quantized& z, const Packed& packed, Weig
       code_sum = a * code_sum + factor * block_codes;
       maximum = m_new;
     }
-    if (maximum == -INFINITY) continue;
+    if (maximum == -INFINITY) {
+      if (s.sinks) e.lse[row] = Shape::sink(h) - expected_shift(s, packed, row, group);
+      continue;
+    }
     const double normalizer = weights == Weights::kPaper ? code_sum : half ? sum : levels * sum;
     // The LSE without what smoothing took away, which a sink is beside.
     double lse = std::log(sum) + maximum * std::log(2.0);

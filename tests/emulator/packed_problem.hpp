@@ -22,17 +22,23 @@ struct Shape {
   float softcap = 0;
   bool alibi = false;  ///< head h has slope(h)
   bool sinks = false;  ///< head h has sink(h)
+  /// attn_mask, of every query, key and head: float32 added(), or whether it hides.
+  enum class AttnMask : uint8_t { kNone, kBool, kFloat } attn_mask = AttnMask::kNone;
+  std::vector<int> seqlens_k, leftpad_k;  ///< one per batch, or none
 
-  [[nodiscard]] bool changes_scores() const { return softcap != 0 || alibi; }
+  [[nodiscard]] int seqlen_of(int b) const { return seqlens_k.empty() ? seqlen_k : seqlens_k[b]; }
+  [[nodiscard]] int leftpad_of(int b) const { return leftpad_k.empty() ? 0 : leftpad_k[b]; }
+  [[nodiscard]] static float added(int head, int row, int key);  ///< in nats; -infinity hides
   [[nodiscard]] static float slope(int head) { return 0.25f / static_cast<float>(head + 1); }
   [[nodiscard]] static float sink(int head) { return 1.5f - static_cast<float>(head); }
   /// Where query 0 stands among the keys.
-  [[nodiscard]] int position_offset() const;
+  [[nodiscard]] int position_offset(int b = 0) const;
   [[nodiscard]] int first_offset() const;  ///< row i sees keys from i + first_offset()
   [[nodiscard]] int last_offset() const;   ///< row i sees keys to i + last_offset()
-  [[nodiscard]] bool sees(int row, int key) const;
+  /// By position alone.
+  [[nodiscard]] bool sees(int row, int key, int b = 0) const;
   /// Keys visible to at least one row: [first, last).
-  [[nodiscard]] std::pair<int, int> visible_keys() const;
+  [[nodiscard]] std::pair<int, int> visible_keys(int b = 0) const;
 };
 
 /// Float16 inputs, dense [batch, seqlen, nheads, head_dim].
@@ -59,6 +65,8 @@ Quantized quantize(const Inputs& inputs, Weights weights, bool smooth_k, int kv_
 struct Packed {
   std::vector<int8_t> q, k, v;
   std::vector<float> q_scale, key_constants, v_scale, lse_shift, slopes, sinks;
+  std::vector<float> attn_mask;          // [seqlen_q][nheads_q][seqlen_k]
+  std::vector<uint8_t> attn_mask_bytes;  // the same for kBool
   int rows_q = 0, rows_k = 0;
 };
 /// Packs by the layout functions, without kernels; `group` heads of Q to an image, see
