@@ -96,7 +96,7 @@ __attribute__((visibility("default"))) int attn8_gpu_pack(const void* handle, vo
 __attribute__((visibility("default"))) int attn8_gpu_attend(const void* handle, void* workspace,
                                                             void* stream, char* error, int bytes) {
   const auto* h = static_cast<const PlanHandle*>(handle);
-  return report(h->plan.attend(h->outputs, workspace, stream), error, bytes);
+  return report(h->plan.attend(h->inputs, h->outputs, workspace, stream), error, bytes);
 }
 
 }  // extern "C"

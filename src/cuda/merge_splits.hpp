@@ -7,8 +7,11 @@
 /// how much it counts.
 namespace attn8::cuda {
 
+/// Floats of a row of a part: whole pairs.
+ATTN8_HOST_DEVICE constexpr int split_row_floats(int head_dim) { return head_dim + head_dim % 2; }
+
 struct MergeParams {
-  const float* out;  ///< [splits][batch][seqlen_q][nheads_q][head_dim, rounded up to even]
+  const float* out;  ///< [splits][batch][seqlen_q][nheads_q][split_row_floats()]
   const float* lse;  ///< [splits][batch][seqlen_q][nheads_q]
   int splits;
   AttendParams result;  ///< out, lse and their strides; lengths and heads are the caller's
@@ -40,7 +43,7 @@ struct MergeSplits {
       sum += ptx::ex2((ptx::ld_global(p.lse + split * rows + row) - reference) * log2e);
     }
     const float factor = sum == 0 ? 0.0f : 1.0f / sum;
-    const int row_floats = r.head_dim + r.head_dim % 2;
+    const int row_floats = split_row_floats(r.head_dim);
     float lse = sum == 0 ? -INFINITY : reference + logf(sum);
     float kept = 1;
     if (r.sinks != nullptr)

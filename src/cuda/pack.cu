@@ -11,9 +11,10 @@ __global__ void __launch_bounds__(Kernel::kThreads)
   Kernel::run(params);
 }
 
-__global__ void __launch_bounds__(FoldV::kThreads)
-    fold_kernel(const __grid_constant__ PackVParams params, int packed_dim) {
-  FoldV::run(params, packed_dim);
+template <class Kernel>
+__global__ void __launch_bounds__(Kernel::kThreads)
+    pack_dim_kernel(const __grid_constant__ PackVParams params, int packed_dim) {
+  Kernel::run(params, packed_dim);
 }
 
 __global__ void __launch_bounds__(MergeSplits::kThreads)
@@ -84,9 +85,15 @@ SourceTensor source_of(const Operand& operand) {
   x.stride_batch = view.strides[0];
   x.stride_row = view.strides[1];
   x.stride_head = view.strides[2];
+  x.stride_channel = view.strides[3];
   x.seqlen = static_cast<int>(view.shape[1]);
   x.nheads = static_cast<int>(view.shape[2]);
   x.head_dim = static_cast<int>(view.shape[3]);
+  x.vectors = view.strides[3] == 1 && view.shape[3] % 8 == 0 &&
+              reinterpret_cast<uintptr_t>(view.data) % 16 == 0;
+  for (size_t axis = 0; axis < 3; ++axis) {
+    x.vectors = x.vectors && (view.shape[axis] == 1 || view.strides[axis] % 8 == 0);
+  }
   if (quantized != nullptr && quantized->spec.granularity == Granularity::kToken) {
     x.scale = static_cast<const float*>(quantized->scale.data);
     x.scale_stride_batch = quantized->scale.strides[0];
@@ -110,6 +117,26 @@ void gather(const ConstTensorView& view, int head_dim, int packed, float* result
       params);
 }
 
+VisibleTokens visible_tokens(const Plan::State& s, const AttentionInputs& inputs) {
+  VisibleTokens visible{};
+  visible.first = s.first_key;
+  visible.last = s.last_key;
+  if (s.inputs.seqlens_k) {
+    visible.seqlens_k = static_cast<const int*>(inputs.seqlens_k->data);
+    visible.seqlens_k_stride = inputs.seqlens_k->strides[0];
+  }
+  if (s.inputs.leftpad_k) {
+    visible.leftpad_k = static_cast<const int*>(inputs.leftpad_k->data);
+    visible.leftpad_k_stride = inputs.leftpad_k->strides[0];
+  }
+  visible.seqlen_q = s.seqlen_q();
+  visible.seqlen_k = s.seqlen_k();
+  visible.first_offset = s.first_offset;
+  visible.last_offset = s.last_offset;
+  visible.bottom_right = s.bottom_right;
+  return visible;
+}
+
 }  // namespace
 
 Status enqueue_pack(const Plan::State& s, const AttentionInputs& inputs, char* workspace,
@@ -118,7 +145,8 @@ Status enqueue_pack(const Plan::State& s, const AttentionInputs& inputs, char* w
   const auto floats_at = [&](size_t offset) { return reinterpret_cast<float*>(at(offset)); };
   const int64_t q_heads = static_cast<int64_t>(s.batch()) * s.nheads_q();
   const int64_t kv_heads = static_cast<int64_t>(s.batch()) * s.nheads_k();
-  const int packed_dim = packed_head_dim(s.head_dim());
+  const int packed_dim = s.packed_dim();
+  const VisibleTokens visible = visible_tokens(s, inputs);
   const SourceTensor q = source_of(inputs.q);
   const SourceTensor k = source_of(inputs.k);
   const SourceTensor v = source_of(inputs.v);
@@ -130,8 +158,7 @@ Status enqueue_pack(const Plan::State& s, const AttentionInputs& inputs, char* w
              floats_at(s.workspace.k_mean), stream);
     } else {
       const StatisticsParams params{k,
-                                    s.first_key,
-                                    s.last_key,
+                                    visible,
                                     at(s.workspace.partial),
                                     chunks,
                                     floats_at(s.workspace.k_mean),
@@ -157,7 +184,7 @@ Status enqueue_pack(const Plan::State& s, const AttentionInputs& inputs, char* w
   q_rows.codes = reinterpret_cast<int8_t*>(at(s.workspace.q));
   q_rows.rows = s.rows_q;
   q_rows.q_scale = floats_at(s.workspace.q_scale);
-  if (s.has_mean && s.has_lse) {
+  if (s.needs_shift()) {
     q_rows.mean = floats_at(s.workspace.k_mean);
     q_rows.lse_shift = floats_at(s.workspace.lse_shift);
   }
@@ -184,24 +211,38 @@ Status enqueue_pack(const Plan::State& s, const AttentionInputs& inputs, char* w
   pack.x = v;
   pack.codes = reinterpret_cast<int8_t*>(at(s.workspace.v));
   pack.rows = s.rows_k;
-  pack.first = s.first_key;
-  pack.last = s.last_key;
+  pack.visible = visible;
   pack.scale = floats_at(s.workspace.v_scale);
   pack.v_scale = floats_at(s.workspace.v_scale);
   pack.token_scale = floats_at(s.workspace.token_scale);
   pack.panel_scale = floats_at(s.workspace.panel_scale);
   pack.key_constants = floats_at(s.workspace.key_constants);
   pack.kv_block = s.entry->kv_block;
+  if (s.entry->weights == Weights::kHalf) {
+    for_source(s.v_type, [&](auto source) {
+      const int64_t threads = static_cast<int64_t>(s.rows_k) * (packed_dim / 8);
+      const int64_t blocks =
+          (threads + PackHalfV<source()>::kThreads - 1) / PackHalfV<source()>::kThreads;
+      if (blocks == 0 || kv_heads == 0) return;
+      pack_dim_kernel<PackHalfV<source()>>
+          <<<dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(kv_heads)),
+             PackHalfV<source()>::kThreads, 0, stream>>>(pack, packed_dim);
+    });
+    return device_status(cudaGetLastError(), "launching the quantize kernels");
+  }
   const bool per_token = s.v_granularity == Granularity::kToken;
   if (!per_token) {
     if (s.v_type == DType::kInt8) {
-      gather(std::get_if<QuantizedView>(&inputs.v)->scale, s.head_dim(), packed_dim,
+      gather(std::get_if<QuantizedView>(&inputs.v)->scale, s.head_dim_v(), packed_dim,
              floats_at(s.workspace.v_scale), stream);
     } else {
-      const StatisticsParams params{v,          s.first_key,
-                                    s.last_key, at(s.workspace.partial),
-                                    chunks,     floats_at(s.workspace.v_scale),
-                                    packed_dim, s.v_granularity == Granularity::kTensor};
+      const StatisticsParams params{v,
+                                    visible,
+                                    at(s.workspace.partial),
+                                    chunks,
+                                    floats_at(s.workspace.v_scale),
+                                    packed_dim,
+                                    s.v_granularity == Granularity::kTensor};
       for_source(s.v_type, [&](auto source) {
         launch<ChannelStatistics<source(), Statistic::kMagnitude>>(params, chunks, kv_heads,
                                                                    stream);
@@ -220,9 +261,9 @@ Status enqueue_pack(const Plan::State& s, const AttentionInputs& inputs, char* w
     });
   });
   if (per_token && s.rows_k > 0 && kv_heads > 0) {
-    fold_kernel<<<dim3(static_cast<unsigned>(s.rows_k / pack.kv_block),
-                       static_cast<unsigned>(kv_heads)),
-                  FoldV::kThreads, FoldV::kSharedBytes, stream>>>(pack, packed_dim);
+    pack_dim_kernel<FoldV>
+        <<<dim3(static_cast<unsigned>(s.rows_k / pack.kv_block), static_cast<unsigned>(kv_heads)),
+           FoldV::kThreads, FoldV::kSharedBytes, stream>>>(pack, packed_dim);
   }
   if (s.rows_k == 0) {
     // No key: the outputs are 0 times these scales.

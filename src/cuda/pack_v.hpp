@@ -261,9 +261,15 @@ struct FoldV {
     float largest = block_maximum(visible ? ratio : 0.0f);
     if (largest == 0) largest = 1;
     if (scale == 0) ratio = largest * 0x1p-20f;
-    if (ratio < smallest_ratio) ratio = smallest_ratio;
+    // A token that is not finite counts through its key's scale, which the mask can hide: 0 times a
+    // ratio of NaN would reach rows that do not see it.
+    const bool finite = ratio == ratio;
+    if (!(ratio >= smallest_ratio)) ratio = smallest_ratio;
     if (inside) {
       float* constants = p.key_constants + head * p.rows * 2;
+      if (!finite) {
+        ptx::st_global(constants + key_constant_offset(key, 0), ptx::as_float(0x7FC00000u));
+      }
       ptx::st_global(constants + key_constant_offset(key, 1), ratio);
     }
     if (ptx::block_x() == 0 && ptx::thread_index() < packed_dim) {

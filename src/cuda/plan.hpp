@@ -3,6 +3,7 @@
 #pragma once
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <string>
 
 #include "backend.hpp"
@@ -19,18 +20,33 @@ struct Workspace {
       partial, split_out, split_lse, bytes;
 };
 
+/// Which of AttentionInputs' optional tensors there are.
+struct InputsPresent {
+  bool attn_mask, alibi_slopes, sinks, seqlens_k, leftpad_k;
+
+  static InputsPresent of(const AttentionInputs& inputs) {
+    return {inputs.attn_mask.has_value(), inputs.alibi_slopes.has_value(), inputs.sinks.has_value(),
+            inputs.seqlens_k.has_value(), inputs.leftpad_k.has_value()};
+  }
+  friend bool operator==(const InputsPresent&, const InputsPresent&) = default;
+};
+
 struct Plan::State {
   const AttendEntry* entry;
   int device;
-  Extents q_shape, k_shape;
+  Extents q_shape, k_shape, v_shape, out_shape;
   DType q_type, k_type, v_type;  ///< kInt8: quantized operands
   DType out_type;
   bool has_lse;
-  bool has_mean;  ///< K is smoothed here, or came with a mean
+  bool has_mean;         ///< K is smoothed here, or came with a mean
+  InputsPresent inputs;  ///< beside q, k and v
+  float softcap;
   Granularity v_granularity;
   float softmax_scale;
-  int first_offset, last_offset;  ///< of the mask, see AttendParams
-  int first_key, last_key;        ///< keys visible to a query: [first_key, last_key)
+  /// Of the mask, see AttendParams; where sequences have lengths of their own, relative to those.
+  int first_offset, last_offset, position_offset;
+  bool bottom_right;
+  int first_key, last_key;  ///< keys visible to a query: [first_key, last_key), or that may be
   int rows_q, rows_k;
   int group;       ///< query heads that the kernel treats as one, see AttendParams
   int splits;      ///< parts that the keys are attended in
@@ -43,10 +59,20 @@ struct Plan::State {
   [[nodiscard]] int seqlen_k() const { return static_cast<int>(k_shape[1]); }
   [[nodiscard]] int nheads_k() const { return static_cast<int>(k_shape[2]); }
   [[nodiscard]] int head_dim() const { return static_cast<int>(q_shape[3]); }
+  [[nodiscard]] int head_dim_v() const { return static_cast<int>(v_shape[3]); }
+  /// head_dim of the kernel.
+  [[nodiscard]] int packed_dim() const {
+    return packed_head_dim(std::max(head_dim(), head_dim_v()));
+  }
+  /// Whether rows need what smoothing K takes from their scores.
+  [[nodiscard]] bool needs_shift() const {
+    return has_mean && (has_lse || softcap != 0 || inputs.sinks);
+  }
   /// Rows of one head of the kernel.
   [[nodiscard]] int kernel_rows() const { return seqlen_q() * group; }
   [[nodiscard]] int kernel_heads() const { return nheads_q() / group; }
-  [[nodiscard]] int row_bytes() const { return packed_row_bytes(head_dim()); }
+  [[nodiscard]] int row_bytes() const { return packed_row_bytes(packed_dim()); }
+  [[nodiscard]] int value_bytes() const { return entry->weights == Weights::kHalf ? 2 : 1; }
 };
 
 /// Ok, or kDeviceError with CUDA's own words (kOutOfMemory, kUnavailable where those are the
