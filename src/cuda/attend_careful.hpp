@@ -88,7 +88,7 @@ struct CarefulRows {
     }
     const VisibleKeys visible = VisibleKeys::of(p, sequence, thread_row());
     RowChanges changes = {};
-    if constexpr (kScores == Scores::kChanged) {
+    if constexpr (kScores != Scores::kPlain) {
       changes = RowChanges::of(p, sequence, batch, head, thread_row());
     }
     ATTN8_UNROLL
@@ -98,8 +98,8 @@ struct CarefulRows {
       if (t[e] == INFINITY) t[e] = FLT_MAX;
       if (t[e] == -INFINITY) t[e] = -FLT_MAX;
       const int column = static_cast<int>(key) + key_column(0, e);
-      if constexpr (kScores == Scores::kChanged) {
-        t[e] = changes.apply(p.changes, t[e], r, column, visible.sees(r, column));
+      if constexpr (kScores != Scores::kPlain) {
+        t[e] = changes.apply<kScores>(p.changes, t[e], r, column, visible.sees(r, column));
       }
       if (!visible.sees(r, column)) t[e] = -INFINITY;
     }

@@ -42,7 +42,7 @@ struct AttendSm80 {
   static constexpr uint32_t kVisible = kConstants + kStages * kConstantBytes;
   /// Of a thread: VisibleKeys, and RowChanges where there are any.
   static constexpr int kRowStateBytes =
-      VisibleKeys::kBytes + (kScores == Scores::kChanged ? RowChanges::kBytes : 0);
+      VisibleKeys::kBytes + (kScores != Scores::kPlain ? RowChanges::kBytes : 0);
   static constexpr uint32_t kSharedBytes = kVisible + kThreads * kRowStateBytes;
 
   /// An accumulator that starts at the bits of 1.5 * 2^23 is, read as a float, that plus the sum:
@@ -126,7 +126,7 @@ struct AttendSm80 {
     const Sources from = {p, batch, head / (p.nheads_q / p.nheads_k)};
 
     VisibleKeys::of(p, sequence, row).keep(row_address(shared));
-    if constexpr (kScores == Scores::kChanged) {
+    if constexpr (kScores != Scores::kPlain) {
       RowChanges::of(p, sequence, batch, head, row).keep(row_address(shared) + VisibleKeys::kBytes);
     }
     State state;

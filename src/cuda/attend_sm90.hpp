@@ -55,7 +55,7 @@ struct AttendSm90 {
   static constexpr uint32_t kVisible = kConstants + kStages * kConstantBytes;
   /// Of a thread: VisibleKeys, and RowChanges where there are any.
   static constexpr int kRowStateBytes =
-      VisibleKeys::kBytes + (kScores == Scores::kChanged ? RowChanges::kBytes : 0);
+      VisibleKeys::kBytes + (kScores != Scores::kPlain ? RowChanges::kBytes : 0);
   static constexpr uint32_t kBarriers = kVisible + kConsumers * 128 * kRowStateBytes;
   static constexpr uint32_t kSharedBytes = kBarriers + 16 * (1 + 2 * kStages);
   static_assert(kSharedBytes <= 227 * 1024, "what a block of sm_90 may have");
@@ -155,7 +155,7 @@ struct AttendSm90 {
     const int row = warpgroup_row + warp * 16 + lane / 4;
     const Sequence sequence = Sequence::of(p, batch);
     VisibleKeys::of(p, sequence, row).keep(row_address(shared));
-    if constexpr (kScores == Scores::kChanged) {
+    if constexpr (kScores != Scores::kPlain) {
       RowChanges::of(p, sequence, batch, head, row).keep(row_address(shared) + VisibleKeys::kBytes);
     }
 

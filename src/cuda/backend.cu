@@ -26,6 +26,22 @@ std::span<const AttendEntry> entries() {
   return table;
 }
 
+/// The narrowest kernel that is wide enough: of the family asked for, or of those for every chip
+/// where that has none.
+const AttendEntry* find_entry(Kernels kernels, Weights weights, Scores scores, int head_dim) {
+  const AttendEntry* best = nullptr;
+  const auto worse = [&](const AttendEntry& entry) {
+    const bool asked = kernels == Kernels::kSm90;
+    return std::pair(asked && entry.family != Family::kSm90, entry.head_dim);
+  };
+  for (const AttendEntry& entry : entries()) {
+    if (entry.weights != weights || entry.scores != scores || entry.head_dim < head_dim) continue;
+    if (kernels != Kernels::kSm90 && entry.family == Family::kSm90) continue;
+    if (best == nullptr || worse(entry) < worse(*best)) best = &entry;
+  }
+  return best;
+}
+
 /// For what an allocation of the host's throws.
 Status out_of_memory() noexcept { return {StatusCode::kOutOfMemory, {}}; }
 
@@ -75,10 +91,17 @@ Status check_input(const Operand& operand, const char* name, const Extents& shap
 }
 
 /// The tensors beside q, k and v: those that the plan was made with, in device memory.
-Status check_others(const AttentionInputs& inputs, const InputsPresent& planned, int device) {
-  if (InputsPresent::of(inputs) != planned) {
+Status check_others(const AttentionInputs& inputs, const Plan::State& s) {
+  if (InputsPresent::of(inputs) != s.inputs) {
     return {StatusCode::kInvalidArgument,
             "inputs do not have the optional tensors that the plan was made with"};
+  }
+  if (s.inputs.attn_mask && (inputs.attn_mask->dtype != s.mask_type ||
+                             (s.converts_mask() && inputs.attn_mask->shape != s.mask_shape))) {
+    return {StatusCode::kInvalidArgument,
+            "attn_mask is " + std::string(to_string(inputs.attn_mask->dtype)) +
+                shape_text(inputs.attn_mask->shape) + ", want what the plan was made for: " +
+                std::string(to_string(s.mask_type)) + shape_text(s.mask_shape)};
   }
   const std::pair<const std::optional<ConstTensorView>&, const char*> views[] = {
       {inputs.attn_mask, "attn_mask"},
@@ -88,7 +111,7 @@ Status check_others(const AttentionInputs& inputs, const InputsPresent& planned,
       {inputs.leftpad_k, "leftpad_k"}};
   for (const auto& [view, name] : views) {
     if (!view.has_value() || view->data == nullptr) continue;
-    if (Status status = check_memory(view->data, name, device); !status.ok()) return status;
+    if (Status status = check_memory(view->data, name, s.device); !status.ok()) return status;
   }
   return {};
 }
@@ -114,7 +137,7 @@ bool pairs(const ConstTensorView& out) {
   return even;
 }
 
-ScoreChanges changes_of(const Plan::State& s, const AttentionInputs& inputs) {
+ScoreChanges changes_of(const Plan::State& s, const AttentionInputs& inputs, char* workspace) {
   const double log2e = 1.4426950408889634;
   ScoreChanges changes{};
   if (s.softcap != 0) {
@@ -129,12 +152,12 @@ ScoreChanges changes_of(const Plan::State& s, const AttentionInputs& inputs) {
     changes.alibi_stride_head = slopes.strides[2];
   }
   if (inputs.attn_mask.has_value()) {
-    const ConstTensorView& mask = *inputs.attn_mask;
-    changes.attn_mask = mask.data;
-    changes.attn_mask_type = mask.dtype == DType::kBool      ? MaskElement::kBool
-                             : mask.dtype == DType::kFloat32 ? MaskElement::kFloat32
-                             : mask.dtype == DType::kFloat16 ? MaskElement::kFloat16
-                                                             : MaskElement::kBFloat16;
+    ConstTensorView mask = *inputs.attn_mask;
+    if (s.converts_mask()) {
+      mask = bshd(static_cast<const void*>(workspace + s.workspace.attn_mask), DType::kFloat32,
+                  s.mask_shape, mask.device);
+    }
+    changes.attn_mask = static_cast<const float*>(mask.data);
     changes.attn_mask_stride_batch = broadcast_stride(mask, 0);
     changes.attn_mask_stride_row = broadcast_stride(mask, 1);
     changes.attn_mask_stride_head = broadcast_stride(mask, 2);
@@ -167,6 +190,11 @@ Workspace lay_out(const Plan::State& s) {
   w.token_scale = take(kv_heads * s.rows_k * 4);
   w.panel_scale = take(kv_heads * (s.rows_k / kPanelKeys) * 4);
   w.partial = take(kv_heads * chunks * row_bytes * 8);  // doubles
+  if (s.converts_mask()) {
+    w.attn_mask = take(
+        static_cast<size_t>(s.mask_shape[0] * s.mask_shape[1] * s.mask_shape[2] * s.mask_shape[3]) *
+        4);
+  }
   if (s.splits > 1) {
     const size_t rows = static_cast<size_t>(s.batch()) * s.seqlen_q() * s.nheads_q();
     w.split_out = take(s.splits * rows * split_row_floats(s.head_dim_v()) * 4);
@@ -297,6 +325,10 @@ Result<Plan> Plan::make(const AttentionInputs& inputs, const AttentionOutputs& o
   s.out_shape = {q.shape[0], q.shape[1], q.shape[2], v.shape[3]};
   s.inputs = InputsPresent::of(inputs);
   s.softcap = options.softcap;
+  if (s.inputs.attn_mask) {
+    s.mask_shape = inputs.attn_mask->shape;
+    s.mask_type = inputs.attn_mask->dtype;
+  }
   if (Extents{v.shape[0], v.shape[1], v.shape[2], k.shape[3]} != k.shape ||
       k.shape[0] != q.shape[0] || k.shape[3] != q.shape[3] || outputs.out.shape != s.out_shape) {
     return Status(StatusCode::kInvalidArgument,
@@ -345,7 +377,9 @@ Result<Plan> Plan::make(const AttentionInputs& inputs, const AttentionOutputs& o
                        ", the CUDA backend has token, tensor and channel");
   }
   const bool changed = options.softcap != 0 || s.inputs.attn_mask || s.inputs.alibi_slopes;
-  const Scores scores = changed ? Scores::kChanged : Scores::kPlain;
+  const Scores scores = s.inputs.attn_mask || s.inputs.alibi_slopes ? Scores::kBiased
+                        : options.softcap != 0                      ? Scores::kSoftcap
+                                                                    : Scores::kPlain;
   if (changed && weights != Weights::kFolded && weights != Weights::kHalf) {
     return unsupported(
         "softcap, attn_mask and alibi_slopes with mode=" + std::string(to_string(options.mode)) +
@@ -391,16 +425,7 @@ Result<Plan> Plan::make(const AttentionInputs& inputs, const AttentionOutputs& o
 
   if (kernels == Kernels::kBest)
     kernels = info.value().family == "sm90a" ? Kernels::kSm90 : Kernels::kSm80;
-  // The kernels of `half` are for every chip.
-  const Family family =
-      kernels == Kernels::kSm90 && weights != Weights::kHalf ? Family::kSm90 : Family::kSm80;
-  s.entry = nullptr;
-  for (const AttendEntry& entry : entries()) {
-    if (entry.family == family && entry.weights == weights && entry.scores == scores &&
-        entry.head_dim == s.packed_dim()) {
-      s.entry = &entry;
-    }
-  }
+  s.entry = find_entry(kernels, weights, scores, std::max(s.head_dim(), s.head_dim_v()));
   if (s.entry == nullptr) {
     return Status(StatusCode::kUnavailable,
                   "this build has no CUDA kernel for head_dim=" + std::to_string(q.shape[3]) +
@@ -446,7 +471,7 @@ Status Plan::pack(const AttentionInputs& inputs, void* workspace, void* stream) 
   const Status checks[] = {check_input(inputs.q, "q", s.q_shape, s.q_type, s.device),
                            check_input(inputs.k, "k", s.k_shape, s.k_type, s.device),
                            check_input(inputs.v, "v", s.v_shape, s.v_type, s.device),
-                           check_others(inputs, s.inputs, s.device)};
+                           check_others(inputs, s)};
   for (const Status& check : checks) {
     if (!check.ok()) return check;
   }
@@ -465,8 +490,7 @@ Status Plan::attend(const AttentionInputs& inputs, const AttentionOutputs& outpu
   if (out.shape != s.out_shape || out.dtype != s.out_type || outputs.lse.has_value() != s.has_lse) {
     return {StatusCode::kInvalidArgument, "outputs differ from those the plan was made for"};
   }
-  const Status checks[] = {check_others(inputs, s.inputs, s.device),
-                           check_memory(out.data, "out", s.device),
+  const Status checks[] = {check_others(inputs, s), check_memory(out.data, "out", s.device),
                            s.has_lse ? check_memory(outputs.lse->data, "lse", s.device) : Status()};
   for (const Status& check : checks) {
     if (!check.ok()) return check;
@@ -484,7 +508,7 @@ Status Plan::attend(const AttentionInputs& inputs, const AttentionOutputs& outpu
   const float* shift = s.needs_shift() ? floats_at(s.workspace.lse_shift) : nullptr;
   // With softcap it is part of the scores, and so of their LSE.
   p.lse_shift = s.softcap == 0 ? shift : nullptr;
-  p.changes = changes_of(s, inputs);
+  p.changes = changes_of(s, inputs, base);
   p.changes.score_shift = s.softcap == 0 ? nullptr : shift;
   if (s.inputs.sinks) {
     p.sinks = static_cast<const float*>(inputs.sinks->data);

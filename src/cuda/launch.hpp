@@ -12,7 +12,7 @@ namespace attn8::cuda {
 enum class Family : int32_t { kSm80, kSm90 };
 
 struct AttendEntry {
-  const char* name;  ///< "attend_<weights>[_changed]_<family>_d<head_dim>"
+  const char* name;  ///< "attend_<weights>[_<scores>]_<family>_d<head_dim>"
   Family family;
   Weights weights;
   Scores scores;

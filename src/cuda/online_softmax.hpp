@@ -54,7 +54,7 @@ ATTN8_DEVICE int key_column(int group, int e) {
   return group * kKeyGroup + (e >> 2) * 8 + ptx::thread_index() % 4 * 2 + (e & 1);
 }
 
-/// What Scores::kChanged does to the scores of a thread's two rows. Kept in shared memory of the
+/// What is done to the scores of a thread's two rows. Kept in shared memory of the
 /// thread's own, as VisibleKeys are.
 struct RowChanges {
   static constexpr int kBytes = 48;
@@ -103,39 +103,23 @@ struct RowChanges {
     ptx::st_shared(address + 32, int4{mask_at[0].x, mask_at[0].y, mask_at[1].x, mask_at[1].y});
   }
 
-  /// What attn_mask adds to a score, in nats.
-  ATTN8_DEVICE float masked(const ScoreChanges& changes, int r, int key) const {
-    const int64_t at = (static_cast<int64_t>(mask_at[r].y) << 32 |
-                        static_cast<int64_t>(static_cast<uint32_t>(mask_at[r].x))) +
-                       key * changes.attn_mask_stride_key;
-    switch (changes.attn_mask_type) {
-      case MaskElement::kBool:
-        return ptx::ld_global(static_cast<const uint8_t*>(changes.attn_mask) + at) != 0 ? 0.0f
-                                                                                        : -INFINITY;
-      case MaskElement::kFloat32:
-        return ptx::ld_global(static_cast<const float*>(changes.attn_mask) + at);
-      case MaskElement::kFloat16:
-        return ptx::half_to_float(
-            ptx::ld_global(static_cast<const uint16_t*>(changes.attn_mask) + at));
-      default:
-        return ptx::bfloat16_to_float(
-            ptx::ld_global(static_cast<const uint16_t*>(changes.attn_mask) + at));
-    }
-  }
-
-  /// Score t of row r and a key; one that is not visible stays unread.
+  /// Score t of row r and a key; attn_mask of one that is not visible stays unread.
+  template <Scores kScores>
   ATTN8_DEVICE float apply(const ScoreChanges& changes, float t, int r, int key,
                            bool visible) const {
-    if (changes.softcap != 0) {
+    if (kScores == Scores::kSoftcap || changes.softcap != 0) {
       // tanh(x) = 1 - 2 / (e^2x + 1): off by a few float roundings of softcap, however small x is.
       const float power = ptx::ex2(ptx::mul(ptx::add(t, shift[r]), changes.softcap_rate));
       t = ptx::fma(-2 * changes.softcap, ptx::rcp(ptx::add(power, 1.0f)), changes.softcap);
     }
-    if (changes.attn_mask != nullptr && visible) {
-      const float added = masked(changes, r, key);
-      t = added <= kHidingScore ? -INFINITY : ptx::fma(added, kLog2E, t);
-    }
-    if (changes.alibi_slopes != nullptr) {
+    if constexpr (kScores == Scores::kBiased) {
+      if (changes.attn_mask != nullptr && visible) {
+        const int64_t at = (static_cast<int64_t>(mask_at[r].y) << 32 |
+                            static_cast<int64_t>(static_cast<uint32_t>(mask_at[r].x))) +
+                           key * changes.attn_mask_stride_key;
+        const float added = ptx::ld_global(changes.attn_mask + at);
+        t = added <= kHidingScore ? -INFINITY : ptx::fma(added, kLog2E, t);
+      }
       const int distance = key < position[r] ? position[r] - key : key - position[r];
       t = ptx::fma(-slope[r], static_cast<float>(distance), t);
     }
@@ -175,7 +159,7 @@ struct OnlineSoftmax {
   }
 
   /// Weights p of key groups [kFirst, kLast) of the block, their sums going to block_sum.
-  ///   changes          read by Scores::kChanged alone
+  ///   changes          not read by Scores::kPlain
   ///   row_address      of the thread's VisibleKeys, and its RowChanges after them
   ///   product(i)       integer product of element i of the block, as a float
   ///   constants        shared address of the block's [kKvBlock / 16][2][16] key constants
@@ -190,7 +174,7 @@ struct OnlineSoftmax {
     VisibleKeys visible = {};
     RowChanges row_changes = {};
     if constexpr (kMasked) visible = VisibleKeys::kept(row_address);
-    if constexpr (kScores == Scores::kChanged) {
+    if constexpr (kScores != Scores::kPlain) {
       row_changes = RowChanges::kept(row_address + VisibleKeys::kBytes);
     }
     Constants now = {};
@@ -210,8 +194,8 @@ struct OnlineSoftmax {
           float score = now.score(product(group * 8 + e), score_scale[r], e);
           [[maybe_unused]] const int key = first_key + key_column(group, e);
           const bool sees = !kMasked || visible.sees(r, key);
-          if constexpr (kScores == Scores::kChanged) {
-            score = row_changes.apply(changes, score, r, key, sees);
+          if constexpr (kScores != Scores::kPlain) {
+            score = row_changes.apply<kScores>(changes, score, r, key, sees);
           }
           if (!sees) score = -INFINITY;
           p[group * 8 + e] = ptx::ex2(score);

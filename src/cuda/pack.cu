@@ -41,6 +41,35 @@ __global__ void gather_kernel(const __grid_constant__ GatherParams p) {
           : 0.0f;
 }
 
+/// result[i] = what an element of attn_mask adds to a score; 0 hides where it is a bool.
+struct MaskParams {
+  const void* source;
+  DType type;
+  int64_t shape[4], strides[4];
+  int64_t count;
+  float* result;
+};
+__global__ void mask_kernel(const __grid_constant__ MaskParams p) {
+  const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < p.count;
+       i += step) {
+    int64_t offset = 0;
+    int64_t rest = i;
+    for (int axis = 3; axis >= 0; --axis) {
+      offset += rest % p.shape[axis] * p.strides[axis];
+      rest /= p.shape[axis];
+    }
+    float added;
+    if (p.type == DType::kBool) {
+      added = static_cast<const uint8_t*>(p.source)[offset] != 0 ? 0.0f : -INFINITY;
+    } else {
+      const uint32_t bits = static_cast<const uint16_t*>(p.source)[offset];
+      added = p.type == DType::kFloat16 ? ptx::half_to_float(bits) : ptx::bfloat16_to_float(bits);
+    }
+    p.result[i] = added;
+  }
+}
+
 template <class Kernel, class Params>
 void launch(const Params& params, int64_t x, int64_t y, cudaStream_t stream) {
   if (x <= 0 || y <= 0) return;
@@ -151,6 +180,22 @@ Status enqueue_pack(const Plan::State& s, const AttentionInputs& inputs, char* w
   const SourceTensor k = source_of(inputs.k);
   const SourceTensor v = source_of(inputs.v);
   const int chunks = (s.last_key - s.first_key + 255) / 256;
+
+  if (s.converts_mask()) {
+    const ConstTensorView& mask = *inputs.attn_mask;
+    MaskParams params{};
+    params.source = mask.data;
+    params.type = mask.dtype;
+    params.count = 1;
+    for (size_t axis = 0; axis < 4; ++axis) {
+      params.shape[axis] = mask.shape[axis];
+      params.strides[axis] = mask.strides[axis];
+      params.count *= mask.shape[axis];
+    }
+    params.result = floats_at(s.workspace.attn_mask);
+    const int64_t blocks = std::min<int64_t>((params.count + 255) / 256, 4096);
+    if (blocks > 0) mask_kernel<<<static_cast<unsigned>(blocks), 256, 0, stream>>>(params);
+  }
 
   if (s.has_mean) {
     if (s.k_type == DType::kInt8) {

@@ -82,18 +82,17 @@ enum class Weights : int32_t {
   kHalf,    ///< half: weights and V in bfloat16
 };
 
-/// Whether something is done to scores before the softmax; one kernel instance each.
+/// What is done to scores before the softmax; one kernel instance each.
 enum class Scores : int32_t {
   kPlain,    ///< nothing but the mask
-  kChanged,  ///< what ScoreChanges says
+  kSoftcap,  ///< softcap
+  kBiased,   ///< all that ScoreChanges says
 };
 
-/// Element types of attn_mask.
-enum class MaskElement : int32_t { kFloat32, kFloat16, kBFloat16, kBool };
 /// A score of attn_mask that hides its key, and those below it.
 inline constexpr float kHidingScore = -0x1p100f;
 
-/// What Scores::kChanged kernels do to a score, in this order. Log2 units, as scores.
+/// What is done to a score, in this order. Log2 units, as scores.
 struct ScoreChanges {
   float softcap;              ///< t -> softcap tanh(t / softcap); 0: not
   float softcap_rate;         ///< 2 log2(e) / softcap
@@ -101,10 +100,8 @@ struct ScoreChanges {
                               ///< what smoothing K took away; or nullptr
   const float* alibi_slopes;  ///< t -> t - slope |position of the query - key|; or nullptr
   int64_t alibi_stride_batch, alibi_stride_head;
-  int position_offset;  ///< position of query i: i + position_offset
-  const void*
-      attn_mask;  ///< added, in nats, at most kHidingScore hides; kBool: 0 hides; or nullptr
-  MaskElement attn_mask_type;
+  int position_offset;     ///< position of query i: i + position_offset
+  const float* attn_mask;  ///< added, in nats; at most kHidingScore hides; or nullptr
   int64_t attn_mask_stride_batch, attn_mask_stride_row, attn_mask_stride_head,
       attn_mask_stride_key;  ///< 0 where one stands for all
 };

@@ -17,7 +17,7 @@ namespace attn8::cuda {
 /// Byte offsets into the workspace, multiples of 256.
 struct Workspace {
   size_t q, k, v, q_scale, key_constants, v_scale, lse_shift, k_mean, token_scale, panel_scale,
-      partial, split_out, split_lse, bytes;
+      partial, attn_mask, split_out, split_lse, bytes;
 };
 
 /// Which of AttentionInputs' optional tensors there are.
@@ -40,6 +40,8 @@ struct Plan::State {
   bool has_lse;
   bool has_mean;         ///< K is smoothed here, or came with a mean
   InputsPresent inputs;  ///< beside q, k and v
+  Extents mask_shape;    ///< of an attn_mask that is not float32: pack() makes one of it
+  DType mask_type;
   float softcap;
   Granularity v_granularity;
   float softmax_scale;
@@ -61,9 +63,7 @@ struct Plan::State {
   [[nodiscard]] int head_dim() const { return static_cast<int>(q_shape[3]); }
   [[nodiscard]] int head_dim_v() const { return static_cast<int>(v_shape[3]); }
   /// head_dim of the kernel.
-  [[nodiscard]] int packed_dim() const {
-    return packed_head_dim(std::max(head_dim(), head_dim_v()));
-  }
+  [[nodiscard]] int packed_dim() const { return entry->head_dim; }
   /// Whether rows need what smoothing K takes from their scores.
   [[nodiscard]] bool needs_shift() const {
     return has_mean && (has_lse || softcap != 0 || inputs.sinks);
@@ -72,6 +72,9 @@ struct Plan::State {
   [[nodiscard]] int kernel_rows() const { return seqlen_q() * group; }
   [[nodiscard]] int kernel_heads() const { return nheads_q() / group; }
   [[nodiscard]] int row_bytes() const { return packed_row_bytes(packed_dim()); }
+  [[nodiscard]] bool converts_mask() const {
+    return inputs.attn_mask && mask_type != DType::kFloat32;
+  }
   [[nodiscard]] int value_bytes() const { return entry->weights == Weights::kHalf ? 2 : 1; }
 };
 

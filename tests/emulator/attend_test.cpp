@@ -221,25 +221,41 @@ void check_changes(Weights weights) {
   shape.window_left = 40;
   shape.window_right = 25;
   check_one(50.0f, true, 3000.0f, {});
-  shape.attn_mask = Shape::AttnMask::kFloat;
+  shape.attn_mask = true;
   check_one(20.0f, false, 1.0f, {});
   shape.seqlen_q = 3;
   shape.window_left = 280;
   shape.q_offset = 11;
   check_one(20.0f, true, 1.0f, {2, 1});
   shape = {3, 2, 1, 20, 300, 64, true, false, -1, -1};
-  shape.attn_mask = Shape::AttnMask::kBool;
+  shape.attn_mask = true;
   shape.sinks = true;
   shape.seqlens_k = {300, 5, 130};
   shape.leftpad_k = {140, 0, 129};
   check_one(0, true, 1.0f, {});
 }
 TEST(AttendSm80, ChangedScores) {
-  check_changes<AttendSm80<64, 128, 4, Weights::kFolded, Scores::kChanged>>(Weights::kFolded);
-  check_changes<AttendSm80<64, 64, 4, Weights::kHalf, Scores::kChanged>>(Weights::kHalf);
+  check_changes<AttendSm80<64, 128, 4, Weights::kFolded, Scores::kBiased>>(Weights::kFolded);
+  check_changes<AttendSm80<64, 64, 4, Weights::kHalf, Scores::kBiased>>(Weights::kHalf);
 }
-TEST(AttendSm90, ChangedScores) {
-  check_changes<AttendSm90<64, 256, Weights::kFolded, Scores::kChanged>>(Weights::kFolded);
+/// The kernels that know softcap alone.
+template <class Kernel>
+void check_softcap(Weights weights) {
+  Shape shape = {1, 4, 2, 70, 333, 61, true, false, -1, -1};
+  shape.softcap = 20.0f;
+  check<Kernel>(shape, weights, Async::kRandom);
+  shape.softcap = 50.0f;
+  shape.sinks = true;
+  check<Kernel>(shape, weights, Async::kRandom, 100.0f);
+  shape.seqlen_q = 3;
+  check<Kernel>(shape, weights, Async::kRandom, 1.0f, {2, 1});
+}
+TEST(AttendSm80, Softcap) {
+  check_softcap<AttendSm80<64, 128, 4, Weights::kFolded, Scores::kSoftcap>>(Weights::kFolded);
+  check_softcap<AttendSm80<64, 64, 4, Weights::kHalf, Scores::kSoftcap>>(Weights::kHalf);
+}
+TEST(AttendSm90, Softcap) {
+  check_softcap<AttendSm90<64, 256, Weights::kFolded, Scores::kSoftcap>>(Weights::kFolded);
 }
 
 /// Sequences that are padded to one length, with keys that do not count at either end.

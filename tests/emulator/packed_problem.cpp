@@ -242,11 +242,10 @@ Packed pack(const Inputs& inputs, const Quantized& z, Weights weights, int group
       }
     }
   }
-  for (int i = 0; i < s.seqlen_q && s.attn_mask != Shape::AttnMask::kNone; ++i) {
+  for (int i = 0; i < s.seqlen_q && s.attn_mask; ++i) {
     for (int h = 0; h < s.nheads_q; ++h) {
       for (int j = 0; j < s.seqlen_k; ++j) {
         p.attn_mask.push_back(Shape::added(h, i, j));
-        p.attn_mask_bytes.push_back(std::isinf(p.attn_mask.back()) ? 0 : 3);
       }
     }
   }
@@ -454,13 +453,7 @@ AttendParams attend_params(const Shape& s, const Packed& packed, std::vector<flo
   p.changes.attn_mask_stride_key = 1;
   p.changes.attn_mask_stride_head = s.seqlen_k;
   p.changes.attn_mask_stride_row = static_cast<int64_t>(s.seqlen_k) * s.nheads_q;
-  if (s.attn_mask == Shape::AttnMask::kFloat) {
-    p.changes.attn_mask = packed.attn_mask.data();
-    p.changes.attn_mask_type = MaskElement::kFloat32;
-  } else if (s.attn_mask == Shape::AttnMask::kBool) {
-    p.changes.attn_mask = packed.attn_mask_bytes.data();
-    p.changes.attn_mask_type = MaskElement::kBool;
-  }
+  p.changes.attn_mask = s.attn_mask ? packed.attn_mask.data() : nullptr;
   p.changes.position_offset = s.position_offset();
   p.sinks_stride = 1;
   if (!s.seqlens_k.empty()) {
@@ -518,9 +511,8 @@ Changed change(const Shape& s, double t, double shift, int b, int head, int row,
     t = cap * std::tanh((t + shift * log2e) / cap);
     error += 1e-6 * cap + 2e-7 * std::fabs(shift);
   }
-  if (s.attn_mask != Shape::AttnMask::kNone) {
-    const double added = Shape::added(head, row, key);
-    if (s.attn_mask == Shape::AttnMask::kFloat || std::isinf(added)) t += added * log2e;
+  if (s.attn_mask) {
+    t += Shape::added(head, row, key) * log2e;
     error += 2e-7 * std::fabs(t);
   }
   if (s.alibi) {

@@ -20,11 +20,10 @@ struct Shape {
   int window_right = -1;
   int q_offset = 0;  ///< added to the position of every query
   float softcap = 0;
-  bool alibi = false;  ///< head h has slope(h)
-  bool sinks = false;  ///< head h has sink(h)
-  /// attn_mask, of every query, key and head: float32 added(), or whether it hides.
-  enum class AttnMask : uint8_t { kNone, kBool, kFloat } attn_mask = AttnMask::kNone;
-  std::vector<int> seqlens_k, leftpad_k;  ///< one per batch, or none
+  bool alibi = false;                     ///< head h has slope(h)
+  bool sinks = false;                     ///< head h has sink(h)
+  bool attn_mask = false;                 ///< added() to every query, key and head
+  std::vector<int> seqlens_k = {}, leftpad_k = {};  ///< one per batch, or none
 
   [[nodiscard]] int seqlen_of(int b) const { return seqlens_k.empty() ? seqlen_k : seqlens_k[b]; }
   [[nodiscard]] int leftpad_of(int b) const { return leftpad_k.empty() ? 0 : leftpad_k[b]; }
@@ -65,8 +64,7 @@ Quantized quantize(const Inputs& inputs, Weights weights, bool smooth_k, int kv_
 struct Packed {
   std::vector<int8_t> q, k, v;
   std::vector<float> q_scale, key_constants, v_scale, lse_shift, slopes, sinks;
-  std::vector<float> attn_mask;          // [seqlen_q][nheads_q][seqlen_k]
-  std::vector<uint8_t> attn_mask_bytes;  // the same for kBool
+  std::vector<float> attn_mask;  // [seqlen_q][nheads_q][seqlen_k]
   int rows_q = 0, rows_k = 0;
 };
 /// Packs by the layout functions, without kernels; `group` heads of Q to an image, see
