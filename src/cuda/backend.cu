@@ -11,36 +11,7 @@
 
 namespace attn8::cuda {
 
-#define ATTN8_CUDA_INSTANCE(name) AttendEntry name();
-#include "instances.inc"
-#undef ATTN8_CUDA_INSTANCE
-
 namespace {
-
-std::span<const AttendEntry> entries() {
-  static const AttendEntry table[] = {
-#define ATTN8_CUDA_INSTANCE(name) name(),
-#include "instances.inc"
-#undef ATTN8_CUDA_INSTANCE
-  };
-  return table;
-}
-
-/// The narrowest kernel that is wide enough: of the family asked for, or of those for every chip
-/// where that has none.
-const AttendEntry* find_entry(Kernels kernels, Weights weights, Scores scores, int head_dim) {
-  const AttendEntry* best = nullptr;
-  const auto worse = [&](const AttendEntry& entry) {
-    const bool asked = kernels == Kernels::kSm90;
-    return std::pair(asked && entry.family != Family::kSm90, entry.head_dim);
-  };
-  for (const AttendEntry& entry : entries()) {
-    if (entry.weights != weights || entry.scores != scores || entry.head_dim < head_dim) continue;
-    if (kernels != Kernels::kSm90 && entry.family == Family::kSm90) continue;
-    if (best == nullptr || worse(entry) < worse(*best)) best = &entry;
-  }
-  return best;
-}
 
 /// For what an allocation of the host's throws.
 Status out_of_memory() noexcept { return {StatusCode::kOutOfMemory, {}}; }
@@ -55,26 +26,6 @@ const ConstTensorView& view_of(const Operand& operand) {
 std::string shape_text(const Extents& e) {
   return "[" + std::to_string(e[0]) + ", " + std::to_string(e[1]) + ", " + std::to_string(e[2]) +
          ", " + std::to_string(e[3]) + "]";
-}
-
-Status check_memory(const void* data, const char* name, int device) {
-  cudaPointerAttributes attributes{};
-  const cudaError_t error = cudaPointerGetAttributes(&attributes, data);
-  if (error != cudaSuccess) {
-    cudaGetLastError();
-    return device_status(error, name);
-  }
-  if (attributes.type != cudaMemoryTypeDevice && attributes.type != cudaMemoryTypeManaged) {
-    return {StatusCode::kInvalidArgument, std::string(name) +
-                                              ".data is host memory, want memory of CUDA device " +
-                                              std::to_string(device)};
-  }
-  if (attributes.type == cudaMemoryTypeDevice && attributes.device != device) {
-    return {StatusCode::kInvalidArgument, std::string(name) + ".data is on CUDA device " +
-                                              std::to_string(attributes.device) + ", want " +
-                                              std::to_string(device)};
-  }
-  return {};
 }
 
 Status check_input(const Operand& operand, const char* name, const Extents& shape, DType dtype,
@@ -121,21 +72,7 @@ int64_t broadcast_stride(const ConstTensorView& view, size_t axis) {
   return view.shape[axis] == 1 ? 0 : view.strides[axis];
 }
 
-int clamp_offset(int64_t offset) {
-  return static_cast<int>(std::clamp<int64_t>(offset, -kNoLimit, kNoLimit));
-}
-
 size_t aligned(size_t bytes) { return (bytes + 255) / 256 * 256; }
-
-/// Whether two neighbouring channels of `out` can be stored at once.
-bool pairs(const ConstTensorView& out) {
-  bool even = out.strides[3] == 1 &&
-              reinterpret_cast<uintptr_t>(out.data) % (2 * dtype_bytes(out.dtype)) == 0;
-  for (size_t axis = 0; axis < 3; ++axis) {
-    even = even && (out.shape[axis] == 1 || out.strides[axis] % 2 == 0);
-  }
-  return even;
-}
 
 ScoreChanges changes_of(const Plan::State& s, const AttentionInputs& inputs, char* workspace) {
   const double log2e = 1.4426950408889634;
@@ -195,50 +132,13 @@ Workspace lay_out(const Plan::State& s) {
         static_cast<size_t>(s.mask_shape[0] * s.mask_shape[1] * s.mask_shape[2] * s.mask_shape[3]) *
         4);
   }
-  if (s.splits > 1) {
+  if (s.division.splits > 1) {
     const size_t rows = static_cast<size_t>(s.batch()) * s.seqlen_q() * s.nheads_q();
-    w.split_out = take(s.splits * rows * split_row_floats(s.head_dim_v()) * 4);
-    w.split_lse = take(s.splits * rows * 4);
+    w.split_out = take(s.division.splits * rows * split_row_floats(s.head_dim_v()) * 4);
+    w.split_lse = take(s.division.splits * rows * 4);
   }
   w.bytes = at;
   return w;
-}
-
-/// Few queries leave most multiprocessors idle: heads that share keys are packed into one row tile,
-/// and the keys are divided among as many blocks of the grid as there is room for.
-void lay_out_grid(Plan::State& s, int multiprocessors) {
-  const int group = s.nheads_k() > 0 ? s.nheads_q() / s.nheads_k() : 1;
-  const bool fits = static_cast<int64_t>(s.seqlen_q()) * group <= s.entry->rows;
-  s.group = fits ? group : 1;
-  s.rows_q = static_cast<int>(round_up(s.kernel_rows(), kSequencePad));
-  s.splits = 1;
-  s.split_keys = 0;
-  // The codes of `paper` do not say how much a part counts.
-  if (s.entry->weights == Weights::kPaper) return;
-  const int64_t tiles = (s.kernel_rows() + s.entry->rows - 1) / s.entry->rows;
-  const int64_t blocks = tiles * s.batch() * s.kernel_heads();
-  if (blocks == 0) return;
-  const int key_blocks = (s.seqlen_k() + s.entry->kv_block - 1) / s.entry->kv_block;
-  const auto room = static_cast<int>(std::min<int64_t>(multiprocessors / blocks, key_blocks));
-  if (room < 2) return;
-  const int split_blocks = (key_blocks + room - 1) / room;
-  s.split_keys = split_blocks * s.entry->kv_block;
-  s.splits = (key_blocks + split_blocks - 1) / split_blocks;
-}
-
-Result<Kernels> kernels_of(int device) {
-  int major = 0;
-  const cudaError_t error =
-      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  if (error != cudaSuccess) return device_status(error, "cudaDeviceGetAttribute");
-  if (major < 8) {
-    return Status(StatusCode::kUnavailable, "device " + std::to_string(device) +
-                                                " has compute capability " + std::to_string(major) +
-                                                ".x, the CUDA kernels want 8.0 or later");
-  }
-  const bool has_sm90 = std::any_of(entries().begin(), entries().end(),
-                                    [](const AttendEntry& e) { return e.family == Family::kSm90; });
-  return major == 9 && has_sm90 ? Kernels::kSm90 : Kernels::kSm80;
 }
 
 }  // namespace
@@ -267,7 +167,7 @@ Status device_status(cudaError_t error, const char* what) {
 
 std::vector<std::string> kernel_images() {
   std::vector<std::string> names;
-  for (const AttendEntry& entry : entries()) names.emplace_back(entry.name);
+  for (const AttendEntry& entry : attend_entries()) names.emplace_back(entry.name);
   return names;
 }
 
@@ -399,15 +299,10 @@ Result<Plan> Plan::make(const AttentionInputs& inputs, const AttentionOutputs& o
                        std::to_string(options.mask.q_offset - options.mask.k_offset) +
                        ", with alibi_slopes on CUDA at most 2^28 apart");
   }
-  s.position_offset = clamp_offset(shift);
-  int64_t right = options.mask.window_right;
-  if (options.mask.causal) right = right < 0 ? 0 : std::min<int64_t>(right, 0);
-  s.first_offset =
-      options.mask.window_left < 0
-          ? -kNoLimit
-          : clamp_offset(shift - std::min<int64_t>(options.mask.window_left, int64_t{1} << 50));
-  s.last_offset =
-      right < 0 ? kNoLimit : clamp_offset(shift + std::min<int64_t>(right, int64_t{1} << 50));
+  s.position_offset = s.inputs.alibi_slopes ? static_cast<int>(shift) : 0;
+  const MaskOffsets offsets = mask_offsets(options.mask, shift);
+  s.first_offset = offsets.first;
+  s.last_offset = offsets.last;
   const int64_t seqlen_k = k.shape[1];
   s.first_key = static_cast<int>(std::clamp<int64_t>(s.first_offset, 0, seqlen_k));
   s.last_key =
@@ -435,26 +330,13 @@ Result<Plan> Plan::make(const AttentionInputs& inputs, const AttentionOutputs& o
     return unsupported("kv_block=" + std::to_string(options.kv_block) + ", " + s.entry->name +
                        " has " + std::to_string(s.entry->kv_block));
   }
-  int shared_limit = 0;
-  cudaError_t error =
-      cudaDeviceGetAttribute(&shared_limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, s.device);
-  if (error != cudaSuccess) return device_status(error, "cudaDeviceGetAttribute");
-  if (s.entry->shared_bytes > static_cast<size_t>(shared_limit)) {
-    return unsupported(std::string(s.entry->name) + " wants " +
-                       std::to_string(s.entry->shared_bytes) + " bytes of shared memory, " +
-                       info.value().name + " has " + std::to_string(shared_limit) + " per block");
-  }
-  lay_out_grid(s, info.value().multiprocessors);
+  s.division = divide(*s.entry, s.batch(), s.nheads_q(), s.nheads_k(), s.seqlen_q(), s.seqlen_k(),
+                      info.value().multiprocessors);
+  s.rows_q = static_cast<int>(round_up(s.seqlen_q() * s.division.group, kSequencePad));
   s.workspace = lay_out(s);
 
-  const DeviceGuard guard(s.device);
-  if (guard.error() != cudaSuccess) return device_status(guard.error(), "cudaSetDevice");
-  error = cudaFuncSetAttribute(s.entry->function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(s.entry->shared_bytes));
-  if (error != cudaSuccess) {
-    cudaGetLastError();
-    return device_status(error, s.entry->name);
-  }
+  if (Status status = make_ready(*s.entry, s.device, info.value().name); !status.ok())
+    return status;
   return Plan(std::move(state));
 } catch (...) {
   return out_of_memory();
@@ -522,68 +404,26 @@ Status Plan::attend(const AttentionInputs& inputs, const AttentionOutputs& outpu
     p.leftpad_k = static_cast<const int*>(inputs.leftpad_k->data);
     p.leftpad_k_stride = inputs.leftpad_k->strides[0];
   }
-  p.out = outputs.out.data;
-  p.out_stride_batch = out.strides[0];
-  p.out_stride_row = out.strides[1];
-  p.out_stride_head = out.strides[2];
-  p.out_stride_channel = out.strides[3];
-  p.out_pairs = pairs(out);
+  set_out(p, out);
   if (s.has_lse) {
     p.lse = static_cast<float*>(outputs.lse->data);
     p.lse_stride_batch = outputs.lse->strides[0];
     p.lse_stride_row = outputs.lse->strides[1];
     p.lse_stride_head = outputs.lse->strides[2];
   }
-  p.out_type = out.dtype == DType::kFloat32   ? Element::kFloat32
-               : out.dtype == DType::kFloat16 ? Element::kFloat16
-                                              : Element::kBFloat16;
   p.nheads_q = s.nheads_q();
   p.nheads_k = s.nheads_k();
   p.rows_q = s.rows_q;
   p.rows_k = s.rows_k;
   p.seqlen_q = s.seqlen_q();
   p.seqlen_k = s.seqlen_k();
-  p.head_dim = s.head_dim_v();
   p.first_offset = s.first_offset;
   p.last_offset = s.last_offset;
   p.bottom_right = s.bottom_right;
-  p.group = s.group;
-  p.group_inverse = group_inverse_of(s.group);
-  p.split_keys = s.split_keys;
-  p.score_scale = static_cast<float>(static_cast<double>(s.softmax_scale) * 1.4426950408889634);
-
-  AttendParams kernel = p;
-  kernel.nheads_q = s.kernel_heads();
-  kernel.seqlen_q = s.kernel_rows();
-  if (s.splits > 1) {
-    const int64_t dim = split_row_floats(s.head_dim_v());
-    const int64_t heads = s.nheads_q();
-    const int64_t rows = s.seqlen_q();
-    kernel.out = floats_at(s.workspace.split_out);
-    kernel.out_type = Element::kFloat32;
-    kernel.out_pairs = true;
-    kernel.out_stride_channel = 1;
-    kernel.sinks = nullptr;  // beside all parts, not each
-    kernel.out_stride_head = dim;
-    kernel.out_stride_row = heads * dim;
-    kernel.out_stride_batch = rows * heads * dim;
-    kernel.out_stride_split = s.batch() * rows * heads * dim;
-    kernel.lse = floats_at(s.workspace.split_lse);
-    kernel.lse_stride_head = 1;
-    kernel.lse_stride_row = heads;
-    kernel.lse_stride_batch = rows * heads;
-    kernel.lse_stride_split = s.batch() * rows * heads;
-  }
-  const dim3 grid((s.kernel_rows() + s.entry->rows - 1) / s.entry->rows,
-                  s.batch() * s.kernel_heads(), s.splits);
-  void* arguments[] = {&kernel};
-  const auto cuda_stream = static_cast<cudaStream_t>(stream);
-  const cudaError_t error = cudaLaunchKernel(s.entry->function, grid, dim3(s.entry->threads),
-                                             arguments, s.entry->shared_bytes, cuda_stream);
-  if (error != cudaSuccess || s.splits == 1) return device_status(error, s.entry->name);
-  const MergeParams merge = {floats_at(s.workspace.split_out), floats_at(s.workspace.split_lse),
-                             s.splits, p};
-  return enqueue_merge(merge, s.batch(), cuda_stream);
+  p.score_scale = score_scale_of(s.softmax_scale);
+  return enqueue_attend(*s.entry, p, s.division, s.batch(), s.batch(),
+                        floats_at(s.workspace.split_out), floats_at(s.workspace.split_lse),
+                        static_cast<cudaStream_t>(stream));
 } catch (...) {
   return out_of_memory();
 }

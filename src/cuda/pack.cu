@@ -105,33 +105,6 @@ void for_head_dim(int packed_dim, const Visit& visit) {
   for_row_bytes(packed_dim, visit);
 }
 
-SourceTensor source_of(const Operand& operand) {
-  SourceTensor x{};
-  const auto* quantized = std::get_if<QuantizedView>(&operand);
-  const ConstTensorView& view =
-      quantized != nullptr ? quantized->codes : *std::get_if<ConstTensorView>(&operand);
-  x.data = view.data;
-  x.stride_batch = view.strides[0];
-  x.stride_row = view.strides[1];
-  x.stride_head = view.strides[2];
-  x.stride_channel = view.strides[3];
-  x.seqlen = static_cast<int>(view.shape[1]);
-  x.nheads = static_cast<int>(view.shape[2]);
-  x.head_dim = static_cast<int>(view.shape[3]);
-  x.vectors = view.strides[3] == 1 && view.shape[3] % 8 == 0 &&
-              reinterpret_cast<uintptr_t>(view.data) % 16 == 0;
-  for (size_t axis = 0; axis < 3; ++axis) {
-    x.vectors = x.vectors && (view.shape[axis] == 1 || view.strides[axis] % 8 == 0);
-  }
-  if (quantized != nullptr && quantized->spec.granularity == Granularity::kToken) {
-    x.scale = static_cast<const float*>(quantized->scale.data);
-    x.scale_stride_batch = quantized->scale.strides[0];
-    x.scale_stride_row = quantized->scale.strides[1];
-    x.scale_stride_head = quantized->scale.strides[2];
-  }
-  return x;
-}
-
 void gather(const ConstTensorView& view, int head_dim, int packed, float* result,
             cudaStream_t stream) {
   const GatherParams params{static_cast<const float*>(view.data),
@@ -167,6 +140,43 @@ VisibleTokens visible_tokens(const Plan::State& s, const AttentionInputs& inputs
 }
 
 }  // namespace
+
+SourceTensor source_of(const Operand& operand) {
+  SourceTensor x{};
+  const auto* quantized = std::get_if<QuantizedView>(&operand);
+  const ConstTensorView& view =
+      quantized != nullptr ? quantized->codes : *std::get_if<ConstTensorView>(&operand);
+  x.data = view.data;
+  x.stride_batch = view.strides[0];
+  x.stride_row = view.strides[1];
+  x.stride_head = view.strides[2];
+  x.stride_channel = view.strides[3];
+  x.seqlen = static_cast<int>(view.shape[1]);
+  x.nheads = static_cast<int>(view.shape[2]);
+  x.head_dim = static_cast<int>(view.shape[3]);
+  x.vectors = view.strides[3] == 1 && view.shape[3] % 8 == 0 &&
+              reinterpret_cast<uintptr_t>(view.data) % 16 == 0;
+  for (size_t axis = 0; axis < 3; ++axis) {
+    x.vectors = x.vectors && (view.shape[axis] == 1 || view.strides[axis] % 8 == 0);
+  }
+  if (quantized != nullptr && quantized->spec.granularity == Granularity::kToken) {
+    x.scale = static_cast<const float*>(quantized->scale.data);
+    x.scale_stride_batch = quantized->scale.strides[0];
+    x.scale_stride_row = quantized->scale.strides[1];
+    x.scale_stride_head = quantized->scale.strides[2];
+  }
+  return x;
+}
+
+void enqueue_query_rows(const RowsParams& params, DType dtype, int row_bytes, int64_t queries,
+                        int64_t heads, cudaStream_t stream) {
+  for_row_bytes(row_bytes, [&](auto bytes) {
+    for_source(dtype, [&](auto source) {
+      using Rows = QuantizeRows<source(), bytes(), true>;
+      launch<Rows>(params, (queries + Rows::kBlockTokens - 1) / Rows::kBlockTokens, heads, stream);
+    });
+  });
+}
 
 Status enqueue_pack(const Plan::State& s, const AttentionInputs& inputs, char* workspace,
                     cudaStream_t stream) {
@@ -233,7 +243,7 @@ Status enqueue_pack(const Plan::State& s, const AttentionInputs& inputs, char* w
     q_rows.mean = floats_at(s.workspace.k_mean);
     q_rows.lse_shift = floats_at(s.workspace.lse_shift);
   }
-  q_rows.group = s.group;
+  q_rows.group = s.division.group;
   k_rows.group = 1;
   q_rows.heads_per_mean = s.nheads_k() > 0 ? s.nheads_q() / s.nheads_k() : 1;
   q_rows.mean_channels = s.row_bytes();
@@ -243,14 +253,10 @@ Status enqueue_pack(const Plan::State& s, const AttentionInputs& inputs, char* w
       using Rows = QuantizeRows<source(), row_bytes(), false>;
       launch<Rows>(k_rows, s.rows_k / Rows::kBlockTokens, kv_heads, stream);
     });
-    for_source(s.q_type, [&](auto source) {
-      using Rows = QuantizeRows<source(), row_bytes(), true>;
-      // Queries whose rows fill the packed length, padding included.
-      const int queries = (s.rows_q + s.group - 1) / s.group;
-      launch<Rows>(q_rows, (queries + Rows::kBlockTokens - 1) / Rows::kBlockTokens, q_heads,
-                   stream);
-    });
   });
+  // Queries whose rows fill the packed length, padding included.
+  const int queries = (s.rows_q + s.division.group - 1) / s.division.group;
+  enqueue_query_rows(q_rows, s.q_type, s.row_bytes(), queries, q_heads, stream);
 
   PackVParams pack{};
   pack.x = v;

@@ -151,6 +151,7 @@ struct AttendParams {
   const float* sinks;  ///< [nheads_q of the caller] or nullptr: a score of a key without a V
   int64_t sinks_stride;
   const int* cu_seqlens_q;  ///< [batch + 1] or nullptr: sequence b has queries [b, b + 1) of it
+  int total_q;              ///< queries of a ragged batch
   const int* seqlens_k;     ///< [batch] or nullptr: keys of each sequence, at most seqlen_k
   const int* leftpad_k;     ///< [batch] or nullptr: keys before it count for nothing
   int64_t seqlens_k_stride, leftpad_k_stride;

@@ -333,6 +333,13 @@ struct RowsParams {
   float* lse_shift;  ///< Q: [batch * nheads][rows] or nullptr
   float softmax_scale;
   int group;  ///< Q: heads that share an image, rows interleaved (see AttendParams); else 1
+  /// Q of a ragged batch: [batch + 1]; `x` is a batch of one, an image has all its sequences.
+  const int* cu_seqlens;
+  /// Q over a cache: the mean of sequence b is that of page mean_pages[b * mean_pages_stride], and
+  /// bad[b] makes its rows NaN; or nullptr.
+  const int* mean_pages;
+  int64_t mean_pages_stride;
+  const int* bad;
 };
 
 /// One row of kRowBytes codes per kRowBytes / 8 threads.
@@ -348,28 +355,53 @@ struct QuantizeRows {
     const int head = ptx::block_y() % p.x.nheads;
     const int batch = ptx::block_y() / p.x.nheads;
     const int row = ptx::block_x() * kBlockTokens + ptx::thread_index() / kLanes;
+    Place place = {batch, row, row < p.x.seqlen, ptx::block_y() / p.group,
+                   static_cast<int64_t>(row) * p.group + ptx::block_y() % p.group};
+    bool stored = place.image_row < p.rows;
+    if constexpr (kQuery) {
+      if (p.cu_seqlens != nullptr) {
+        const int first = ptx::ld_global(p.cu_seqlens + batch);
+        place = {0, first + row, row < ptx::ld_global(p.cu_seqlens + batch + 1) - first,
+                 head / p.group,
+                 ragged_row(static_cast<int64_t>(first) * p.group, batch) +
+                     static_cast<int64_t>(row) * p.group + head % p.group};
+        stored = place.inside;
+      }
+    }
 
     float values[8] = {};
     float mean[8] = {};
     if (lane * 8 < p.x.head_dim) {
-      if (row < p.x.seqlen) {
-        load8<kSource>(p.x, p.x.offset(batch, row, head), lane, values);
+      if (place.inside) {
+        load8<kSource>(p.x, p.x.offset(place.batch, place.token, head), lane, values);
       }
       if (p.mean != nullptr) {
-        const int64_t mean_head = ptx::block_y() / p.heads_per_mean;
+        int64_t mean_head = ptx::block_y() / p.heads_per_mean;
+        if (kQuery && p.mean_pages != nullptr) {
+          const int64_t page = ptx::ld_global(p.mean_pages + batch * p.mean_pages_stride);
+          mean_head = page * (p.x.nheads / p.heads_per_mean) + head / p.heads_per_mean;
+        }
         load_floats(p.mean + mean_head * p.mean_channels + lane * 8, mean);
       }
     }
-    quantize_row(p, values, mean, batch, head, row, lane);
+    quantize_row(p, values, mean, place, stored, batch, head, lane);
   }
 
+  /// Where a row comes from and goes to.
+  struct Place {
+    int batch, token;  // of the source
+    bool inside;       // whether there is such a row
+    int64_t image, image_row;
+  };
+
   static ATTN8_DEVICE void quantize_row(const RowsParams& p, float (&x)[8], const float (&mean)[8],
-                                        int batch, int head, int row, int lane) {
-    const bool inside = row < p.x.seqlen;
+                                        const Place& place, bool stored, int batch, int head,
+                                        int lane) {
+    const bool inside = place.inside;
     float scale = 0;
     float shift = 0;
     if constexpr (kSource == Source::kCodes) {
-      if (inside) scale = p.x.token_scale(batch, row, head);
+      if (inside) scale = p.x.token_scale(place.batch, place.token, head);
     } else {
       uint32_t magnitude = 0;
       ATTN8_UNROLL
@@ -401,9 +433,9 @@ struct QuantizeRows {
       code[i] = kSource == Source::kCodes ? static_cast<uint32_t>(static_cast<int>(x[i]))
                                           : code_bits(x[i], scale, inverse);
     }
-    const int64_t image = ptx::block_y() / p.group;
-    const int64_t image_row = static_cast<int64_t>(row) * p.group + ptx::block_y() % p.group;
-    if (image_row >= p.rows) return;
+    if (!stored) return;
+    const int64_t image = place.image;
+    const int64_t image_row = place.image_row;
     ptx::st_global(
         reinterpret_cast<uint2*>(p.codes + image * p.rows * kRowBytes +
                                  packed_row_offset(p.rows, kRowBytes, image_row, lane * 8)),
@@ -412,12 +444,15 @@ struct QuantizeRows {
     if (lane != 0) return;
     if (!inside) scale = 0;
     if constexpr (kQuery) {
+      if (p.bad != nullptr && ptx::ld_global(p.bad + batch) != 0) {
+        scale = ptx::as_float(0x7FC00000u);
+      }
       const int64_t head_row = image * p.rows + image_row;
       ptx::st_global(p.q_scale + head_row, scale);
       if (p.lse_shift != nullptr) ptx::st_global(p.lse_shift + head_row, shift * p.softmax_scale);
     } else {
       const int64_t constants = static_cast<int64_t>(ptx::block_y()) * p.rows * 2;
-      ptx::st_global(p.key_constants + constants + key_constant_offset(row, 0), scale);
+      ptx::st_global(p.key_constants + constants + key_constant_offset(image_row, 0), scale);
     }
   }
 };
