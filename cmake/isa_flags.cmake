@@ -4,6 +4,9 @@
 # Instruction-set flags, one set per file of src/cpu/isa, chosen by the start of the file's name.
 # No other file has any: whatever runs before the CPU was asked must run on every CPU.
 set(ATTN8_ISA_FLAGS_avx2 -mavx2 -mfma -mf16c)
+# Without -mavxvnni: vpdpbusd stands in asm statements, and the VEX and EVEX files differ in nothing
+# else.
+set(ATTN8_ISA_FLAGS_avx_vnni ${ATTN8_ISA_FLAGS_avx2})
 set(ATTN8_ISA_FLAGS_avx512_vnni
     -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vbmi -mavx512vnni -mfma -mf16c)
 if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
@@ -23,7 +26,7 @@ set(ATTN8_ISA_FLAGS_scalar -Wno-psabi)
 # another processor family.
 function(attn8_set_isa_flags sources)
   set(kept ${${sources}})
-  foreach(isa IN ITEMS scalar avx2 avx512_vnni)
+  foreach(isa IN ITEMS scalar avx2 avx_vnni avx512_vnni)
     set(files ${${sources}})
     list(FILTER files INCLUDE REGEX "/cpu/isa/${isa}[^/]*\\.cpp$")
     if(isa STREQUAL "scalar" OR CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")

@@ -9,7 +9,7 @@
 string(REPLACE "," ";" objects "${OBJECTS}")
 set(checked 0)
 foreach(object IN LISTS objects)
-  if(NOT object MATCHES "/cpu/isa/(avx2|avx512_vnni)[^/]*$")
+  if(NOT object MATCHES "/cpu/isa/(avx2|avx_vnni_evex|avx_vnni|avx512_vnni)[^/]*$")
     continue()
   endif()
   set(isa "${CMAKE_MATCH_1}")

@@ -76,6 +76,15 @@ constexpr uint32_t kShorts = 0x00150026;   // two widened codes
 void burst_vnni(int64_t iterations) {
   ATTN8_BURST(zmm, kBytes, ATTN8_REPEAT_12(ATTN8_DPBUSD, zmm));
 }
+// In the encoding that the CPU has.
+#define ATTN8_DPBUSD_VEX(wide, i) "%{vex%} " ATTN8_DPBUSD(wide, i)
+void burst_vnni_ymm(int64_t iterations) {
+  if (__builtin_cpu_supports("avx512vnni")) {
+    ATTN8_BURST(ymm, kBytes, ATTN8_REPEAT_12(ATTN8_DPBUSD, ymm));
+  } else {
+    ATTN8_BURST(ymm, kBytes, ATTN8_REPEAT_12(ATTN8_DPBUSD_VEX, ymm));
+  }
+}
 void burst_bfloat16(int64_t iterations) {
   ATTN8_BURST(zmm, kBFloats, ATTN8_REPEAT_12(ATTN8_DPBF16, zmm));
 }
@@ -146,9 +155,10 @@ std::optional<Peak> find_peak(Isa isa, Operands operands) {
 #if defined(__x86_64__)
   // Operations of an iteration: 12 instructions x products x 2 (a multiplication and an addition).
   const bool avx512 = isa == Isa::kAvx512Vnni;
-  if (!avx512 && isa != Isa::kAvx2) return std::nullopt;
+  if (!avx512 && isa != Isa::kAvxVnni && isa != Isa::kAvx2) return std::nullopt;
   switch (operands) {
     case Operands::kInt8:
+      if (isa == Isa::kAvxVnni) return Peak{"vpdpbusd ymm", burst_vnni_ymm, 12.0 * 32 * 2};
       return avx512 ? Peak{"vpdpbusd zmm", burst_vnni, 12.0 * 64 * 2}
                     : Peak{"vpmaddwd+vpaddd ymm", burst_madd_ymm, 12.0 * 16 * 2};
     case Operands::kBFloat16:
@@ -204,7 +214,7 @@ double Stream::measure() {
     const std::byte* begin = buffer_.data() + part * static_cast<size_t>(thread);
 #if defined(__x86_64__)
     if (isa_ == Isa::kAvx512Vnni) return read_zmm(begin, stride);
-    if (isa_ == Isa::kAvx2) return read_ymm(begin, stride);
+    if (isa_ != Isa::kScalar) return read_ymm(begin, stride);
 #endif
     read_portable(begin, part);
   });

@@ -62,7 +62,8 @@ enum attn8_isa {
   ATTN8_ISA_BEST = -1, /* the best that this machine runs */
   ATTN8_ISA_SCALAR = 0,
   ATTN8_ISA_AVX2 = 1,
-  ATTN8_ISA_AVX512_VNNI = 2
+  ATTN8_ISA_AVX_VNNI = 2,
+  ATTN8_ISA_AVX512_VNNI = 3
 };
 
 enum attn8_mode {

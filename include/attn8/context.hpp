@@ -15,10 +15,11 @@ namespace attn8 {
 enum class Isa : uint8_t {
   kScalar,      ///< portable C++, needs no instruction-set flag
   kAvx2,        ///< AVX2 + FMA + F16C
+  kAvxVnni,     ///< AVX2 and 256-bit vpdpbusd: AVX-VNNI, or AVX512VL + AVX512-VNNI
   kAvx512Vnni,  ///< AVX-512 F/BW/VL/DQ/VBMI + VNNI
 };
 
-/// "scalar", "avx2", "avx512_vnni".
+/// "scalar", "avx2", "avx_vnni", "avx512_vnni".
 ATTN8_API std::string_view to_string(Isa isa) noexcept;
 
 /// The ISA of that name, or kInvalidArgument listing the names there are.

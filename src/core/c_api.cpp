@@ -48,6 +48,7 @@ static_assert(same(DType::kFloat32, ATTN8_FLOAT32) && same(DType::kFloat16, ATTN
               same(DType::kInt32, ATTN8_INT32));
 static_assert(same(DeviceType::kCpu, ATTN8_CPU) && same(DeviceType::kCuda, ATTN8_CUDA));
 static_assert(same(Isa::kScalar, ATTN8_ISA_SCALAR) && same(Isa::kAvx2, ATTN8_ISA_AVX2) &&
+              same(Isa::kAvxVnni, ATTN8_ISA_AVX_VNNI) &&
               same(Isa::kAvx512Vnni, ATTN8_ISA_AVX512_VNNI));
 static_assert(same(Mode::kAccurate, ATTN8_ACCURATE) && same(Mode::kPaper, ATTN8_PAPER) &&
               same(Mode::kHalf, ATTN8_HALF) && same(Mode::kExact, ATTN8_EXACT) &&

@@ -13,8 +13,10 @@ namespace {
 template <class E>
 using Names = std::pair<E, std::string_view>;
 
-constexpr std::array<Names<Isa>, 3> kIsaNames = {
-    {{Isa::kScalar, "scalar"}, {Isa::kAvx2, "avx2"}, {Isa::kAvx512Vnni, "avx512_vnni"}}};
+constexpr std::array<Names<Isa>, 4> kIsaNames = {{{Isa::kScalar, "scalar"},
+                                                  {Isa::kAvx2, "avx2"},
+                                                  {Isa::kAvxVnni, "avx_vnni"},
+                                                  {Isa::kAvx512Vnni, "avx512_vnni"}}};
 constexpr std::array<Names<Mode>, 5> kModeNames = {{{Mode::kAccurate, "accurate"},
                                                     {Mode::kPaper, "paper"},
                                                     {Mode::kHalf, "half"},

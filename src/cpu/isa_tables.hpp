@@ -11,6 +11,13 @@ const KernelTable& table() noexcept;
 namespace avx2 {
 const KernelTable& table() noexcept;
 }
+/// AVX-VNNI in its VEX encoding, and the same from the vpdpbusd of AVX-512.
+namespace avx_vnni {
+const KernelTable& table() noexcept;
+}
+namespace avx_vnni_evex {
+const KernelTable& table() noexcept;
+}
 namespace avx512_vnni {
 const KernelTable& table() noexcept;
 /// For CPUs that have AVX512-BF16 as well.

@@ -65,12 +65,23 @@ std::string_view missing_for_avx512_vnni() noexcept {
   return {};
 }
 
+/// AVX-VNNI; the operating system saves what AVX2 needs.
+bool has_avx_vnni() noexcept { return cpuid(7).a >= 1 && has(cpuid(7, 1).a, 4); }
+
+/// The 256-bit vpdpbusd of either encoding.
+std::string_view missing_for_avx_vnni() noexcept {
+  if (const std::string_view reason = missing_for_avx2(); !reason.empty()) return reason;
+  if (has_avx_vnni() || missing_for_avx512_vnni().empty()) return {};
+  return "the CPU has no AVX-VNNI";
+}
+
 /// AVX512-BF16, for a CPU that has AVX-512.
 bool has_bfloat16_pairs() noexcept { return cpuid(7).a >= 1 && has(cpuid(7, 1).a, 5); }
 
 #else
 
 std::string_view missing_for_avx2() noexcept { return "not an x86-64 build"; }
+std::string_view missing_for_avx_vnni() noexcept { return "not an x86-64 build"; }
 std::string_view missing_for_avx512_vnni() noexcept { return "not an x86-64 build"; }
 
 #endif
@@ -78,10 +89,12 @@ std::string_view missing_for_avx512_vnni() noexcept { return "not an x86-64 buil
 }  // namespace
 
 std::span<const IsaSupport> isa_support() noexcept {
-  static const std::array<IsaSupport, 3> support = [] {
+  static const std::array<IsaSupport, 4> support = [] {
     const std::string_view avx512_vnni = missing_for_avx512_vnni();
+    const std::string_view avx_vnni = missing_for_avx_vnni();
     const std::string_view avx2 = missing_for_avx2();
-    return std::array<IsaSupport, 3>{{{Isa::kAvx512Vnni, avx512_vnni.empty(), avx512_vnni},
+    return std::array<IsaSupport, 4>{{{Isa::kAvx512Vnni, avx512_vnni.empty(), avx512_vnni},
+                                      {Isa::kAvxVnni, avx_vnni.empty(), avx_vnni},
                                       {Isa::kAvx2, avx2.empty(), avx2},
                                       {Isa::kScalar, true, {}}}};
   }();
@@ -103,10 +116,13 @@ const KernelTable* find_kernel_table(Isa isa) noexcept {
 #if defined(__x86_64__)
     case Isa::kAvx512Vnni:
       return has_bfloat16_pairs() ? &avx512_vnni::table_with_bf16() : &avx512_vnni::table();
+    case Isa::kAvxVnni:
+      return has_avx_vnni() ? &avx_vnni::table() : &avx_vnni_evex::table();
     case Isa::kAvx2:
       return &avx2::table();
 #else
     case Isa::kAvx512Vnni:
+    case Isa::kAvxVnni:
     case Isa::kAvx2:
       return nullptr;
 #endif

@@ -133,7 +133,7 @@ TEST(CApi, TextsEndWhereTheirViewsDo) {
   }
   EXPECT_EQ(attn8_isa_at(0, nullptr, nullptr, nullptr, nullptr), ATTN8_OK);
   expect_invalid(attn8_isa_at(99, nullptr, nullptr, nullptr, nullptr),
-                 "index got 99, wants below 3");
+                 "index got 99, wants below 4");
 }
 
 /// What a program compiled with an older header passes: fewer fields.

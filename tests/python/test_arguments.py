@@ -167,7 +167,7 @@ def test_threads_and_environment(monkeypatch):
 def test_info():
     info = attn8.info()
     assert info["version"] == attn8.__version__
-    assert {isa["name"] for isa in info["isas"]} == {"avx512_vnni", "avx2", "scalar"}
+    assert {isa["name"] for isa in info["isas"]} == {"avx512_vnni", "avx_vnni", "avx2", "scalar"}
     assert next(isa for isa in info["isas"] if isa["available"])["name"] == info["isa"]
 
 
@@ -223,7 +223,7 @@ OPTIONS = {
     "kv_block": [0, 64, 512], "v_granularity": ["token", "tensor", "channel", "block",
     "block_channel"], "smooth_k": [True, False], "check_finite": [True, False],
     "fp8_format": ["e4m3", "e5m2"], "return_lse": [True, False], "threads": [None, 1, 2, 5],
-    "isa": [None, "scalar", "avx2", "avx512_vnni"],
+    "isa": [None, "scalar", "avx2", "avx_vnni", "avx512_vnni"],
 }
 ok = refused = 0
 for _ in range(int(sys.argv[2])):

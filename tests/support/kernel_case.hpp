@@ -27,9 +27,10 @@ inline std::string isa_test_name(const ::testing::TestParamInfo<Isa>& info) {
   return std::string(to_string(info.param));
 }
 
-#define ATTN8_INSTANTIATE_EACH_ISA(suite) \
-  INSTANTIATE_TEST_SUITE_P(               \
-      Isa, suite, ::testing::Values(Isa::kScalar, Isa::kAvx2, Isa::kAvx512Vnni), isa_test_name)
+#define ATTN8_INSTANTIATE_EACH_ISA(suite)                                                       \
+  INSTANTIATE_TEST_SUITE_P(                                                                     \
+      Isa, suite, ::testing::Values(Isa::kScalar, Isa::kAvx2, Isa::kAvxVnni, Isa::kAvx512Vnni), \
+      isa_test_name)
 
 enum class Data : uint8_t { kNormal, kZeros, kOneHot, kOutliers, kHuge, kEqual, kSink };
 

@@ -37,7 +37,7 @@ void expect_names(const std::vector<std::string_view>& names, Parse parse) {
 }
 
 TEST(Names, RoundTrip) {
-  expect_names<Isa>({"scalar", "avx2", "avx512_vnni"}, parse_isa);
+  expect_names<Isa>({"scalar", "avx2", "avx_vnni", "avx512_vnni"}, parse_isa);
   expect_names<Mode>({"accurate", "paper", "half", "exact", "fp8"}, parse_mode);
   expect_names<Granularity>({"token", "tensor", "channel", "block", "block_channel"},
                             parse_granularity);
@@ -45,7 +45,7 @@ TEST(Names, RoundTrip) {
 
 TEST(Names, ParseErrorsNameGotAndWanted) {
   EXPECT_EQ(parse_isa("sse").status().message(),
-            "isa got \"sse\", wants one of scalar avx2 avx512_vnni");
+            "isa got \"sse\", wants one of scalar avx2 avx_vnni avx512_vnni");
   EXPECT_EQ(parse_mode("int4").status().message(),
             "mode got \"int4\", wants one of accurate paper half exact fp8");
   EXPECT_EQ(parse_granularity("row").status().message(),
@@ -89,11 +89,12 @@ TEST(Names, VersionHasThreeNumbers) {
 /// Every ISA once, best first; one can always run, and only those that cannot have a reason.
 TEST(IsaSupport, ListsEveryIsaBestFirst) {
   const std::span<const IsaSupport> all = isa_support();
-  ASSERT_EQ(all.size(), 3u);
+  ASSERT_EQ(all.size(), 4u);
   EXPECT_EQ(all[0].isa, Isa::kAvx512Vnni);
-  EXPECT_EQ(all[1].isa, Isa::kAvx2);
-  EXPECT_EQ(all[2].isa, Isa::kScalar);
-  EXPECT_TRUE(all[2].available);
+  EXPECT_EQ(all[1].isa, Isa::kAvxVnni);
+  EXPECT_EQ(all[2].isa, Isa::kAvx2);
+  EXPECT_EQ(all[3].isa, Isa::kScalar);
+  EXPECT_TRUE(all[3].available);
   for (const IsaSupport& support : all) {
     EXPECT_EQ(support.available, support.reason.empty()) << to_string(support.isa);
   }

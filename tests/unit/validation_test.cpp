@@ -103,7 +103,7 @@ TEST(Validation, Context) {
   expect_refused("context.threads got 0, wants >= 1", [](Call& c) { c.context.threads = 0; });
   expect_refused("context.threads got -3, wants >= 1", [](Call& c) { c.context.threads = -3; });
   expect_refused("context.isa is not a value of attn8::Isa",
-                 [](Call& c) { c.context = Context::with_isa(static_cast<Isa>(3)); });
+                 [](Call& c) { c.context = Context::with_isa(static_cast<Isa>(4)); });
   expect_refused(
       "context.device got cuda, attention() allocates no device memory: "
       "use AttentionPlan with a workspace",

@@ -27,9 +27,9 @@ inline __attribute__((noinline)) void rescale_rows(const SkewedState& state, int
 }
 
 /// O of one row and kVectors vectors of channels from `channel` on.
-template <int kVectors>
+template <int kVectors, int kSize>
 ATTN8_INLINE void add_row(const Skewed& work, const SkewedState& state, const float* mean,
-                          int channel, int r, const Vector (&sum)[4]) {
+                          int channel, int r, const Vector (&sum)[kSize]) {
   float* out = state.out + r * work.padded + channel;
   const __m512 weight = broadcast_now(state.value_weight + r);
   const __m512 residual = broadcast_now(state.residual + r);
@@ -42,15 +42,13 @@ ATTN8_INLINE void add_row(const Skewed& work, const SkewedState& state, const fl
 }
 
 /// One step of a dot product for four rows: kStride bytes between rows of `a`, kVectors vectors of
-/// b; kAhead: asks for those `ahead` bytes further.
-template <bool kAhead, int kVectors, int kStride>
-ATTN8_INLINE void dot_step(Vector (&sum)[4][4], const std::byte* a, const std::byte* b,
-                           int64_t ahead) {
+/// b.
+template <int kVectors, int kStride>
+ATTN8_INLINE void dot_step(Vector (&sum)[4][4], const std::byte* a, const std::byte* b) {
   Vector column[kVectors];
 #pragma GCC unroll 16
   for (int c = 0; c < kVectors; ++c) {
     column[c] = load_now(b + 64 * c);
-    if constexpr (kAhead) asm volatile("prefetcht1 %0" : : "m"(*(b + ahead + 64 * c)));
   }
 #pragma GCC unroll 16
   for (int r = 0; r < 4; ++r) {
@@ -81,17 +79,17 @@ inline constexpr int kCodesStride = 64;
 inline constexpr int kQueryStep = 16;
 
 /// Steps kFirst..15 of P V of a group, with kPieces pieces of the next item's weights between.
-template <bool kAhead, int kVectors, int kFirst, int kPieces>
+template <int kVectors, int kFirst, int kPieces>
 ATTN8_INLINE void value_group(Vector (&sum)[4][4], const std::byte* p, const std::byte* v,
-                              int64_t ahead, const Weigher& weigher, int piece, Vector table_low,
+                              const Weigher& weigher, int piece, Vector table_low,
                               Vector table_high) {
   constexpr int kSteps = 16 - kFirst;
   constexpr int kHalves = 2 * kPieces;
   HalfPiece half;
 #pragma GCC unroll 16
   for (int step = 0; step < kSteps; ++step) {
-    dot_step<kAhead, kVectors, kCodesStride>(sum, p + 4 * (kFirst + step),
-                                             v + (kFirst + step) * kVectors * 64, ahead);
+    dot_step<kVectors, kCodesStride>(sum, p + 4 * (kFirst + step),
+                                     v + (kFirst + step) * kVectors * 64);
     // At most one half per step: the halves are spread over the steps.
     const int done = step * kHalves / kSteps;
     if ((step + 1) * kHalves / kSteps > done) {
@@ -122,17 +120,16 @@ ATTN8_INLINE void start_query_row(Vector (&sum)[4], const KeyRecord& record, con
 }
 
 /// The other steps of Q K of one group.
-template <bool kAhead>
 ATTN8_INLINE void finish_query_group(Vector (&sum)[4][4], const std::byte* q, int padded,
-                                     const std::byte* k, int64_t ahead) {
-  dot_step<kAhead, 4, 4>(sum, q + 2 * kQueryStep, k + 512, ahead);
-  dot_step<kAhead, 4, 4>(sum, q + 3 * kQueryStep, k + 768, ahead);
+                                     const std::byte* k) {
+  dot_step<4, 4>(sum, q + 2 * kQueryStep, k + 512);
+  dot_step<4, 4>(sum, q + 3 * kQueryStep, k + 768);
   for (int dim = 16; dim < padded; dim += 16) {
     q += 4 * kQueryStep;
     k += 1024;
 #pragma GCC unroll 4
     for (int step = 0; step < 4; ++step) {
-      dot_step<kAhead, 4, 4>(sum, q + kQueryStep * step, k + 256 * step, ahead);
+      dot_step<4, 4>(sum, q + kQueryStep * step, k + 256 * step);
     }
   }
 }
@@ -173,17 +170,17 @@ ATTN8_INLINE int take_pieces(Weigher& weigher) {
 
 /// P V of an item for one slab of channels whose rows are started, with kPieces pieces of the next
 /// item's weights in each of its groups.
-template <bool kAhead, int kVectors, int kPieces>
+template <int kVectors, int kPieces>
 ATTN8_INLINE void value_slab(Vector (&sum)[4][4], int groups, const std::byte* p,
-                             const std::byte* v, size_t v_group_bytes, int64_t ahead,
-                             Weigher& weigher, Vector table_low, Vector table_high) {
-  value_group<kAhead, kVectors, 2, kPieces>(sum, p, v, ahead, weigher,
-                                            take_pieces<kPieces>(weigher), table_low, table_high);
+                             const std::byte* v, size_t v_group_bytes, Weigher& weigher,
+                             Vector table_low, Vector table_high) {
+  value_group<kVectors, 2, kPieces>(sum, p, v, weigher, take_pieces<kPieces>(weigher), table_low,
+                                    table_high);
   for (int group = 1; group < groups; ++group) {
     v += v_group_bytes;
     p += kRowGroup * kCodesStride;
-    value_group<kAhead, kVectors, 0, kPieces>(sum, p, v, ahead, weigher,
-                                              take_pieces<kPieces>(weigher), table_low, table_high);
+    value_group<kVectors, 0, kPieces>(sum, p, v, weigher, take_pieces<kPieces>(weigher), table_low,
+                                      table_high);
   }
 }
 
@@ -203,7 +200,7 @@ ATTN8_INLINE void drain_channels(const Skewed& work, const SkewedItem& item,
   const std::byte* v = item.v + slab * kKeyGroup + (channel - slab) * 4;
   for (int group = 0; group < item.groups; ++group) {
     for (int step = 0; step < 16; ++step) {
-      dot_step<false, kVectors, kCodesStride>(sum, p + 4 * step, v + step * step_bytes, 0);
+      dot_step<kVectors, kCodesStride>(sum, p + 4 * step, v + step * step_bytes);
     }
     p += kRowGroup * kCodesStride;
     v += work.tile.kv.layout.v_group_bytes;
@@ -222,9 +219,8 @@ inline __attribute__((noinline)) void drain(const Skewed& work, const SkewedItem
 }
 
 /// kTail: channels of the last slab when it is narrower than 64, else 0. kPieces: pieces of weights
-/// per group and slab of P V, about four over the slabs of an item. kAhead: for few rows, whose K
-/// and V come from memory: asks for the next block while it computes on one.
-template <int kTail, int kPieces, bool kAhead>
+/// per group and slab of P V, about four over the slabs of an item.
+template <int kTail, int kPieces>
 inline void attend_skewed(const AttendTile& tile) {
   constexpr int kTailVectors = kTail / 16;
   Skewed work(tile);
@@ -276,13 +272,13 @@ inline void attend_skewed(const AttendTile& tile) {
       }
       start_query_row(sum[r], *record, q + 4 * r, k);
     }
-    finish_query_group<kAhead>(sum, q, padded, k, item.k_ahead);
+    finish_query_group(sum, q, padded, k);
     for (int group = item.groups; group > 1; --group) {
       k += k_group_bytes;
       next_query_group(sum, record, factors, scores, q, k, largest);
       ++record;
       scores += kRowGroup * 64;
-      finish_query_group<kAhead>(sum, q, padded, k, item.k_ahead);
+      finish_query_group(sum, q, padded, k);
     }
 
     // P V of the previous item; the narrow slab is last in memory and first in time.
@@ -304,11 +300,11 @@ inline void attend_skewed(const AttendTile& tile) {
     if constexpr (kTail > 0) {
       // With no full slab beside it, the weights go here.
       if (slabs > 0) {
-        value_slab<kAhead, kTailVectors, 0>(sum, previous.groups, p, v, v_group_bytes,
-                                            previous.v_ahead, weigher, table_low, table_high);
+        value_slab<kTailVectors, 0>(sum, previous.groups, p, v, v_group_bytes, weigher, table_low,
+                                    table_high);
       } else {
-        value_slab<kAhead, kTailVectors, kPieces>(sum, previous.groups, p, v, v_group_bytes,
-                                                  previous.v_ahead, weigher, table_low, table_high);
+        value_slab<kTailVectors, kPieces>(sum, previous.groups, p, v, v_group_bytes, weigher,
+                                          table_low, table_high);
       }
     }
     for (int h = 0; h < slabs; ++h) {
@@ -326,8 +322,8 @@ inline void attend_skewed(const AttendTile& tile) {
           dot_head<4, 4>(sum[r], p + r * kCodesStride, v);
         }
       }
-      value_slab<kAhead, 4, kPieces>(sum, previous.groups, p, v, v_group_bytes, previous.v_ahead,
-                                     weigher, table_low, table_high);
+      value_slab<4, kPieces>(sum, previous.groups, p, v, v_group_bytes, weigher, table_low,
+                             table_high);
     }
     if constexpr (kTail > 0 && kPieces == 4) {
       if (slabs == 0) {
@@ -360,31 +356,30 @@ inline void attend_skewed(const AttendTile& tile) {
 /// The pipeline for the tile's head_dim.
 inline void attend_skewed(const AttendTile& tile) {
   const auto padded = padded_dim(tile.head_dim);
-  const bool few = tile.rows <= 2 * kRowGroup;
   switch (padded / 64 * 4 + padded % 64 / 16) {
     case 0 * 4 + 1:
     case 1 * 4 + 1:
-      return attend_skewed<16, 4, false>(tile);
+      return attend_skewed<16, 4>(tile);
     case 0 * 4 + 2:
     case 1 * 4 + 2:
-      return attend_skewed<32, 4, false>(tile);
+      return attend_skewed<32, 4>(tile);
     case 0 * 4 + 3:
     case 1 * 4 + 3:
-      return attend_skewed<48, 4, false>(tile);
+      return attend_skewed<48, 4>(tile);
     case 1 * 4:
-      return few ? attend_skewed<0, 4, true>(tile) : attend_skewed<0, 4, false>(tile);
+      return attend_skewed<0, 4>(tile);
     case 2 * 4:
     case 3 * 4:
-      return few ? attend_skewed<0, 2, true>(tile) : attend_skewed<0, 2, false>(tile);
+      return attend_skewed<0, 2>(tile);
     case 4 * 4:
-      return attend_skewed<0, 1, false>(tile);
+      return attend_skewed<0, 1>(tile);
     case 2 * 4 + 1:
     case 3 * 4 + 1:
-      return attend_skewed<16, 2, false>(tile);
+      return attend_skewed<16, 2>(tile);
     case 2 * 4 + 2:
     case 3 * 4 + 2:
-      return attend_skewed<32, 2, false>(tile);
+      return attend_skewed<32, 2>(tile);
     default:
-      return attend_skewed<48, 2, false>(tile);
+      return attend_skewed<48, 2>(tile);
   }
 }

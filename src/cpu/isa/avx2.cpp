@@ -3,7 +3,11 @@
 
 // Compiled with this ISA's flags (cmake/isa_flags.cmake); nothing here may run before the CPU was
 // asked, and nothing defined here may be shared with other files: see tests/isa_symbols.
+#include <immintrin.h>
+
 #include <bit>
+#include <cstddef>
+#include <cstdint>
 #include <cstring>
 #include <limits>
 #include <type_traits>
@@ -12,10 +16,13 @@
 #include "core/kernel_table.hpp"
 #include "core/packed_layout.hpp"
 #include "core/quant_math.hpp"
-#include "cpu/isa/simd_avx2.hpp"
 #include "cpu/isa_tables.hpp"
 
 namespace attn8::avx2 {
+
+inline constexpr Isa kIsa = Isa::kAvx2;
+#include "cpu/isa/simd_avx2-inl.hpp"
+
 namespace {
 // Order matters: each file uses the ones above it.
 // clang-format off

@@ -32,6 +32,7 @@ namespace {
 #include "cpu/isa/skewed_items_avx512-inl.hpp"
 #include "cpu/isa/skewed_softmax_avx512-inl.hpp"
 #include "cpu/isa/attend_skewed_avx512-inl.hpp"
+#include "cpu/isa/attend_few_avx512-inl.hpp"
 #include "cpu/kernels/attend_paper-inl.hpp"
 #include "cpu/kernels/attend_float-inl.hpp"
 #include "cpu/kernels/table-inl.hpp"

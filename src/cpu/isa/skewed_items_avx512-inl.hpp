@@ -20,9 +20,8 @@ struct SkewedItem {
   int first_row = 0;  ///< of the tile
   int groups = 0;
   int64_t first_key = 0;
-  int64_t k_ahead = 0;  ///< bytes to the K of the next block where it is time to ask for it, else 0
-  int64_t v_ahead = 0;  ///< likewise V
-  bool masked = false;  ///< whether a row does not see all its keys
+  int64_t ahead = 0;             ///< bytes to the data of the next block, 0 for the last one
+  bool masked = false;           ///< whether a row does not see all its keys
   const std::byte* k = nullptr;  ///< [groups] packed
   const std::byte* v = nullptr;  ///< [groups] packed
   const KeyRecord* records = nullptr;
@@ -69,24 +68,27 @@ struct alignas(4096) Skewed {
   const AttendTile& tile;
   TileScratch scratch;
   int padded;
-  int16_t* scores;                             ///< [groups][kRowGroup][64]
-  std::byte* codes[2];                         ///< [groups][kRowGroup][64]
-  GroupSums sums[kMaxGroups * kRowGroup];      // NOLINT: filled before they are read
-  int32_t top[kRowGroup] = {};                 ///< maxima, in both halves of a word
-  alignas(16) float weight[kRowGroup] = {};    ///< beta
-  alignas(64) float nothing[kRowGroup * 256];  ///< where the O of no item goes
+  int16_t* scores;                              ///< [groups][kRowGroup][64]
+  std::byte* codes[2];                          ///< [groups][kRowGroup][64]
+  GroupSums sums[kMaxGroups * kRowGroup] = {};  ///< [groups][kRowGroup]
+  int32_t top[kRowGroup] = {};                  ///< maxima, in both halves of a word
+  alignas(16) float weight[kRowGroup] = {};     ///< beta
+  alignas(64) float nothing[kRowGroup * 256];   ///< where the O of no item goes
 };
 
-/// The items of a tile, block by block.
+/// The items of a tile, block by block. rows_per_item: kRowGroup, or twice that for items that come
+/// in pairs with the same keys.
 class SkewedWalk {
  public:
-  explicit SkewedWalk(const AttendTile& tile) : tile_(tile) {
+  explicit SkewedWalk(const AttendTile& tile, int rows_per_item = kRowGroup)
+      : tile_(tile), rows_per_item_(rows_per_item) {
     int64_t lo = std::numeric_limits<int64_t>::max();
     int64_t hi = 0;
-    for (int first = 0; first < tile.rows; first += kRowGroup) {
-      Rows& rows = rows_[first / kRowGroup];
+    for (int first = 0; first < tile.rows; first += rows_per_item) {
+      Rows& rows = rows_[first / rows_per_item];
       rows = {std::numeric_limits<int64_t>::max(), 0, 0, std::numeric_limits<int64_t>::max()};
-      for (int r = first; r < first + kRowGroup; ++r) {
+      // What rows beyond the tile's see does not matter: nobody reads their results.
+      for (int r = first; r < first + rows_per_item && r < tile.rows; ++r) {
         const KeyRange range = tile.visible[r];
         rows.full_lo = range.lo > rows.full_lo ? range.lo : rows.full_lo;
         rows.full_hi = range.hi < rows.full_hi ? range.hi : rows.full_hi;
@@ -107,11 +109,11 @@ class SkewedWalk {
       const int64_t block_lo = block_ * tile_.kv_block;
       const int64_t block_hi = block_lo + tile_.kv_block;
       while (row_ < tile_.rows) {
-        const Rows& rows = rows_[row_ / kRowGroup];
+        const Rows& rows = rows_[row_ / rows_per_item_];
         const int64_t lo = rows.lo > block_lo ? rows.lo : block_lo;
         const int64_t hi = rows.hi < block_hi ? rows.hi : block_hi;
         item.first_row = row_;
-        row_ += kRowGroup;
+        row_ += rows_per_item_;
         if (lo >= hi) continue;
         fill(item, rows, lo, hi);
         return true;
@@ -120,8 +122,15 @@ class SkewedWalk {
     return false;
   }
 
+  /// The second item of a pair.
+  void next_four(const SkewedItem& first, SkewedItem& second) const {
+    second = first;
+    second.first_row += kRowGroup;
+    look(second, false);
+  }
+
  private:
-  /// Of four rows: the keys any of them sees, and the keys all of them see.
+  /// Of the rows of an item: the keys any of them sees, and the keys all of them see.
   struct Rows {
     int64_t lo, hi;
     int64_t full_lo, full_hi;
@@ -150,12 +159,14 @@ class SkewedWalk {
     item.mean = kv.mean(block_);
     item.value_scale = value_scale_;
     item.any_high = any_high_;
-    // The first row group asks for K, the last one for V.
-    item.k_ahead = item.first_row == 0 ? next_ : 0;
-    item.v_ahead = row_ >= tile_.rows ? next_ : 0;
+    item.ahead = next_;
     item.masked =
         rows.full_lo > item.first_key || rows.full_hi < item.first_key + item.groups * kKeyGroup;
-    const bool all = rows.full_lo <= whole_.lo && rows.full_hi >= whole_.hi;
+    look(item, rows.full_lo <= whole_.lo && rows.full_hi >= whole_.hi);
+  }
+
+  /// Which rows of an item see the block whole; all: whether all are known to.
+  void look(SkewedItem& item, bool all) const {
     for (int r = 0; r < kRowGroup; ++r) {
       const KeyRange range = tile_.visible[item.first_row + r];
       const bool sees = all || (range.lo <= whole_.lo && range.hi >= whole_.hi);
@@ -171,6 +182,7 @@ class SkewedWalk {
   KeyRange whole_;    ///< the keys of the block that count
 
   const AttendTile& tile_;
+  int rows_per_item_;
   int64_t block_ = 0, end_ = 0;
   int row_ = 0;
   Rows rows_[kQueryTile / kRowGroup];

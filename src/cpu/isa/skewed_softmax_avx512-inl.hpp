@@ -116,6 +116,25 @@ ATTN8_INLINE int16_t largest_word(Vector v) {
   return static_cast<int16_t>(_mm_cvtsi128_si32(least) ^ 0x7fff);
 }
 
+/// Scores of two vectors of keys for one row, from vector `first` of the group on, to 16-bit
+/// numbers and into the running maximum.
+ATTN8_INLINE void score_half(const KeyRecord& record, int first, const float* factor, int16_t* out,
+                             Vector sum_low, Vector sum_high, Vector& largest) {
+  const __m512 row_factor = broadcast_now(factor);
+  const Vector sum[2] = {sum_low, sum_high};
+  Vector w[2];
+#pragma GCC unroll 2
+  for (int c = 0; c < 2; ++c) {
+    const int key = 16 * (first + c);
+    const __m512 x =
+        _mm512_mul_ps(_mm512_cvtepi32_ps(sum[c]), _mm512_load_ps(record.k_scale + key));
+    w[c] = _mm512_cvtps_epi32(_mm512_fmadd_ps(x, row_factor, _mm512_load_ps(record.offset + key)));
+  }
+  const Vector packed = _mm512_packs_epi32(w[0], w[1]);
+  _mm512_store_si512(out, packed);
+  largest = _mm512_max_epi16(largest, packed);
+}
+
 /// Scores of a group for one row, its sums to 16-bit numbers, and into the running maximum.
 ATTN8_INLINE void score_row(const KeyRecord* record, const float* factor, int16_t* out,
                             const Vector (&sum)[4], Vector& largest) {

@@ -18,7 +18,7 @@ inline void attend(const AttendTile& tile) {
   switch (tile.mode) {
     case Mode::kAccurate:
 #ifdef ATTN8_HAS_SKEWED
-      if (fits_skewed(tile)) return attend_skewed(tile);
+      if (fits_skewed(tile)) return attend_16bit(tile);
 #endif
       return attend_accurate(tile);
     case Mode::kPaper:

@@ -1,26 +1,28 @@
 // SPDX-FileCopyrightText: The attn8 authors
 // SPDX-License-Identifier: Apache-2.0
-#pragma once
-#include <immintrin.h>
 
-#include <cstddef>
-#include <cstdint>
-#include <cstring>
-
-// The vocabulary of kernels/*-inl.hpp on AVX2 + FMA + F16C: 16 lanes are two registers.
-namespace attn8::avx2 {
+// The vocabulary of kernels/*-inl.hpp on AVX2 + FMA + F16C: 16 lanes are two registers. Included
+// inside the namespace of an ISA that says how it multiplies bytes: kIsa, and with ATTN8_HAS_VNNI
+// the encoding of vpdpbusd, for files compiled without the flags that would let the compiler use
+// it of its own accord.
 
 #define ATTN8_INLINE inline __attribute__((always_inline))
 /// For the large pieces of the algorithm, whose accumulators must stay in registers.
 #define ATTN8_KERNEL_INLINE ATTN8_INLINE
 #define ATTN8_INLINE_LAMBDA __attribute__((always_inline))
 
-inline constexpr Isa kIsa = Isa::kAvx2;
+#ifdef ATTN8_HAS_VNNI
+/// vpdpbusd multiplies u8 by s8, so Q codes are stored + 128 and undone by the key's correction.
+inline constexpr bool kQueryCodesOffset = true;
+inline constexpr bool kValueCodesOffset = false;
+#else
 inline constexpr bool kQueryCodesOffset = false;
 /// P is stored - 128, because u8 times s8 in pairs overflows 16 bits; the sums of V undo it.
 inline constexpr bool kValueCodesOffset = true;
+#endif
 /// 4 rows x 1 vector of 16 columns are 8 of 16 registers; two operands, one broadcast and the
-/// temporaries of the byte products take the rest.
+/// temporaries of the byte products take the rest. Eight sums also cover the latency of vpdpbusd:
+/// two ports, four cycles.
 inline constexpr int kVectors = 1;
 
 struct F32 {
@@ -148,6 +150,21 @@ ATTN8_INLINE I32 broadcast4(const std::byte* p) {
 ATTN8_INLINE I32 load_bytes(const std::byte* p) {
   return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)(p + 32))};
 }
+#ifdef ATTN8_HAS_VNNI
+ATTN8_INLINE void dot4_u8_s8(__m256i& sum, __m256i a, __m256i b) {
+  asm(ATTN8_VPDPBUSD " %2, %1, %0" : "+x"(sum) : "x"(a), "x"(b));
+}
+/// sum[lane] += sum of 4 products of u8 in `a` with s8 in `b`.
+ATTN8_INLINE void dot4_u8_s8(I32& sum, I32 a, I32 b) {
+  dot4_u8_s8(sum.lo, a.lo, b.lo);
+  dot4_u8_s8(sum.hi, a.hi, b.hi);
+}
+/// The same for Q codes (stored + 128 here) against K codes, for P against V codes, and for bytes
+/// below 128.
+ATTN8_INLINE void dot4_query(I32& sum, I32 a, I32 b) { dot4_u8_s8(sum, a, b); }
+ATTN8_INLINE void dot4_value(I32& sum, I32 a, I32 b) { dot4_u8_s8(sum, a, b); }
+ATTN8_INLINE void dot4_u7_s8(I32& sum, I32 a, I32 b) { dot4_u8_s8(sum, a, b); }
+#else
 // vpmaddubsw saturates a sum of two products to 16 bits. |a| * (+-b) of codes stays in range, also
 // where a is -128: 2 * 128 * 127 = 32512.
 ATTN8_INLINE __m256i dot4_s8_s8(__m256i sum, __m256i a, __m256i b) {
@@ -167,6 +184,7 @@ ATTN8_INLINE void dot4_u7_s8(I32& sum, I32 a, I32 b) {
   sum.lo = _mm256_add_epi32(sum.lo, _mm256_madd_epi16(_mm256_maddubs_epi16(a.lo, b.lo), ones));
   sum.hi = _mm256_add_epi32(sum.hi, _mm256_madd_epi16(_mm256_maddubs_epi16(a.hi, b.hi), ones));
 }
+#endif
 
 ATTN8_INLINE __m256 dot2_bfloat16(__m256 sum, __m256i a, __m256i b) {
   const __m256i high = _mm256_set1_epi32(~0xffff);
@@ -189,7 +207,7 @@ ATTN8_INLINE I32 absolute_bytes(I32 a) { return {_mm256_abs_epi8(a.lo), _mm256_a
 /// Four vectors of 16 codes in [0, 255] to 64 bytes in the order of p_position(), as dot4_value()
 /// wants them.
 ATTN8_INLINE void store_codes(std::byte* p, const I32 (&codes)[4]) {
-  const __m256i flip = _mm256_set1_epi8(-128);
+  const __m256i flip = _mm256_set1_epi8(kValueCodesOffset ? -128 : 0);
   const __m256i low = _mm256_packus_epi16(_mm256_packs_epi32(codes[0].lo, codes[1].lo),
                                           _mm256_packs_epi32(codes[2].lo, codes[3].lo));
   const __m256i high = _mm256_packus_epi16(_mm256_packs_epi32(codes[0].hi, codes[1].hi),
@@ -312,5 +330,3 @@ ATTN8_INLINE void add_to_doubles(double* sums, F32 a) {
   add_to_doubles(sums, a.lo);
   add_to_doubles(sums + 8, a.hi);
 }
-
-}  // namespace attn8::avx2

@@ -1,0 +1,47 @@
+// SPDX-FileCopyrightText: The attn8 authors
+// SPDX-License-Identifier: Apache-2.0
+
+// AVX2 with the VEX encoding of vpdpbusd, for CPUs that have AVX-VNNI.
+//
+// Compiled with this ISA's flags (cmake/isa_flags.cmake); nothing here may run before the CPU was
+// asked, and nothing defined here may be shared with other files: see tests/isa_symbols.
+#include <immintrin.h>
+
+#include <bit>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+
+#include "core/element.hpp"
+#include "core/kernel_table.hpp"
+#include "core/packed_layout.hpp"
+#include "core/quant_math.hpp"
+#include "cpu/isa_tables.hpp"
+
+#define ATTN8_HAS_VNNI
+#define ATTN8_VPDPBUSD "%{vex%} vpdpbusd"
+namespace attn8::avx_vnni {
+
+inline constexpr Isa kIsa = Isa::kAvxVnni;
+#include "cpu/isa/simd_avx2-inl.hpp"
+
+namespace {
+// Order matters: each file uses the ones above it.
+// clang-format off
+#include "cpu/kernels/rows-inl.hpp"
+#include "cpu/kernels/tile_walk-inl.hpp"
+#include "cpu/kernels/products-inl.hpp"
+#include "cpu/kernels/online_softmax-inl.hpp"
+#include "cpu/kernels/score_grid-inl.hpp"
+#include "cpu/kernels/attend_accurate-inl.hpp"
+#include "cpu/kernels/attend_paper-inl.hpp"
+#include "cpu/kernels/attend_float-inl.hpp"
+#include "cpu/kernels/table-inl.hpp"
+// clang-format on
+}  // namespace
+
+const KernelTable& table() noexcept { return kTable; }
+
+}  // namespace attn8::avx_vnni
