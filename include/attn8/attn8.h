@@ -15,8 +15,9 @@
  * defaults; bytes beyond the size this library knows must be 0. The _init functions fill in
  * struct_size and defaults, and never write past the struct_size they are given.
  *
- * Threads: every function may be called from any thread. Handles do not change once made, so any
- * number of threads may use one; only destroying it excludes all other use.
+ * Threads: every function may be called from any thread, and any number of threads may use a
+ * handle; only destroying it excludes all other use. A KV cache is the one handle that changes, and
+ * orders the calls itself.
  *
  * Lifetime: nothing is kept of what an argument points to once a call returns, except `pool`,
  * `parallel_for` and `stream` of a context. */
@@ -53,7 +54,8 @@ enum attn8_dtype {
   ATTN8_FLOAT16 = 1,
   ATTN8_BFLOAT16 = 2,
   ATTN8_INT8 = 3,
-  ATTN8_INT32 = 4
+  ATTN8_INT32 = 4,
+  ATTN8_BOOL = 5
 };
 
 enum attn8_device_type { ATTN8_CPU = 0, ATTN8_CUDA = 1 };
@@ -297,6 +299,95 @@ ATTN8_API attn8_status attn8_merge_states(const attn8_tensor* const* outs,
                                           const attn8_tensor* const* lses, size_t count,
                                           const attn8_tensor* out, const attn8_tensor* lse,
                                           const attn8_context* context);
+
+/* KV cache */
+
+/* Paged KV cache in INT8 on the CPU, with attention from it: attn8::KvCache, docs/kv-cache.md. A
+ * call that fails changes nothing. Out of pages is ATTN8_OUT_OF_MEMORY. */
+typedef struct attn8_kv_cache attn8_kv_cache;
+
+typedef struct attn8_kv_cache_params {
+  uint32_t struct_size;
+  int32_t page_size; /* default 256: tokens per page, a multiple of 64 in [64, 512] */
+  int64_t nheads_k;  /* >= 1; default 0, so to be set */
+  int64_t head_dim;  /* 1 to 256; to be set */
+  int64_t max_pages; /* >= 1; to be set. Reserved at once, touched when first used */
+  int32_t smooth_k;  /* default 1: subtract the mean K of a sequence's first append */
+  int32_t reserved;  /* 0 */
+} attn8_kv_cache_params;
+
+/* Names a sequence of one cache; never reused. {0, 0} names none. */
+typedef struct attn8_kv_sequence {
+  uint64_t cache;
+  uint64_t id;
+} attn8_kv_sequence;
+
+typedef struct attn8_kv_cache_usage {
+  uint32_t struct_size; /* set before the call */
+  int32_t reserved;     /* 0 */
+  int64_t sequences;
+  int64_t pages_used; /* a page that several sequences share counts once */
+  int64_t pages_free;
+  uint64_t bytes_used;     /* pages_used * bytes_per_page */
+  uint64_t bytes_per_page; /* codes, scales and what attention wants to know of a page */
+} attn8_kv_cache_usage;
+
+typedef struct attn8_kv_attention_params {
+  uint32_t struct_size;
+  int32_t has_softmax_scale; /* default 0: 1 / sqrt(head_dim) */
+  float softmax_scale;       /* finite; read when has_softmax_scale */
+  int32_t causal;            /* default 0 */
+  int32_t causal_align;      /* default ATTN8_BOTTOM_RIGHT */
+  int32_t reserved;          /* 0 */
+  int64_t window_left;       /* default -1: unlimited */
+  int64_t window_right;      /* default -1: unlimited */
+} attn8_kv_attention_params;
+
+ATTN8_API attn8_status attn8_kv_cache_params_init(attn8_kv_cache_params* params,
+                                                  uint32_t struct_size);
+ATTN8_API attn8_status attn8_kv_attention_params_init(attn8_kv_attention_params* params,
+                                                      uint32_t struct_size);
+
+/* On failure *cache is NULL. */
+ATTN8_API attn8_status attn8_kv_cache_create(const attn8_kv_cache_params* params,
+                                             attn8_kv_cache** cache);
+/* With all its sequences. NULL does nothing. */
+ATTN8_API void attn8_kv_cache_destroy(attn8_kv_cache* cache);
+
+/* A new sequence without tokens. On failure *sequence is {0, 0}, here and in fork. */
+ATTN8_API attn8_status attn8_kv_sequence_create(attn8_kv_cache* cache, attn8_kv_sequence* sequence);
+/* A new sequence with the first `length` tokens of `parent`, whose pages it shares until one of
+ * both writes. */
+ATTN8_API attn8_status attn8_kv_sequence_fork(attn8_kv_cache* cache, attn8_kv_sequence parent,
+                                              int64_t length, attn8_kv_sequence* sequence);
+/* k, v: [1, tokens, nheads_k, head_dim] float32, float16 or bfloat16 */
+ATTN8_API attn8_status attn8_kv_sequence_append(attn8_kv_cache* cache, attn8_kv_sequence sequence,
+                                                const attn8_tensor* k, const attn8_tensor* v,
+                                                const attn8_context* context);
+/* Drops the tokens from `length` on. */
+ATTN8_API attn8_status attn8_kv_sequence_truncate(attn8_kv_cache* cache, attn8_kv_sequence sequence,
+                                                  int64_t length);
+/* Ends the sequence and gives back the pages that are its alone. */
+ATTN8_API attn8_status attn8_kv_sequence_free(attn8_kv_cache* cache, attn8_kv_sequence sequence);
+/* Its number of tokens. */
+ATTN8_API attn8_status attn8_kv_sequence_length(const attn8_kv_cache* cache,
+                                                attn8_kv_sequence sequence, int64_t* length);
+ATTN8_API attn8_status attn8_kv_cache_get_usage(const attn8_kv_cache* cache,
+                                                attn8_kv_cache_usage* usage);
+
+/* Attention of a batch of `count` sequences, each with any number of queries.
+ *   q             [1, total, nheads_q, head_dim] float32, float16, bfloat16, or int8 with
+ *                 quantization set (PER_TOKEN); rows [cu_seqlens_q[i], cu_seqlens_q[i + 1]) are the
+ *                 queries of sequences[i]
+ *   cu_seqlens_q  count + 1 numbers from 0 to total, not decreasing
+ *   out, lse      as of attn8_attention(), for this q
+ *   params, context NULL: defaults */
+ATTN8_API attn8_status attn8_kv_cache_attend(const attn8_kv_cache* cache,
+                                             const attn8_kv_sequence* sequences, size_t count,
+                                             const attn8_tensor* q, const int32_t* cu_seqlens_q,
+                                             const attn8_tensor* out, const attn8_tensor* lse,
+                                             const attn8_kv_attention_params* params,
+                                             const attn8_context* context);
 
 /* checking */
 

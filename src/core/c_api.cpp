@@ -14,13 +14,10 @@
 
 #include "attn8/attn8.h"
 #include "attn8/attn8.hpp"
+#include "core/c_api.hpp"
 #include "core/c_structs.hpp"
 #include "core/message.hpp"
 #include "core/validate.hpp"
-
-struct attn8_context {
-  attn8::Context value;
-};
 
 struct attn8_plan {
   attn8::AttentionPlan value;
@@ -29,7 +26,8 @@ struct attn8_plan {
 namespace attn8 {
 namespace {
 
-using namespace c_structs;  // NOLINT: written for this file
+using namespace c_api;      // NOLINT: written for this file
+using namespace c_structs;  // NOLINT
 
 /// Whether the numbers of attn8.h are those of the C++ enumerations.
 template <class E>
@@ -45,7 +43,7 @@ static_assert(same(StatusCode::kOk, ATTN8_OK) &&
               same(StatusCode::kInternal, ATTN8_INTERNAL));
 static_assert(same(DType::kFloat32, ATTN8_FLOAT32) && same(DType::kFloat16, ATTN8_FLOAT16) &&
               same(DType::kBFloat16, ATTN8_BFLOAT16) && same(DType::kInt8, ATTN8_INT8) &&
-              same(DType::kInt32, ATTN8_INT32));
+              same(DType::kInt32, ATTN8_INT32) && same(DType::kBool, ATTN8_BOOL));
 static_assert(same(DeviceType::kCpu, ATTN8_CPU) && same(DeviceType::kCuda, ATTN8_CUDA));
 static_assert(same(Isa::kScalar, ATTN8_ISA_SCALAR) && same(Isa::kAvx2, ATTN8_ISA_AVX2) &&
               same(Isa::kAvxVnni, ATTN8_ISA_AVX_VNNI) &&
@@ -69,7 +67,9 @@ static_assert(same(Fp8Format::kE4m3Tensor, ATTN8_FP8_E4M3_TENSOR) &&
 /// when there is no memory. Longer texts are cut; those of this library are shorter.
 thread_local std::array<char, 512> last_error = {};
 
-attn8_status finish(const Status& status) noexcept {
+}  // namespace
+
+attn8_status c_api::finish(const Status& status) noexcept {
   std::string_view text = status.message();
   if (!status.ok() && text.empty()) text = to_string(status.code());
   text = text.substr(0, last_error.size() - 1);
@@ -77,17 +77,7 @@ attn8_status finish(const Status& status) noexcept {
   return static_cast<attn8_status>(status.code());
 }
 
-/// Runs the body of a function of attn8.h; what it throws becomes a status.
-template <class Body>
-attn8_status call(Body body) noexcept {
-  try {
-    return finish(body());
-  } catch (const std::bad_alloc&) {
-    return finish({StatusCode::kOutOfMemory, {}});
-  } catch (...) {
-    return finish({StatusCode::kInternal, {}});
-  }
-}
+namespace {
 
 attn8_context_params default_context_params() noexcept {
   attn8_context_params params = {};
@@ -117,20 +107,22 @@ Status read_tensor(const std::string& name, const attn8_tensor* in, TensorView& 
   return {};
 }
 
-Status read_plain(const std::string& name, const attn8_tensor* in, TensorView& view) {
+}  // namespace
+
+Status c_api::read_plain(const std::string& name, const attn8_tensor* in, TensorView& view) {
   const attn8_quantization* quantization = nullptr;
   ATTN8_RETURN_IF_ERROR(read_tensor(name, in, view, quantization));
   if (quantization != nullptr) return invalid(name, ".quantization is set, wants NULL");
   return {};
 }
 
-Status read_optional(const std::string& name, const attn8_tensor* in,
-                     std::optional<TensorView>& view) {
+Status c_api::read_optional(const std::string& name, const attn8_tensor* in,
+                            std::optional<TensorView>& view) {
   if (in == nullptr) return {};
   return read_plain(name, in, view.emplace());
 }
 
-Status read_operand(const std::string& name, const attn8_tensor* in, Operand& operand) {
+Status c_api::read_operand(const std::string& name, const attn8_tensor* in, Operand& operand) {
   TensorView view;
   const attn8_quantization* in_quantization = nullptr;
   ATTN8_RETURN_IF_ERROR(read_tensor(name, in, view, in_quantization));
@@ -154,6 +146,8 @@ Status read_operand(const std::string& name, const attn8_tensor* in, Operand& op
   operand = quantized;
   return {};
 }
+
+namespace {
 
 struct Problem {
   AttentionInputs inputs;
@@ -189,10 +183,6 @@ Status read_options(const attn8_attention_params* in, AttentionOptions& options)
   options.check_finite = params.check_finite != 0;
   options.fp8_format = enumerator<Fp8Format>(params.fp8_format);
   return {};
-}
-
-Context context_of(const attn8_context* context) noexcept {
-  return context != nullptr ? context->value : Context{};
 }
 
 /// A dense tensor; `order` names its dimensions in memory from the innermost to the outermost.

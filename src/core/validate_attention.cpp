@@ -166,8 +166,8 @@ Status check_outputs(const AttentionOutputs& outputs, const Extents& q, int64_t 
                      Device device = {}) {
   ATTN8_RETURN_IF_ERROR(check_view("out", outputs.out, true, device));
   ATTN8_RETURN_IF_ERROR(check_float("out", outputs.out));
-  ATTN8_RETURN_IF_ERROR(
-      check_shape("out", outputs.out, {q[0], q[1], q[2], head_dim_v}, ", as q and head_dim_v"));
+  ATTN8_RETURN_IF_ERROR(check_shape("out", outputs.out, {q[0], q[1], q[2], head_dim_v},
+                                    head_dim_v == q[3] ? ", as q" : ", as q and head_dim_v"));
   if (!outputs.lse.has_value()) return {};
   ATTN8_RETURN_IF_ERROR(check_view("lse", *outputs.lse, true, device));
   ATTN8_RETURN_IF_ERROR(check_type("lse", *outputs.lse, DType::kFloat32));

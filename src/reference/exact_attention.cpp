@@ -92,6 +92,7 @@ Status exact_attention(const AttentionInputs& inputs, const AttentionOptions& op
         [&options](const Problem& problem, const AttentionInputs& part, std::span<double> part_out,
                    std::span<double> part_lse, std::span<double>) {
           exact(problem, part, options.softcap, part_out, part_lse);
+          return Status();
         });
   } catch (const std::bad_alloc&) {
     return {StatusCode::kOutOfMemory, "out of memory"};

@@ -435,12 +435,13 @@ Status emulation(const AttentionInputs& inputs, const EmulationOptions& options,
                  std::span<double> out, std::span<double> lse, std::span<double> out_bound,
                  Rows rows) noexcept {
   try {
-    if (Status status = check_options(inputs, options); !status.ok()) return status;
     return for_each_sequence(
         inputs, options.softmax_scale, options.mask, out, lse, out_bound, rows,
         [&options](const Problem& problem, const AttentionInputs& part, std::span<double> part_out,
                    std::span<double> part_lse, std::span<double> part_bound) {
-          emulate(problem, part, options, part_out, part_lse, part_bound);
+          Status status = check_options(part, options);
+          if (status.ok()) emulate(problem, part, options, part_out, part_lse, part_bound);
+          return status;
         });
   } catch (const std::bad_alloc&) {
     return {StatusCode::kOutOfMemory, "out of memory"};

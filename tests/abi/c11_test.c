@@ -73,6 +73,38 @@ AT(attn8_run_times, quantize_ms, 8);
 AT(attn8_run_times, attention_ms, 16);
 static_assert(sizeof(attn8_run_times) == 24, "attn8_run_times");
 
+AT(attn8_kv_cache_params, struct_size, 0);
+AT(attn8_kv_cache_params, page_size, 4);
+AT(attn8_kv_cache_params, nheads_k, 8);
+AT(attn8_kv_cache_params, head_dim, 16);
+AT(attn8_kv_cache_params, max_pages, 24);
+AT(attn8_kv_cache_params, smooth_k, 32);
+AT(attn8_kv_cache_params, reserved, 36);
+static_assert(sizeof(attn8_kv_cache_params) == 40, "attn8_kv_cache_params");
+
+AT(attn8_kv_sequence, cache, 0);
+AT(attn8_kv_sequence, id, 8);
+static_assert(sizeof(attn8_kv_sequence) == 16, "attn8_kv_sequence");
+
+AT(attn8_kv_cache_usage, struct_size, 0);
+AT(attn8_kv_cache_usage, reserved, 4);
+AT(attn8_kv_cache_usage, sequences, 8);
+AT(attn8_kv_cache_usage, pages_used, 16);
+AT(attn8_kv_cache_usage, pages_free, 24);
+AT(attn8_kv_cache_usage, bytes_used, 32);
+AT(attn8_kv_cache_usage, bytes_per_page, 40);
+static_assert(sizeof(attn8_kv_cache_usage) == 48, "attn8_kv_cache_usage");
+
+AT(attn8_kv_attention_params, struct_size, 0);
+AT(attn8_kv_attention_params, has_softmax_scale, 4);
+AT(attn8_kv_attention_params, softmax_scale, 8);
+AT(attn8_kv_attention_params, causal, 12);
+AT(attn8_kv_attention_params, causal_align, 16);
+AT(attn8_kv_attention_params, reserved, 20);
+AT(attn8_kv_attention_params, window_left, 24);
+AT(attn8_kv_attention_params, window_right, 32);
+static_assert(sizeof(attn8_kv_attention_params) == 40, "attn8_kv_attention_params");
+
 AT(attn8_error_report, struct_size, 0);
 AT(attn8_error_report, reserved, 4);
 AT(attn8_error_report, rel_l2, 8);
@@ -211,6 +243,25 @@ int main(void) {
   EXPECT_OK(attn8_attention(&code_tensors[0], &code_tensors[1], &code_tensors[2], &out_tensor, NULL,
                             &params, NULL));
   EXPECT(error_of(out) < 0.03);
+
+  /* The same attention from a KV cache of two pages. */
+  attn8_kv_cache_params cache_params;
+  EXPECT_OK(attn8_kv_cache_params_init(&cache_params, sizeof cache_params));
+  cache_params.nheads_k = kHeads;
+  cache_params.head_dim = kDim;
+  cache_params.max_pages = 2;
+  attn8_kv_cache* cache = NULL;
+  attn8_kv_sequence sequence;
+  EXPECT_OK(attn8_kv_cache_create(&cache_params, &cache));
+  EXPECT_OK(attn8_kv_sequence_create(cache, &sequence));
+  EXPECT_OK(attn8_kv_sequence_append(cache, sequence, &k_tensor, &v_tensor, NULL));
+  attn8_kv_attention_params kv_params;
+  EXPECT_OK(attn8_kv_attention_params_init(&kv_params, sizeof kv_params));
+  kv_params.causal = 1;
+  EXPECT_OK(attn8_kv_cache_attend(cache, &sequence, 1, &q_tensor, (const int32_t[2]){0, kTokens},
+                                  &out_tensor, NULL, &kv_params, NULL));
+  EXPECT(error_of(out) < 0.03);
+  attn8_kv_cache_destroy(cache);
 
   /* A state merged with nothing is itself. */
   EXPECT_OK(

@@ -20,7 +20,8 @@ constexpr float kGridPower[64] = {
     0x1.ea4afap+0f, 0x1.efa1bep+0f, 0x1.f50766p+0f, 0x1.fa7c18p+0f,
 };
 
-/// Scores further out are clamped to +-2^30, so that the difference of any two fits 32 bits.
+/// Scores further out are clamped to +-2^30, so that what one lies below another fits 32 bits
+/// without a sign.
 inline constexpr float kGridLimit = 0x1p30f;
 /// Score of a key that a row does not see: 2^30 below every other.
 inline constexpr int32_t kHiddenScore = std::numeric_limits<int32_t>::min();
@@ -52,7 +53,7 @@ ATTN8_INLINE void advance_reference(int32_t block_max, int32_t* ref, float* weig
   const int32_t octave = block_max >> 6 << 6;
   if (*ref == kNoReference) {
     *ref = octave;
-  } else if (block_max - *ref > kGridHeadroom * 64) [[unlikely]] {
+  } else if (block_max > *ref + kGridHeadroom * 64) [[unlikely]] {  // 2^30 + 2^30 is no int32
     *rescale = grid_power(*ref - octave);
     *ref = octave;
   }

@@ -1,0 +1,319 @@
+// SPDX-FileCopyrightText: The attn8 authors
+// SPDX-License-Identifier: Apache-2.0
+
+// Bytes to calls of attn8.h with wrong arguments of every kind: NULL, numbers outside their
+// enumerations, sizes of structs, shapes and strides that overflow or leave their memory. A call
+// answers one of its statuses, with one line exactly when it is not ATTN8_OK, and writes nothing
+// when it refuses.
+#include <algorithm>
+#include <array>
+#include <cstring>
+#include <memory>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "attn8/attn8.h"
+#include "fuzz_target.hpp"
+
+namespace attn8::fuzz {
+namespace {
+
+/// Elements of 4 bytes behind each tensor; its data pointer is in the middle.
+constexpr int64_t kArena = 1 << 14;
+
+/// A tensor of attn8.h with memory that it may or may not stay within.
+struct Arena {
+  std::vector<float> memory = std::vector<float>(kArena, 0.5F);
+  attn8_tensor tensor = {};
+  Arena() = default;
+  Arena(const Arena&) = delete;
+  Arena& operator=(const Arena&) = delete;
+
+  [[nodiscard]] bool untouched() const {
+    return std::ranges::all_of(memory, [](float x) { return x == 0.5F; });
+  }
+};
+
+int64_t bytes_of(int32_t dtype) {
+  return dtype == ATTN8_INT8 ? 1 : dtype == ATTN8_FLOAT16 || dtype == ATTN8_BFLOAT16 ? 2 : 4;
+}
+
+/// Whether every element lies in the arena, or there is none. In long double, where nothing
+/// overflows and whatever comes near the arena's size is exact.
+bool stays_inside(const attn8_tensor& tensor) {
+  long double low = 0;
+  long double high = 0;
+  for (int i = 0; i < 4; ++i) {
+    if (tensor.shape[i] <= 0) return true;
+    const auto reach =
+        static_cast<long double>(tensor.strides[i]) * static_cast<long double>(tensor.shape[i] - 1);
+    (reach < 0 ? low : high) += reach;
+  }
+  constexpr long double kHalf = kArena / 2 * 4;  // in bytes
+  const auto size = static_cast<long double>(bytes_of(tensor.dtype));
+  return low * size >= -kHalf && (high + 1) * size <= kHalf;
+}
+
+int64_t odd_number(ByteReader& bytes) {
+  return bytes.pick({int64_t{0}, int64_t{1}, int64_t{-1}, int64_t{2}, int64_t{3}, int64_t{257},
+                     int64_t{64}, INT64_MAX, INT64_MIN, INT64_MAX / 2, int64_t{1} << 31,
+                     int64_t{1} << 32, int64_t{1} << 48, -(int64_t{1} << 48),
+                     static_cast<int64_t>(bytes.word())});
+}
+
+/// Replaces one thing of a good tensor now and then.
+void spoil(ByteReader& bytes, attn8_tensor& tensor) {
+  if (!bytes.one_in(3)) return;
+  switch (bytes.below(9)) {
+    case 0:
+      tensor.struct_size = bytes.pick(
+          {uint32_t{0}, uint32_t{8}, uint32_t{88}, uint32_t{92}, uint32_t{104}, UINT32_MAX});
+      break;
+    case 1:
+      tensor.dtype = bytes.pick({5, -1, 255, 256, 3, 4, 1, 2, INT32_MIN});
+      break;
+    case 2:
+      tensor.device_type = bytes.pick({1, 2, -1, 300});
+      break;
+    case 3:
+      tensor.device_index = bytes.pick({1, -1, INT32_MAX});
+      break;
+    case 4:
+      tensor.data = nullptr;
+      break;
+    case 5:
+    case 6:
+      tensor.shape[bytes.below(4)] = odd_number(bytes);
+      break;
+    default:
+      tensor.strides[bytes.below(4)] = odd_number(bytes);
+  }
+}
+
+/// After this a call that takes the tensor may touch all of it.
+void make_safe(attn8_tensor& tensor) {
+  if (!stays_inside(tensor)) tensor.data = nullptr;
+}
+
+void make(ByteReader& bytes, Arena& arena, int32_t dtype, const std::array<int64_t, 4>& shape) {
+  float* middle = arena.memory.data() + kArena / 2;
+  const bool bhsd = bytes.one_in(3);
+  const attn8_status status = (bhsd ? attn8_tensor_bhsd : attn8_tensor_bshd)(
+      &arena.tensor, sizeof(attn8_tensor), middle, dtype, shape.data());
+  expect(status == ATTN8_OK, attn8_last_error());
+  spoil(bytes, arena.tensor);
+  make_safe(arena.tensor);
+}
+
+const attn8_tensor* or_null(ByteReader& bytes, const Arena& arena) {
+  return bytes.one_in(40) ? nullptr : &arena.tensor;
+}
+
+/// The status as promised; whether it is ATTN8_OK.
+bool answered(const char* function, attn8_status status) {
+  const std::string_view line = attn8_last_error();
+  expect(status >= ATTN8_OK && status <= ATTN8_DEVICE_ERROR,
+         std::string(function) + " answers " + std::to_string(status) + ": " + std::string(line));
+  expect((status == ATTN8_OK) == line.empty() && line.find('\n') == std::string_view::npos,
+         std::string(function) + " answers " + attn8_status_name(status) + " and '" +
+             std::string(line) + "'");
+  return status == ATTN8_OK;
+}
+
+struct DestroyContext {
+  void operator()(attn8_context* context) const { attn8_context_destroy(context); }
+};
+
+std::unique_ptr<attn8_context, DestroyContext> make_context(ByteReader& bytes) {
+  attn8_context_params params;
+  expect(attn8_context_params_init(&params, sizeof params) == ATTN8_OK, attn8_last_error());
+  if (bytes.one_in(4)) params.threads = bytes.pick({0, 2, -1, 3, INT32_MIN});
+  if (bytes.one_in(4)) params.isa = bytes.pick({0, 1, 2, 3, -2, 256, INT32_MAX});
+  if (bytes.one_in(16)) params.device_type = bytes.pick({2, -1, 77});
+  if (bytes.one_in(16)) params.reserved = 1;
+  if (bytes.one_in(16)) params.struct_size = bytes.pick({0U, 8U, 12U, 48U, 56U, 4096U, 4104U});
+  if (params.struct_size > sizeof params) params.struct_size = 44;  // no memory behind it
+  attn8_context* context = nullptr;
+  const bool made = answered("attn8_context_create", attn8_context_create(&params, &context));
+  expect(made == (context != nullptr), "attn8_context_create: a context although it refuses");
+  return std::unique_ptr<attn8_context, DestroyContext>(context);
+}
+
+attn8_attention_params make_params(ByteReader& bytes) {
+  attn8_attention_params params;
+  expect(attn8_attention_params_init(&params, sizeof params) == ATTN8_OK, attn8_last_error());
+  params.mode = bytes.pick({0, 0, 1, 2, 3});
+  params.causal = bytes.one_in(3) ? 1 : 0;
+  if (bytes.one_in(4)) {
+    switch (bytes.below(9)) {
+      case 0:
+        params.mode = bytes.pick({-1, 5, 256, 4});
+        break;
+      case 1:
+        params.has_softmax_scale = 1;
+        params.softmax_scale =
+            bytes.pick({0.0F, -1.0F, 3e38F, __builtin_inff(), __builtin_nanf("")});
+        break;
+      case 2:
+        params.causal_align = bytes.pick({-1, 1, 2});
+        break;
+      case 3:
+        params.window_left = odd_number(bytes);
+        break;
+      case 4:
+        params.window_right = odd_number(bytes);
+        break;
+      case 5:
+        params.kv_block = static_cast<int32_t>(odd_number(bytes));
+        break;
+      case 6:
+        params.v_granularity = static_cast<int32_t>(odd_number(bytes));
+        break;
+      case 7:
+        params.struct_size = bytes.pick({0U, 8U, 16U, 48U, 63U});
+        break;
+      default:
+        params.reserved = 7;
+    }
+  }
+  return params;
+}
+
+int32_t float_type(ByteReader& bytes) { return static_cast<int32_t>(bytes.below(3)); }
+
+int call_attention(ByteReader& bytes) {
+  const int64_t dim = bytes.pick({8, 1, 16, 33});
+  const int64_t nheads_k = bytes.pick({1, 2});
+  const int64_t nheads_q = nheads_k * bytes.pick({1, 2});
+  const int64_t seqlen_q = bytes.below(6);
+  const int64_t seqlen_k = bytes.below(40);
+  Arena q, k, v, out, lse;
+  make(bytes, q, float_type(bytes), {1, seqlen_q, nheads_q, dim});
+  make(bytes, k, float_type(bytes), {1, seqlen_k, nheads_k, dim});
+  make(bytes, v, float_type(bytes), {1, seqlen_k, nheads_k, dim});
+  make(bytes, out, float_type(bytes), {1, seqlen_q, nheads_q, dim});
+  make(bytes, lse, ATTN8_FLOAT32, {1, seqlen_q, nheads_q, 1});
+  const auto context = make_context(bytes);
+  const attn8_attention_params params = make_params(bytes);
+  const attn8_tensor* lse_or_null = bytes.one_in(3) ? nullptr : &lse.tensor;
+  const attn8_attention_params* params_or_null = bytes.one_in(8) ? nullptr : &params;
+  const bool one_shot = bytes.one_in(2);
+  bool done = false;
+  if (one_shot) {
+    done = answered("attn8_attention", attn8_attention(or_null(bytes, q), or_null(bytes, k),
+                                                       or_null(bytes, v), or_null(bytes, out),
+                                                       lse_or_null, params_or_null, context.get()));
+  } else {
+    attn8_plan* plan = nullptr;
+    const bool made = answered(
+        "attn8_plan_create",
+        attn8_plan_create(or_null(bytes, q), or_null(bytes, k), or_null(bytes, v),
+                          or_null(bytes, out), lse_or_null, params_or_null, context.get(), &plan));
+    expect(made == (plan != nullptr), "attn8_plan_create: a plan although it refuses");
+    const size_t needed = attn8_plan_workspace_bytes(plan);
+    const size_t size = bytes.one_in(8) ? needed / 2 : needed;
+    std::vector<std::byte> workspace(size + 128);
+    auto* aligned = reinterpret_cast<std::byte*>(
+        (reinterpret_cast<uintptr_t>(workspace.data()) + 63) / 64 * 64);
+    if (bytes.one_in(16)) ++aligned;
+    // A run with other strides, or other shapes, than planned.
+    if (bytes.one_in(4)) {
+      spoil(bytes, k.tensor);
+      make_safe(k.tensor);
+    }
+    attn8_run_times times = {};
+    times.struct_size = bytes.pick({24U, 24U, 24U, 8U, 0U, 7U});
+    done =
+        answered("attn8_plan_run",
+                 attn8_plan_run(plan, &q.tensor, or_null(bytes, k), &v.tensor, &out.tensor,
+                                lse_or_null, bytes.one_in(16) ? nullptr : aligned, size, &times));
+    attn8_plan_destroy(plan);
+  }
+  expect(done || (out.untouched() && lse.untouched()), "a refused call writes");
+  expect(q.untouched() && k.untouched() && v.untouched(), "a call writes to its inputs");
+  return done ? 0 : -1;
+}
+
+int call_quantize(ByteReader& bytes) {
+  const std::array<int64_t, 4> shape = {1, bytes.below(20), 1 + bytes.below(2),
+                                        1 + bytes.below(20)};
+  const int32_t granularity = bytes.pick({0, 1, 2, 3, 4, 5, -1, 256});
+  const int32_t block = bytes.pick({4, 0, -1, 1, INT32_MAX});
+  std::array<int64_t, 4> scale_shape = {1, 1, 1, 1};
+  answered("attn8_scale_shape",
+           attn8_scale_shape(shape.data(), granularity, block, scale_shape.data()));
+  Arena x, codes, scale, mean;
+  make(bytes, x, float_type(bytes), shape);
+  make(bytes, codes, ATTN8_INT8, shape);
+  make(bytes, scale, ATTN8_FLOAT32, scale_shape);
+  make(bytes, mean, ATTN8_FLOAT32, {1, 1, shape[2], shape[3]});
+  attn8_quantize_params params;
+  expect(attn8_quantize_params_init(&params, sizeof params) == ATTN8_OK, attn8_last_error());
+  params.granularity = granularity;
+  params.block = block;
+  params.mean_use = bytes.pick({0, 1, 2, 3, -1});
+  const auto context = make_context(bytes);
+  const bool done =
+      answered("attn8_quantize",
+               attn8_quantize(or_null(bytes, x), or_null(bytes, codes), or_null(bytes, scale),
+                              params.mean_use == 0 ? nullptr : or_null(bytes, mean), &params,
+                              context.get()));
+  expect(x.untouched(), "attn8_quantize writes to its input");
+  if (!done) {
+    expect(codes.untouched() && scale.untouched() && mean.untouched(), "a refused call writes");
+    return -1;
+  }
+  attn8_quantization quantization;
+  expect(attn8_quantization_init(&quantization, sizeof quantization) == ATTN8_OK,
+         attn8_last_error());
+  quantization.granularity = bytes.one_in(8) ? odd_number(bytes) & 7 : granularity;
+  quantization.block = block;
+  quantization.scale = or_null(bytes, scale);
+  codes.tensor.quantization = bytes.one_in(16) ? nullptr : &quantization;
+  codes.tensor.struct_size = sizeof(attn8_tensor);
+  answered("attn8_dequantize", attn8_dequantize(&codes.tensor, or_null(bytes, x), nullptr));
+  return 0;
+}
+
+int call_merge(ByteReader& bytes) {
+  const std::array<int64_t, 4> shape = {1, bytes.below(4), 1 + bytes.below(2), 1 + bytes.below(9)};
+  const std::array<int64_t, 4> lse_shape = {shape[0], shape[1], shape[2], 1};
+  std::array<Arena, 3> outs, lses;
+  std::array<const attn8_tensor*, 3> out_list = {}, lse_list = {};
+  const size_t count = bytes.below(4);
+  for (size_t i = 0; i < count; ++i) {
+    make(bytes, outs[i], float_type(bytes), shape);
+    make(bytes, lses[i], ATTN8_FLOAT32, lse_shape);
+    out_list[i] = or_null(bytes, outs[i]);
+    lse_list[i] = or_null(bytes, lses[i]);
+  }
+  Arena out, lse;
+  make(bytes, out, float_type(bytes), shape);
+  make(bytes, lse, ATTN8_FLOAT32, lse_shape);
+  const bool done = answered(
+      "attn8_merge_states",
+      attn8_merge_states(bytes.one_in(32) ? nullptr : out_list.data(), lse_list.data(), count,
+                         or_null(bytes, out), bytes.one_in(3) ? nullptr : &lse.tensor, nullptr));
+  expect(done || (out.untouched() && lse.untouched()), "a refused call writes");
+  return done ? 0 : -1;
+}
+
+}  // namespace
+
+std::vector<Bytes> seeds() { return {}; }
+
+}  // namespace attn8::fuzz
+
+extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
+  using namespace attn8::fuzz;  // NOLINT: this is the target
+  ByteReader bytes(data, size);
+  switch (bytes.below(4)) {
+    case 0:
+      return call_quantize(bytes);
+    case 1:
+      return call_merge(bytes);
+    default:
+      return call_attention(bytes);
+  }
+}
