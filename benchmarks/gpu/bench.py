@@ -407,6 +407,8 @@ def print_pages(row):
 
 def graph_ms(call, calls=20, replays=30):
     """Median time of a call over replays of a CUDA graph of many: without launch gaps."""
+    # Another stream than the one that made the operands.
+    torch.cuda.synchronize()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         call()

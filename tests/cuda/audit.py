@@ -26,16 +26,18 @@ BRANCH, EXPONENTIAL, LOCAL_LOAD, LOCAL_STORE, WARPGROUP = 0x147, 0x108, 0x183, 0
 MMA, WGMMA = 0x037, 0x1F1
 
 #: Instructions per score and thread that the interior loop may have, by family and head_dim: what
-#: docs/performance-cuda.md records, rounded up.
+#: docs/performance-cuda.md records, rounded up. First those that leave scores alone.
 LIMITS = {
-    ("sm80", 64): 17.0,
-    ("sm80", 96): 19.0,
-    ("sm80", 128): 20.5,
-    ("sm80", 256): 33.0,
-    ("sm90", 64): 10.5,
-    ("sm90", 96): 11.0,
-    ("sm90", 128): 11.5,
-    ("sm90", 256): 16.0,
+    "": {
+        ("sm80", 64): 17.0,
+        ("sm80", 96): 19.0,
+        ("sm80", 128): 20.5,
+        ("sm80", 256): 33.0,
+        ("sm90", 64): 10.5,
+        ("sm90", 96): 11.0,
+        ("sm90", 128): 11.5,
+        ("sm90", 256): 16.0,
+    },
 }
 #: Registers at launch: 65,536 over the threads of a multiprocessor's blocks.
 REGISTERS = {"sm80": 255, "sm90": 168}
@@ -145,7 +147,7 @@ def branch_target(architecture: int, address: int, low: int, high: int) -> int:
     return address + 16 + 4 * offset
 
 
-def interior_loop(architecture: int, code: bytes) -> list[int]:
+def interior_loop(architecture: int, code: bytes, kv_block: int) -> list[int]:
     """Opcodes of the shortest innermost loop that multiplies matrices and takes exponentials."""
     words = [struct.unpack_from("<QQ", code, i) for i in range(0, len(code), 16)]
     opcodes = [low & 0x1FF for low, _ in words]
@@ -156,8 +158,8 @@ def interior_loop(architecture: int, code: bytes) -> list[int]:
             if 0 <= target <= 16 * i:
                 body = opcodes[target // 16 : i + 1]
                 multiplies = MMA in body or WGMMA in body
-                # The loops of scores beyond float have eight exponentials, a block has dozens.
-                if multiplies and body.count(EXPONENTIAL) >= 32:
+                # The loops of scores beyond float have a few, a block has one per score.
+                if multiplies and body.count(EXPONENTIAL) >= kv_block // 2:
                     loops.append(body)
     return min(loops, key=len, default=[])
 
@@ -171,11 +173,13 @@ def kernels(root: Path) -> list[Kernel]:
             continue
         family, head_dim = match[2], int(match[3])
         kv_block = 256 if family == "sm90" and head_dim <= 128 else 128
+        if match[1].startswith("half"):
+            kv_block = 64
         for elf in cubins(path.read_bytes()):
             for section in sections(elf):
                 if "attend_kernel" not in section.name:
                     continue
-                loop = interior_loop(section.architecture, section.code)
+                loop = interior_loop(section.architecture, section.code, kv_block)
                 found.append(
                     Kernel(
                         name=match[0],
