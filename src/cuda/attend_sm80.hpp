@@ -65,37 +65,50 @@ struct AttendSm80 {
     }
   }
 
-  /// The keys of one head.
+  /// The keys of one head: of its image, or of its first in pages.
   struct Sources {
     const AttendParams& p;
-    int batch, kv_head;
+    const int8_t* k;
+    const int8_t* v;
+    const float* constants;
+    int batch;
 
-    ATTN8_DEVICE KeyTile tile(int block) const {
-      return KeyTile::of(p, batch, kv_head, static_cast<int64_t>(block) * kKvBlock);
+    ATTN8_DEVICE Sources(const AttendParams& params, int of_batch, int kv_head)
+        : p(params), batch(of_batch) {
+      const int64_t image =
+          p.block_table == nullptr ? static_cast<int64_t>(batch) * p.nheads_k + kv_head : kv_head;
+      k = p.k + image * p.rows_k * kRowBytes;
+      v = p.v + image * p.rows_k * (VTile::kBytes / kKvBlock);
+      constants = p.key_constants + image * p.rows_k * 2;
+    }
+
+    /// Elements before a block, of which a row has `row_elements` in its image, and `tile_elements`
+    /// in its tile's first panel. Constants alone where keys are not in pages.
+    ATTN8_DEVICE int64_t before(int block, int row_elements, int tile_elements) const {
+      if (p.block_table == nullptr) return static_cast<int64_t>(block) * (kKvBlock * tile_elements);
+      const KeyTile tile = KeyTile::of(p, batch, 0, static_cast<int64_t>(block) * kKvBlock);
+      return tile.image * p.rows_k * row_elements + tile.row * tile_elements;
     }
   };
 
   static ATTN8_DEVICE void load_k(uint32_t shared, const Sources& from, int block) {
     const uint32_t stage = block % kStages;
-    const KeyTile tile = from.tile(block);
-    const int8_t* k = from.p.k + tile.image * from.p.rows_k * kRowBytes;
+    const int8_t* k = from.k + from.before(block, kRowBytes, KTile::kSpan);
     ATTN8_UNROLL
     for (int panel = 0; panel < KTile::kPanels; ++panel) {
-      copy<KTile::kPanelBytes>(
-          shared + kK + stage * KTile::kBytes + panel * KTile::kPanelBytes,
-          k + (static_cast<int64_t>(panel) * from.p.rows_k + tile.row) * KTile::kSpan);
+      copy<KTile::kPanelBytes>(shared + kK + stage * KTile::kBytes + panel * KTile::kPanelBytes,
+                               k + static_cast<int64_t>(panel) * from.p.rows_k * KTile::kSpan);
     }
     copy<kConstantBytes>(shared + kConstants + stage * kConstantBytes,
-                         from.p.key_constants + (tile.image * from.p.rows_k + tile.row) * 2);
+                         from.constants + from.before(block, 2, 2));
     ptx::cp_commit();
   }
 
   static ATTN8_DEVICE void load_v(uint32_t shared, const Sources& from, int block) {
     const uint32_t stage = block % kStages;
-    const KeyTile tile = from.tile(block);
-    copy<VTile::kBytes>(
-        shared + kV + stage * VTile::kBytes,
-        from.p.v + (tile.image * from.p.rows_k + tile.row) * (VTile::kBytes / kKvBlock));
+    constexpr int kBytes = VTile::kBytes / kKvBlock;
+    copy<VTile::kBytes>(shared + kV + stage * VTile::kBytes,
+                        from.v + from.before(block, kBytes, kBytes));
     ptx::cp_commit();
   }
 
@@ -123,7 +136,7 @@ struct AttendSm80 {
     const int block_row = ((sequence.seqlen_q + kRows - 1) / kRows - 1 - ptx::block_x()) * kRows;
     if (block_row < 0) return;
     const int row = block_row + warp * 16 + lane / 4;
-    const Sources from = {p, batch, head / (p.nheads_q / p.nheads_k)};
+    const Sources from(p, batch, head / (p.nheads_q / p.nheads_k));
 
     VisibleKeys::of(p, sequence, row).keep(row_address(shared));
     if constexpr (kScores != Scores::kPlain) {

@@ -43,6 +43,8 @@ LIMITS = {
 REGISTERS = {"sm80": 255, "sm90": 168}
 #: Local memory accesses in the interior loop: ptxas finds no place for the outputs of 256 channels.
 LOCAL_ACCESSES = {("sm80", 256): 50}
+#: The same of the kernels that change scores or compute in bfloat16.
+VARIANT_LOCAL_ACCESSES = 60
 #: Waits, fences and commits around wgmma in one turn of the loop; twice this many is serialized.
 WARPGROUP_INSTRUCTIONS = 10
 
@@ -62,6 +64,7 @@ class Kernel:
     """What was found in the interior loop of one kernel."""
 
     name: str
+    variant: str
     family: str
     head_dim: int
     kv_block: int
@@ -79,11 +82,13 @@ class Kernel:
     def complaints(self) -> Iterator[str]:
         """One line per broken rule."""
         local_limit = LOCAL_ACCESSES.get((self.family, self.head_dim), 0)
+        if self.variant:
+            local_limit = VARIANT_LOCAL_ACCESSES
         if self.local > local_limit:
             yield f"{self.local} accesses to local memory in the interior loop, want {local_limit}"
         if self.registers > REGISTERS[self.family]:
             yield f"{self.registers} registers, want at most {REGISTERS[self.family]}"
-        limit = LIMITS[self.family, self.head_dim]
+        limit = LIMITS[self.variant][self.family, self.head_dim]
         if self.per_score > limit:
             yield f"{self.per_score:.2f} instructions per score, want at most {limit}"
         if self.warpgroup > WARPGROUP_INSTRUCTIONS:
@@ -164,6 +169,11 @@ def interior_loop(architecture: int, code: bytes, kv_block: int) -> list[int]:
     return min(loops, key=len, default=[])
 
 
+def variant_of(name: str) -> str:
+    """What a kernel is beside `accurate` and `paper`: "", "softcap", "half", "half_biased", ..."""
+    return "_".join(part for part in name.split("_") if part in ("half", "softcap", "biased"))
+
+
 def kernels(root: Path) -> list[Kernel]:
     """Every attention kernel of the object files below `root`."""
     found = []
@@ -183,6 +193,7 @@ def kernels(root: Path) -> list[Kernel]:
                 found.append(
                     Kernel(
                         name=match[0],
+                        variant=variant_of(match[1]),
                         family=family,
                         head_dim=head_dim,
                         kv_block=kv_block,
