@@ -99,6 +99,8 @@ struct AppendParams {
   const int* cu;       ///< [batch + 1] or nullptr, checked
   const int* bad;      ///< [batch]: such a sequence is left alone
   bool smooth_k;
+  double* sums;  ///< [batch * nheads_k][chunks][row_bytes]
+  int chunks;    ///< of kAppendChunk tokens, that a sequence has at most
 };
 
 /// The new tokens of one sequence.
@@ -119,36 +121,39 @@ struct NewTokens {
   }
 };
 
-/// One block per sequence and kv head: the mean of K over a first append, into its first page.
+/// Tokens whose sum one block takes.
+inline constexpr int kAppendChunk = 1024;
+
+/// One block per chunk of tokens, and sequence and kv head: sums of K over a first append, in
+/// double.
 template <Source kSource, int kRowBytes>
-struct AppendMean {
+struct AppendSums {
   static constexpr int kThreads = 256;
   static constexpr int kLanes = kRowBytes / 8;
   static constexpr int kSlots = kThreads / kLanes;
   static constexpr uint32_t kSharedBytes = kThreads * 8 * sizeof(double);
 
   static ATTN8_DEVICE void run(const AppendParams& p) {
-    const int head = ptx::block_x() % p.pages.nheads_k;
-    const int b = ptx::block_x() / p.pages.nheads_k;
-    const NewTokens tokens = NewTokens::of(p, b);
-    if (tokens.seqlen > 0 || tokens.count <= 0) return;
+    const int head = ptx::block_y() % p.pages.nheads_k;
+    const NewTokens tokens = NewTokens::of(p, ptx::block_y() / p.pages.nheads_k);
+    const int begin = ptx::block_x() * kAppendChunk;
+    if (tokens.seqlen > 0 || begin >= tokens.count) return;
+    const int end = begin + kAppendChunk < tokens.count ? begin + kAppendChunk : tokens.count;
     const int lane = ptx::thread_index() % kLanes;
     const int slot = ptx::thread_index() / kLanes;
     double sums[8] = {};
-    if (p.smooth_k && lane * 8 < p.k.head_dim) {
-      for (int i = slot; i < tokens.count; i += 4 * kSlots) {
-        float values[4][8] = {};
+    for (int i = begin + slot; i < end && lane * 8 < p.k.head_dim; i += 4 * kSlots) {
+      float values[4][8] = {};
+      ATTN8_UNROLL
+      for (int u = 0; u < 4; ++u) {
+        if (i + u * kSlots >= end) continue;
+        load8<kSource>(p.k, p.k.offset(tokens.batch, tokens.first + i + u * kSlots, head), lane,
+                       values[u]);
+      }
+      ATTN8_UNROLL
+      for (int u = 0; u < 4; ++u) {
         ATTN8_UNROLL
-        for (int u = 0; u < 4; ++u) {
-          if (i + u * kSlots >= tokens.count) continue;
-          load8<kSource>(p.k, p.k.offset(tokens.batch, tokens.first + i + u * kSlots, head), lane,
-                         values[u]);
-        }
-        ATTN8_UNROLL
-        for (int u = 0; u < 4; ++u) {
-          ATTN8_UNROLL
-          for (int c = 0; c < 8; ++c) sums[c] += static_cast<double>(values[u][c]);
-        }
+        for (int c = 0; c < 8; ++c) sums[c] += static_cast<double>(values[u][c]);
       }
     }
     const uint32_t shared = ptx::smem_base();
@@ -163,8 +168,36 @@ struct AppendMean {
     for (int s = 0; s < kSlots; ++s) {
       total += ptx::ld_shared<double>(shared + (s * kRowBytes + channel) * 8);
     }
-    float mean = static_cast<float>(total / tokens.count);
-    if (magnitude_bits(mean) >= kNotFinite) mean = 0;
+    ptx::st_global(
+        p.sums + (static_cast<int64_t>(ptx::block_y()) * p.chunks + ptx::block_x()) * kRowBytes +
+            channel,
+        total);
+  }
+};
+
+/// One block per sequence and kv head: the mean of a first append, into its first page.
+template <int kRowBytes>
+struct AppendMean {
+  static constexpr int kThreads = kRowBytes;
+  static constexpr uint32_t kSharedBytes = 0;
+
+  static ATTN8_DEVICE void run(const AppendParams& p) {
+    const int head = ptx::block_x() % p.pages.nheads_k;
+    const int b = ptx::block_x() / p.pages.nheads_k;
+    const NewTokens tokens = NewTokens::of(p, b);
+    if (tokens.seqlen > 0 || tokens.count <= 0) return;
+    const int channel = ptx::thread_index();
+    float mean = 0;
+    if (p.smooth_k) {
+      double total = 0;
+      for (int chunk = 0; chunk * kAppendChunk < tokens.count; ++chunk) {
+        total += ptx::ld_global(
+            p.sums + (static_cast<int64_t>(ptx::block_x()) * p.chunks + chunk) * kRowBytes +
+            channel);
+      }
+      mean = static_cast<float>(total / tokens.count);
+      if (magnitude_bits(mean) >= kNotFinite) mean = 0;
+    }
     const int64_t page = ptx::ld_global(p.block_table + static_cast<int64_t>(b) * p.max_pages);
     ptx::st_global(p.pages.k_mean + (page * p.pages.nheads_k + head) * kRowBytes + channel, mean);
   }

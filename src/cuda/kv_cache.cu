@@ -83,8 +83,8 @@ struct Call {
 
 /// Where the checked tables lie in the workspace, then what follows them.
 struct Layout {
-  size_t table = 0, seqlens = 0, cu = 0, bad = 0, raw = 0, q = 0, q_scale = 0, lse_shift = 0,
-         split_out = 0, split_lse = 0, bytes = 0;
+  size_t table = 0, seqlens = 0, cu = 0, bad = 0, raw = 0, sums = 0, q = 0, q_scale = 0,
+         lse_shift = 0, split_out = 0, split_lse = 0, bytes = 0;
 };
 
 class Bytes {
@@ -113,6 +113,10 @@ int64_t rows_of(const Call& call, int group) {
   return cuda::ragged_row(call.total * group, call.batch) + cuda::kRaggedRows;
 }
 
+int append_chunks(const Call& call) {
+  return (call.seqlen + cuda::kAppendChunk - 1) / cuda::kAppendChunk;
+}
+
 Layout lay_out(const CudaKvCache::State& s, const Call& call, int64_t heads) {
   const int64_t ints = 4;
   Bytes bytes;
@@ -135,7 +139,12 @@ Layout lay_out(const CudaKvCache::State& s, const Call& call, int64_t heads) {
         bytes.take(parts * cuda::split_row_floats(static_cast<int>(s.options.head_dim)) * 4);
     at.split_lse = bytes.take(parts * 4);
   }
-  at.bytes = bytes.total();
+  // An append and attention share what follows the tables.
+  const auto tables = static_cast<int64_t>(at.q);
+  at.sums = at.q;
+  at.bytes = std::max(bytes.total(),
+                      static_cast<size_t>(tables + int64_t{8} * call.batch * s.pages.nheads_k *
+                                                       append_chunks(call) * s.row_bytes()));
   return at;
 }
 
@@ -319,7 +328,10 @@ void launch_append(const cuda::AppendParams& p, DType dtype, const Call& call,
   // A sequence may begin and end inside a group.
   const int64_t groups = (call.seqlen + cuda::kKeyGroup - 1) / cuda::kKeyGroup + 1;
   for_float(dtype, [&](auto source) {
-    launch<cuda::AppendMean<source(), kRowBytes>>(p, heads, 1, stream);
+    if (p.smooth_k) {
+      launch<cuda::AppendSums<source(), kRowBytes>>(p, p.chunks, heads, stream);
+    }
+    launch<cuda::AppendMean<kRowBytes>>(p, heads, 1, stream);
     launch<cuda::AppendTokens<source(), kRowBytes, kPackedDim>>(p, groups, heads, stream);
   });
 }
@@ -461,6 +473,8 @@ Status CudaKvCache::append(const ConstTensorView& k, const ConstTensorView& v,
   p.cu = call.ragged ? ints_at(at.cu) : nullptr;
   p.bad = ints_at(at.bad);
   p.smooth_k = s.options.smooth_k;
+  p.sums = reinterpret_cast<double*>(workspace.data() + at.sums);
+  p.chunks = append_chunks(call);
   if (s.packed_dim() == 64) {
     launch_append<64, 64>(p, k.dtype, call, stream);
   } else if (s.packed_dim() == 128) {
