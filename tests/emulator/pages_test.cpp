@@ -148,7 +148,11 @@ class Cache {
     p.cu = ragged ? checked.cu.data() : nullptr;
     p.bad = checked.bad.data();
     p.smooth_k = smooth_k_;
-    const std::vector<emulator::Buffer> buffers = {buffer("k", k),
+    p.chunks = (most + kAppendChunk - 1) / kAppendChunk;
+    std::vector<double> sums(static_cast<size_t>(batch) * kHeadsK * p.chunks * kRowBytes, NAN);
+    p.sums = sums.data();
+    const std::vector<emulator::Buffer> buffers = {buffer("sums", sums, true),
+                                                   buffer("k", k),
                                                    buffer("v", v),
                                                    buffer("table", checked.table),
                                                    buffer("seqlens", checked.seqlens),
@@ -158,8 +162,11 @@ class Cache {
                                                    buffer("v_pages", v_, true),
                                                    buffer("constants", constants_, true),
                                                    buffer("k_mean", mean_, true)};
-    using Mean = AppendMean<Source::kFloat16, kRowBytes>;
-    ASSERT_EQ((launch<Mean>(p, batch * kHeadsK, 1, buffers)), "");
+    if (smooth_k_) {
+      using Sums = AppendSums<Source::kFloat16, kRowBytes>;
+      ASSERT_EQ((launch<Sums>(p, p.chunks, batch * kHeadsK, buffers)), "");
+    }
+    ASSERT_EQ((launch<AppendMean<kRowBytes>>(p, batch * kHeadsK, 1, buffers)), "");
     using Tokens = AppendTokens<Source::kFloat16, kRowBytes, kPackedDim>;
     const int groups = (most + kKeyGroup - 1) / kKeyGroup + 1;
     ASSERT_EQ((launch<Tokens>(p, groups, batch * kHeadsK, buffers)), "");
