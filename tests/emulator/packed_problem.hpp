@@ -20,9 +20,9 @@ struct Shape {
   int window_right = -1;
   int q_offset = 0;  ///< added to the position of every query
   float softcap = 0;
-  bool alibi = false;                     ///< head h has slope(h)
-  bool sinks = false;                     ///< head h has sink(h)
-  bool attn_mask = false;                 ///< added() to every query, key and head
+  bool alibi = false;                               ///< head h has slope(h)
+  bool sinks = false;                               ///< head h has sink(h)
+  bool attn_mask = false;                           ///< added() to every query, key and head
   std::vector<int> seqlens_k = {}, leftpad_k = {};  ///< one per batch, or none
 
   [[nodiscard]] int seqlen_of(int b) const { return seqlens_k.empty() ? seqlen_k : seqlens_k[b]; }
