@@ -91,6 +91,30 @@ TEST_P(RowsOf, QuantizedAsDefined) {
   }
 }
 
+/// Quotients at and next to the halves between two codes, for scales of all lengths.
+TEST_P(RowsOf, DividedToTheLastBit) {
+  const KernelTable& table = *find_kernel_table(GetParam());
+  std::mt19937 random(5);
+  for (int i = 0; i < 4000; ++i) {
+    const uint32_t mantissa = static_cast<uint32_t>(random()) >> 9 & (~0u << (3 + i % 20));
+    const auto exponent = static_cast<uint32_t>(i % 2 == 0 ? 127 : 30 + random() % 190);
+    const float scale = std::bit_cast<float>(exponent << 23 | mantissa);
+    float x[48];
+    for (int j = 0; j < 16; ++j) {
+      const float half = (static_cast<float>(random() % 127) + 0.5f) * scale;
+      x[3 * j] = half;
+      x[3 * j + 1] = std::nextafter(half, 0.0f);
+      x[3 * j + 2] = -std::nextafter(half, std::numeric_limits<float>::infinity());
+    }
+    int8_t codes[48];
+    table.encode(x, 48, &scale, 0, codes);
+    for (int j = 0; j < 48; ++j) {
+      ASSERT_EQ(codes[j], static_cast<int8_t>(std::nearbyint(x[j] / scale)))
+          << x[j] << " / " << scale;
+    }
+  }
+}
+
 TEST_P(RowsOf, WithWhatHasNoScale) {
   const KernelTable& table = *find_kernel_table(GetParam());
   constexpr int kN = 32;
@@ -112,6 +136,40 @@ TEST_P(RowsOf, WithWhatHasNoScale) {
     // 1e-38 / 127 is below the smallest normal number.
     EXPECT_EQ(codes[r][kN - 1], finite && last[r] >= 1e-30f ? 127 : 0) << r;
     EXPECT_EQ(codes[r][0], last[r] == 1 ? 64 : 0) << r;  // 63.5 to even
+  }
+}
+
+/// Rounded to bfloat16 as float_to_bfloat16() does, whole rows at a time or not.
+TEST_P(RowsOf, StoredAsBfloat16) {
+  const KernelTable& table = *find_kernel_table(GetParam());
+  std::mt19937 random(9);
+  for (const bool with_nan : {false, true}) {
+    for (const int64_t stride : {1, 2}) {
+      for (const int n : {1, 16, 40, 128}) {
+        std::vector<float> x(static_cast<size_t>(n));
+        for (float& value : x) {
+          // Any bits but those of a NaN, many of them halfway between two bfloat16.
+          const uint32_t bits =
+              static_cast<uint32_t>(random()) & (random() % 2 == 0 ? ~0u : ~0x7fffu);
+          value =
+              std::bit_cast<float>((bits & 0x7fffffffu) > 0x7f800000u ? bits & ~0x40000000u : bits);
+        }
+        if (with_nan) x[static_cast<size_t>(n / 2)] = std::bit_cast<float>(0xffffffffu);
+        std::vector<uint16_t> out(static_cast<size_t>(n * stride));
+        table.store_row(x.data(), n, DType::kBFloat16, stride, out.data());
+        for (int i = 0; i < n; ++i) {
+          const uint16_t got = out[i * stride];
+          if (std::isnan(x[i])) {
+            EXPECT_GT(got & 0x7fff, 0x7f80) << n;
+            continue;
+          }
+          const uint32_t bits = std::bit_cast<uint32_t>(x[i]);
+          const uint32_t rest = bits & 0xffff;
+          const uint32_t up = rest > 0x8000 || (rest == 0x8000 && (bits >> 16 & 1) != 0) ? 1 : 0;
+          EXPECT_EQ(got, (bits >> 16) + up) << x[i];
+        }
+      }
+    }
   }
 }
 
