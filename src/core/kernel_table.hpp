@@ -78,6 +78,16 @@ struct AttendTile {
   std::byte* scratch = nullptr;  ///< KernelTable::scratch_bytes(), 64-byte aligned
 };
 
+/// Rows of a tensor.
+struct RowSpan {
+  const void* data;
+  DType dtype;        ///< a float type
+  int64_t row_bytes;  ///< from a row to the next
+  int64_t rows;
+  int64_t stride;  ///< from an element of a row to the next, in elements
+  int n;           ///< elements of a row, at most 256
+};
+
 /// What one ISA provides. Everything is a pure function of its arguments; all but `attend` give the
 /// same bits on every ISA, `attend` does in the integer modes.
 struct KernelTable {
@@ -93,12 +103,16 @@ struct KernelTable {
   uint32_t (*max_abs_bits)(const float* x, int n);
   /// bits[i] = max(bits[i], bits of |x[i]|).
   void (*max_abs_bits_each)(const float* x, int n, uint32_t* bits);
-  /// sums[i] += x[i].
-  void (*add_to_sums)(const float* x, int n, double* sums);
+  /// sums[i] += element i of each row, in their order.
+  void (*add_rows)(const RowSpan& src, double* sums);
   /// dst[i] = x[i] - mean[i]; dst may be x.
   void (*subtract)(const float* x, const float* mean, int n, float* dst);
   /// codes[i] = round-half-even(x[i] / scale[i * scale_step]); scale_step 0 or 1; x finite.
   void (*encode)(const float* x, int n, const float* scale, int scale_step, int8_t* codes);
+  /// For each row less `mean` (unless nullptr): max_abs_bits(), and the codes of the scale that
+  /// those give, codes_stride apart, followed by zeros up to the next multiple of 16.
+  void (*quantize_rows)(const RowSpan& src, const float* mean, int8_t* codes, int64_t codes_stride,
+                        uint32_t* bits);
   /// Sum of the squares of n codes; those up to the next multiple of 64 are readable and 0.
   int32_t (*squared_length)(const int8_t* codes, int n);
   /// x[i] = x[i] / divisor, times scale[i] unless that is nullptr; up to the next multiple of 16.

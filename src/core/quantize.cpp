@@ -78,12 +78,8 @@ class Quantizer {
       double total[kPiece] = {};
       for (int64_t begin = 0; begin < seqlen; begin += kMeanChunk) {
         double sums[kPiece] = {};
-        float row[kPiece];
-        for (int64_t s = begin; s < std::min(begin + kMeanChunk, seqlen); ++s) {
-          table_.load_row(cpu::element(x_, batch, s, head, d), x_.dtype, x_.strides[3],
-                          static_cast<int>(n), row);
-          table_.add_to_sums(row, static_cast<int>(n), sums);
-        }
+        const int64_t count = std::min(kMeanChunk, seqlen - begin);
+        table_.add_rows(cpu::token_rows(x_, batch, begin, count, head, d, n), sums);
         for (int64_t i = 0; i < n; ++i) total[i] += sums[i];
       }
       for (int64_t i = 0; i < n; ++i) {

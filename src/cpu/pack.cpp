@@ -11,10 +11,6 @@
 
 namespace attn8::cpu {
 
-bool usable(float scale) noexcept {
-  return scale > 0 && scale <= std::numeric_limits<float>::max();
-}
-
 void clear_header(const BlockMemory& block, int64_t kv_block) noexcept {
   block.header() = {.v_scale = 1.0f, .key_norm = 0, .any_high = 0, .poisoned = 0};
   std::memset(block.poison(), 0, static_cast<size_t>(kv_block));
@@ -57,7 +53,7 @@ void fold_key(const BlockMemory& block, int64_t key, float ratio) noexcept {
   // Most ratios repeat in no tensor, but 1 does in every granularity but `token`.
   record.offset[slot] =
       ratio == 1 ? 0.0f : static_cast<float>(64 * std::log2(static_cast<double>(ratio)));
-  const auto weight = static_cast<int32_t>(std::nearbyint(256 / ratio));
+  const auto weight = static_cast<int32_t>(std::lrint(256 / ratio));
   const int64_t position = score_position(slot);
   record.inv_low[position] = static_cast<int16_t>(weight % 4096);
   record.inv_high[position] = static_cast<int16_t>(weight / 4096);

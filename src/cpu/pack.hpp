@@ -3,6 +3,7 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 
 #include "core/kernel_table.hpp"
 #include "core/packed_layout.hpp"
@@ -13,7 +14,9 @@ inline constexpr int kMaxDim = 256;
 inline constexpr int kMaxKvBlock = 512;
 
 /// Whether a scale can be used; anything else poisons what it scales.
-bool usable(float scale) noexcept;
+constexpr bool usable(float scale) noexcept {
+  return scale > 0 && scale <= std::numeric_limits<float>::max();
+}
 
 /// The parts of one kv block, to write. Keys and groups count from the block's first.
 struct BlockMemory {

@@ -49,10 +49,18 @@ class Preparation {
   [[nodiscard]] int64_t batch(int64_t head) const noexcept { return head / plan_.nheads_k; }
   [[nodiscard]] int64_t kv_head(int64_t head) const noexcept { return head % plan_.nheads_k; }
   [[nodiscard]] int dim() const noexcept { return static_cast<int>(plan_.head_dim); }
+  [[nodiscard]] int padded() const noexcept { return static_cast<int>(padded_dim(dim())); }
 
   void load(const ConstTensorView& view, int64_t head, int64_t key, float* row) const noexcept {
     table_.load_row(element(view, batch(head), key, kv_head(head)), view.dtype, view.strides[3],
                     dim(), row);
+  }
+
+  /// Tokens of a head as the kernels take them.
+  [[nodiscard]] RowSpan rows(const ConstTensorView& view, int64_t head,
+                             KeyRange keys) const noexcept {
+    return token_rows(view, batch(head), keys.lo, keys.hi - keys.lo, kv_head(head), 0,
+                      view.shape[3]);
   }
 
   /// The end of the blocks that some query sees.
@@ -83,16 +91,6 @@ class Preparation {
     }
   }
 
-  /// A row as floats: where it lies, or widened into `buffer`.
-  const float* row_of(const ConstTensorView& view, int64_t head, int64_t key,
-                      float* buffer) const noexcept {
-    if (view.dtype == DType::kFloat32 && view.strides[3] == 1) {
-      return reinterpret_cast<const float*>(element(view, batch(head), key, kv_head(head)));
-    }
-    load(view, head, key, buffer);
-    return buffer;
-  }
-
   void compute_k_means() noexcept {
     const int64_t keys = plan_.keys.hi - plan_.keys.lo;
     const int64_t chunks = mean_chunks(keys);
@@ -103,10 +101,7 @@ class Preparation {
       const int64_t end = std::min(begin + kMeanChunk, plan_.keys.hi);
       double* sum = sums + task * dim();
       std::fill_n(sum, dim(), 0.0);
-      float buffer[kMaxDim];
-      for (int64_t key = begin; key < end; ++key) {
-        table_.add_to_sums(row_of(k_, head, key, buffer), dim(), sum);
-      }
+      table_.add_rows(rows(k_, head, {begin, end}), sum);
     });
     for (int64_t head = 0; head < plan_.heads(); ++head) {
       mean_of_chunks(sums + head * chunks * dim(), keys, dim(), work_.k_mean(head));
@@ -115,14 +110,13 @@ class Preparation {
 
   /// v_out_scale, and what the scales of V need of all keys of a head before any is encoded.
   void prepare_v_scales() noexcept {
-    const auto padded = static_cast<size_t>(padded_dim(dim()));
     const auto* quantized = std::get_if<QuantizedView>(&inputs_.v);
     const bool tensor = plan_.v_granularity == Granularity::kTensor;
     const bool channel = plan_.v_granularity == Granularity::kChannel;
     if ((tensor || channel) && quantized == nullptr) measure_v();
     for (int64_t head = 0; head < plan_.heads(); ++head) {
       float* scale = work_.v_out_scale(head);
-      std::fill_n(scale, padded, 1.0f);
+      std::fill_n(scale, padded(), 1.0f);
       if (!tensor && !channel) continue;
       uint32_t most = 0;
       for (int d = 0; d < dim(); ++d) {
@@ -252,33 +246,47 @@ class Preparation {
         break;
       }
       case Granularity::kToken:
-        scale_v_tokens(head, index * plan_.options.kv_block, keys, block, scales);
+        encode_v_tokens(head, index * plan_.options.kv_block, keys, block, scales);
         header.v_scale = scales.block;
         break;
     }
   }
 
-  void scale_v_tokens(int64_t head, int64_t first, KeyRange keys, const BlockMemory& block,
-                      VScales& scales) noexcept {
+  /// Where the codes of a V token of granularity kToken lie, row by row, until their group is
+  /// packed in their place.
+  [[nodiscard]] int8_t* v_row(const BlockMemory& block, int64_t key) const noexcept {
+    return reinterpret_cast<int8_t*>(block.v(0)) + key * padded();
+  }
+
+  void encode_v_tokens(int64_t head, int64_t first, KeyRange keys, const BlockMemory& block,
+                       VScales& scales) noexcept {
     const auto* quantized = std::get_if<QuantizedView>(&inputs_.v);
     scales.token.fill(0.0f);
+    uint32_t bits[kMaxKvBlock];
+    if (dim() < padded()) {
+      std::memset(v_row(block, keys.lo - first), 0,
+                  static_cast<size_t>((keys.hi - keys.lo) * padded()));
+    }
+    if (quantized == nullptr) {
+      table_.quantize_rows(rows(v_, head, keys), nullptr, v_row(block, keys.lo - first), padded(),
+                           bits);
+    }
     float largest = 0;
     for (int64_t key = keys.lo; key < keys.hi; ++key) {
+      int8_t* row = v_row(block, key - first);
       float scale = 0;
       bool zero = false;
       if (quantized != nullptr) {
-        int8_t codes[kMaxDim];
         scale = float_at(quantized->scale, batch(head), key, kv_head(head));
-        if (load_codes(v_, batch(head), key, kv_head(head), codes)) bad_code_ = "v";
-        zero = std::all_of(codes, codes + dim(), [](int8_t code) { return code == 0; });
+        if (load_codes(v_, batch(head), key, kv_head(head), row)) bad_code_ = "v";
+        zero = std::all_of(row, row + dim(), [](int8_t code) { return code == 0; });
       } else {
-        float buffer[kMaxDim];
-        const uint32_t bits = table_.max_abs_bits(row_of(v_, head, key, buffer), dim());
-        scale = scale_from_bits(bits);
-        zero = codes_are_zero(bits);
+        scale = scale_from_bits(bits[key - keys.lo]);
+        zero = codes_are_zero(bits[key - keys.lo]);
       }
       if (!usable(scale)) {
         block.mark_poisoned(key - first);
+        std::memset(row, 0, static_cast<size_t>(dim()));
         zero = true;
       }
       if (zero) continue;
@@ -300,67 +308,53 @@ class Preparation {
 
   void pack_k_codes(int64_t head, int64_t group, int64_t first, KeyRange keys,
                     const BlockMemory& block) noexcept {
-    const auto padded = static_cast<int>(padded_dim(dim()));
     alignas(64) int8_t codes[kKeyGroup * kMaxDim];
-    std::memset(codes, 0, static_cast<size_t>(kKeyGroup * padded));
+    std::memset(codes, 0, static_cast<size_t>(kKeyGroup * padded()));
     float k_scale[kKeyGroup] = {};
+    uint32_t bits[kKeyGroup];
     const auto* quantized = std::get_if<QuantizedView>(&inputs_.k);
+    if (quantized == nullptr) {
+      table_.quantize_rows(rows(k_, head, keys), plan_.smooths_k() ? work_.k_mean(head) : nullptr,
+                           codes + (keys.lo - first) * padded(), padded(), bits);
+    }
     for (int64_t key = keys.lo; key < keys.hi; ++key) {
-      int8_t* row = codes + (key - first) * padded;
       float scale = 0;
       if (quantized != nullptr) {
+        int8_t* row = codes + (key - first) * padded();
         scale = float_at(quantized->scale, batch(head), key, kv_head(head));
         if (load_codes(k_, batch(head), key, kv_head(head), row)) bad_code_ = "k";
       } else {
-        float buffer[kMaxDim];
-        const float* values = row_of(k_, head, key, buffer);
-        if (plan_.smooths_k()) {
-          table_.subtract(values, work_.k_mean(head), dim(), buffer);
-          values = buffer;
-        }
-        const uint32_t bits = table_.max_abs_bits(values, dim());
-        scale = scale_from_bits(bits);
-        if (!codes_are_zero(bits)) table_.encode(values, dim(), &scale, 0, row);
+        scale = scale_from_bits(bits[key - keys.lo]);
       }
       if (!usable(scale)) block.mark_poisoned(key - first + group * kKeyGroup);
       k_scale[key - first] = record_scale(scale);
     }
-    pack_k_group(table_, block, group, codes, k_scale, padded);
+    pack_k_group(table_, block, group, codes, k_scale, padded());
   }
 
   void pack_v_codes(int64_t head, int64_t group, int64_t first, KeyRange keys,
                     const VScales& scales, const BlockMemory& block, int64_t* sums) noexcept {
-    const auto padded = static_cast<int>(padded_dim(dim()));
     alignas(64) int8_t codes[kKeyGroup * kMaxDim];
-    std::memset(codes, 0, static_cast<size_t>(kKeyGroup * padded));
+    std::memset(codes, 0, static_cast<size_t>(kKeyGroup * padded()));
     const bool quantized = std::holds_alternative<QuantizedView>(inputs_.v);
     const int64_t block_first = first - group * kKeyGroup;
+    if (plan_.fold_v()) {
+      std::memcpy(codes + (keys.lo - first) * padded(), v_row(block, keys.lo - block_first),
+                  static_cast<size_t>((keys.hi - keys.lo) * padded()));
+    }
     for (int64_t key = keys.lo; key < keys.hi; ++key) {
-      int8_t* row = codes + (key - first) * padded;
-      if (quantized && load_codes(v_, batch(head), key, kv_head(head), row)) bad_code_ = "v";
+      int8_t* row = codes + (key - first) * padded();
       if (plan_.fold_v()) {
-        encode_v_token(head, key, scales.token[static_cast<size_t>(key - block_first)],
-                       scales.block, quantized, row);
+        const float scale = scales.token[static_cast<size_t>(key - block_first)];
+        if (scale > 0 && scale / scales.block < kMinRatio) [[unlikely]]
+          shrink_codes(row, dim(), scale / scales.block);
       } else if (!quantized) {
         encode_v_shared(head, key, scales.shared, row);
+      } else if (load_codes(v_, batch(head), key, kv_head(head), row)) {
+        bad_code_ = "v";
       }
     }
-    pack_v_group(table_, block, group, codes, padded, sums);
-  }
-
-  void encode_v_token(int64_t head, int64_t key, float scale, float block_scale, bool quantized,
-                      int8_t* row) const noexcept {
-    if (scale == 0) {
-      std::memset(row, 0, static_cast<size_t>(dim()));  // zeros, or poisoned
-      return;
-    }
-    if (!quantized) {
-      float buffer[kMaxDim];
-      table_.encode(row_of(v_, head, key, buffer), dim(), &scale, 0, row);
-    }
-    const float ratio = scale / block_scale;
-    if (ratio < kMinRatio) [[unlikely]]
-      shrink_codes(row, dim(), ratio);
+    pack_v_group(table_, block, group, codes, padded(), sums);
   }
 
   /// V of the granularities coarser than a token.

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "attn8/tensor.hpp"
+#include "core/kernel_table.hpp"
 
 namespace attn8::cpu {
 
@@ -19,6 +20,14 @@ inline const std::byte* element(const ConstTensorView& view, int64_t batch, int6
 inline std::byte* element(const TensorView& view, int64_t batch, int64_t seq, int64_t head,
                           int64_t dim = 0) noexcept {
   return const_cast<std::byte*>(element(ConstTensorView(view), batch, seq, head, dim));
+}
+/// n elements, from `dim` on, of `count` tokens of a head.
+inline RowSpan token_rows(const ConstTensorView& view, int64_t batch, int64_t seq, int64_t count,
+                          int64_t head, int64_t dim, int64_t n) noexcept {
+  return {element(view, batch, seq, head, dim), view.dtype,
+          // The stride of a single token may be anything.
+          count > 1 ? view.strides[1] * static_cast<int64_t>(dtype_bytes(view.dtype)) : 0, count,
+          view.strides[3], static_cast<int>(n)};
 }
 inline float float_at(const ConstTensorView& view, int64_t batch, int64_t seq, int64_t head,
                       int64_t dim = 0) noexcept {

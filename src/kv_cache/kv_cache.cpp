@@ -51,11 +51,9 @@ std::vector<float> mean_of_k(const KernelTable& table, const ConstTensorView& k,
   std::vector<float> mean(static_cast<size_t>(heads * dim));
   cpu::for_each_task(context, heads * chunks, [&](int64_t task, int64_t) {
     const int64_t begin = task % chunks * kMeanChunk;
-    float row[cpu::kMaxDim];
-    for (int64_t token = begin; token < std::min(begin + kMeanChunk, tokens); ++token) {
-      table.load_row(cpu::element(k, 0, token, task / chunks), k.dtype, k.strides[3], dim, row);
-      table.add_to_sums(row, dim, sums.data() + task * dim);
-    }
+    const int64_t count = std::min(kMeanChunk, tokens - begin);
+    table.add_rows(cpu::token_rows(k, 0, begin, count, task / chunks, 0, dim),
+                   sums.data() + task * dim);
   });
   for (int64_t head = 0; head < heads; ++head) {
     cpu::mean_of_chunks(sums.data() + head * chunks * dim, tokens, dim, mean.data() + head * dim);

@@ -310,13 +310,21 @@ ATTN8_INLINE void store_signed_bytes(int8_t* p, I32 a) {
   _mm_storeu_si128((__m128i*)p, _mm_packs_epi16(_mm256_castsi256_si128(words),
                                                 _mm256_extracti128_si256(words, 1)));
 }
-ATTN8_INLINE void add_to_doubles(double* sums, __m256 a) {
-  const __m256d low = _mm256_cvtps_pd(_mm256_castps256_ps128(a));
-  const __m256d high = _mm256_cvtps_pd(_mm256_extractf128_ps(a, 1));
-  _mm256_storeu_pd(sums, _mm256_add_pd(_mm256_loadu_pd(sums), low));
-  _mm256_storeu_pd(sums + 4, _mm256_add_pd(_mm256_loadu_pd(sums + 4), high));
+/// 16 double sums.
+struct F64 {
+  __m256d v[4];
+};
+ATTN8_INLINE F64 load(const double* p) {
+  return {{_mm256_loadu_pd(p), _mm256_loadu_pd(p + 4), _mm256_loadu_pd(p + 8),
+           _mm256_loadu_pd(p + 12)}};
 }
-ATTN8_INLINE void add_to_doubles(double* sums, F32 a) {
-  add_to_doubles(sums, a.lo);
-  add_to_doubles(sums + 8, a.hi);
+ATTN8_INLINE void store(double* p, const F64& a) {
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) _mm256_storeu_pd(p + 4 * i, a.v[i]);
+}
+ATTN8_INLINE void add_to(F64& sum, F32 a) {
+  sum.v[0] = _mm256_add_pd(sum.v[0], _mm256_cvtps_pd(_mm256_castps256_ps128(a.lo)));
+  sum.v[1] = _mm256_add_pd(sum.v[1], _mm256_cvtps_pd(_mm256_extractf128_ps(a.lo, 1)));
+  sum.v[2] = _mm256_add_pd(sum.v[2], _mm256_cvtps_pd(_mm256_castps256_ps128(a.hi)));
+  sum.v[3] = _mm256_add_pd(sum.v[3], _mm256_cvtps_pd(_mm256_extractf128_ps(a.hi, 1)));
 }

@@ -259,11 +259,18 @@ ATTN8_INLINE void store_u32(uint32_t* p, I32 a) { _mm512_storeu_si512(p, a.v); }
 ATTN8_INLINE void store_signed_bytes(int8_t* p, I32 a) {
   _mm_storeu_si128((__m128i*)p, _mm512_cvtsepi32_epi8(a.v));
 }
-ATTN8_INLINE void add_to_doubles(double* sums, F32 a) {
-  const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(a.v));
-  const __m512d high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(a.v, 1));
-  _mm512_storeu_pd(sums, _mm512_add_pd(_mm512_loadu_pd(sums), low));
-  _mm512_storeu_pd(sums + 8, _mm512_add_pd(_mm512_loadu_pd(sums + 8), high));
+/// 16 double sums.
+struct F64 {
+  __m512d low, high;
+};
+ATTN8_INLINE F64 load(const double* p) { return {_mm512_loadu_pd(p), _mm512_loadu_pd(p + 8)}; }
+ATTN8_INLINE void store(double* p, F64 a) {
+  _mm512_storeu_pd(p, a.low);
+  _mm512_storeu_pd(p + 8, a.high);
+}
+ATTN8_INLINE void add_to(F64& sum, F32 a) {
+  sum.low = _mm512_add_pd(sum.low, _mm512_cvtps_pd(_mm512_castps512_ps256(a.v)));
+  sum.high = _mm512_add_pd(sum.high, _mm512_cvtps_pd(_mm512_extractf32x8_ps(a.v, 1)));
 }
 
 }  // namespace attn8::avx512_vnni

@@ -258,8 +258,18 @@ ATTN8_INLINE void store_u32(uint32_t* p, const I32& a) { std::memcpy(p, &a.v, 64
 ATTN8_INLINE void store_signed_bytes(int8_t* p, const I32& a) {
   for (int i = 0; i < 16; ++i) p[i] = static_cast<int8_t>(a.v[i]);
 }
-ATTN8_INLINE void add_to_doubles(double* sums, const F32& a) {
-  for (int i = 0; i < 16; ++i) sums[i] += static_cast<double>(a.v[i]);
+/// 16 double sums.
+struct F64 {
+  double v[16];
+};
+ATTN8_INLINE F64 load(const double* p) {
+  F64 a;
+  std::memcpy(a.v, p, sizeof(a.v));
+  return a;
+}
+ATTN8_INLINE void store(double* p, const F64& a) { std::memcpy(p, a.v, sizeof(a.v)); }
+ATTN8_INLINE void add_to(F64& sum, const F32& a) {
+  for (int i = 0; i < 16; ++i) sum.v[i] += static_cast<double>(a.v[i]);
 }
 
 }  // namespace attn8::scalar

@@ -4,6 +4,9 @@
 // Rows of a tensor: widening, rounding, quantizing and packing. Included inside the namespace of an
 // ISA after its vocabulary; see core/kernel_table.hpp for what each function promises.
 
+/// Longest row that a function here holds as floats.
+inline constexpr int kMaxRow = 256;
+
 inline void load_row(const void* src, DType dtype, int64_t stride, int n, float* dst) {
   if (dtype == DType::kFloat32) {
     const auto* p = static_cast<const float*>(src);
@@ -72,10 +75,79 @@ inline void row_max_abs_bits_each(const float* x, int n, uint32_t* bits) {
   }
 }
 
-inline void add_to_sums(const float* x, int n, double* sums) {
+template <DType kType>
+inline constexpr int kBytes = kType == DType::kFloat32 ? 4 : 2;
+/// Bytes from what is computed to what is asked for: eight rows, as far as there are so many. Rows
+/// of a head lie apart where there are more heads, which no prefetcher of the CPU follows for long.
+ATTN8_INLINE int64_t bytes_ahead(int64_t row_bytes, int64_t rows) {
+  return rows > 8 ? 8 * row_bytes : 0;
+}
+
+template <DType kType>
+ATTN8_INLINE F32 load_elements(const void* p, int i) {
+  if constexpr (kType == DType::kFloat32) return load(static_cast<const float*>(p) + i);
+  if constexpr (kType == DType::kFloat16) return load_float16(static_cast<const uint16_t*>(p) + i);
+  if constexpr (kType == DType::kBFloat16) {
+    return load_bfloat16(static_cast<const uint16_t*>(p) + i);
+  }
+}
+
+/// kCount vectors of 16 channels of `rows` rows, added to sums.
+template <DType kType, int kCount>
+ATTN8_INLINE void add_columns(const void* src, int64_t row_bytes, int64_t rows, int64_t ahead,
+                              int channel, double* sums) {
+  F64 sum[kCount];
+#pragma GCC unroll 4
+  for (int c = 0; c < kCount; ++c) sum[c] = load(sums + channel + 16 * c);
+  for (int64_t r = 0; r < rows; ++r) {
+    const std::byte* row = static_cast<const std::byte*>(src) + r * row_bytes;
+#pragma GCC unroll 4
+    for (int c = 0; c < kCount; ++c) {
+      __builtin_prefetch(row + ahead + (channel + 16 * c) * kBytes<kType>);
+      add_to(sum[c], load_elements<kType>(row, channel + 16 * c));
+    }
+  }
+#pragma GCC unroll 4
+  for (int c = 0; c < kCount; ++c) store(sums + channel + 16 * c, sum[c]);
+}
+
+template <DType kType>
+inline void add_contiguous_rows(const void* src, int64_t row_bytes, int64_t rows, int64_t ahead,
+                                int n, double* sums) {
   int i = 0;
-  for (; i + 16 <= n; i += 16) add_to_doubles(sums + i, load(x + i));
-  for (; i < n; ++i) sums[i] += static_cast<double>(x[i]);
+  for (; i + 16 * kVectors <= n; i += 16 * kVectors) {
+    add_columns<kType, kVectors>(src, row_bytes, rows, ahead, i, sums);
+  }
+  for (; i + 16 <= n; i += 16) add_columns<kType, 1>(src, row_bytes, rows, ahead, i, sums);
+  for (int64_t r = 0; i < n && r < rows; ++r) {
+    float rest[16];
+    const auto* row = static_cast<const std::byte*>(src) + r * row_bytes;
+    load_row(row + i * kBytes<kType>, kType, 1, n - i, rest);
+    for (int d = i; d < n; ++d) sums[d] += static_cast<double>(rest[d - i]);
+  }
+}
+
+inline void add_rows(const RowSpan& src, double* sums) {
+  // Rows that fit L1 together, for each of the passes over their columns.
+  constexpr int64_t kRows = 16;
+  const int64_t ahead = bytes_ahead(src.row_bytes, src.rows);
+  for (int64_t first = 0; first < src.rows; first += kRows) {
+    const auto* p = static_cast<const std::byte*>(src.data) + first * src.row_bytes;
+    const int64_t count = src.rows - first < kRows ? src.rows - first : kRows;
+    if (src.stride == 1 && src.dtype == DType::kFloat32) {
+      add_contiguous_rows<DType::kFloat32>(p, src.row_bytes, count, ahead, src.n, sums);
+    } else if (src.stride == 1 && src.dtype == DType::kFloat16) {
+      add_contiguous_rows<DType::kFloat16>(p, src.row_bytes, count, ahead, src.n, sums);
+    } else if (src.stride == 1 && src.dtype == DType::kBFloat16) {
+      add_contiguous_rows<DType::kBFloat16>(p, src.row_bytes, count, ahead, src.n, sums);
+    } else {
+      for (int64_t r = 0; r < count; ++r) {
+        float row[kMaxRow];
+        load_row(p + r * src.row_bytes, src.dtype, src.stride, src.n, row);
+        add_contiguous_rows<DType::kFloat32>(row, 0, 1, 0, src.n, sums);
+      }
+    }
+  }
 }
 
 inline void subtract(const float* x, const float* mean, int n, float* dst) {
@@ -87,21 +159,25 @@ inline void subtract(const float* x, const float* mean, int n, float* dst) {
 /// x / divisor to the last bit from the reciprocal, for divisors of at most 21 significant bits in
 /// [2^-100, 2^100]: one correction makes the quotient faithful, the second one correctly rounded
 /// (P. Markstein, IA-64 and Elementary Functions, theorem 8.5). A fifth of what a division takes.
-ATTN8_INLINE F32 divide_by(F32 x, F32 divisor, F32 reciprocal) {
-  F32 q = x * reciprocal;
-  q = fused(fused(broadcast(0.0f) - q, divisor, x), reciprocal, q);
-  return fused(fused(broadcast(0.0f) - q, divisor, x), reciprocal, q);
-}
+struct Divisor {
+  ATTN8_INLINE static F32 divide(F32 x, F32 minus_divisor, F32 reciprocal) {
+    F32 q = x * reciprocal;
+    q = fused(fused(q, minus_divisor, x), reciprocal, q);
+    return fused(fused(q, minus_divisor, x), reciprocal, q);
+  }
+  /// Whether divide() holds for this divisor.
+  static bool holds(float x) {
+    return kFastFused && (std::bit_cast<uint32_t>(x) & 7u) == 0 && x >= 0x1p-100f && x <= 0x1p100f;
+  }
+};
 
 inline void encode(const float* x, int n, const float* scale, int scale_step, int8_t* codes) {
   int i = 0;
-  const uint32_t low_bits = std::bit_cast<uint32_t>(scale[0]) & 7u;
-  if (kFastFused && scale_step == 0 && low_bits == 0 && scale[0] >= 0x1p-100f &&
-      scale[0] <= 0x1p100f) {
-    const F32 divisor = broadcast(scale[0]);
-    const F32 reciprocal = divide(broadcast(1.0f), divisor);
+  if (scale_step == 0 && Divisor::holds(scale[0])) {
+    const F32 minus = broadcast(-scale[0]);
+    const F32 reciprocal = broadcast(1.0f / scale[0]);
     for (; i + 16 <= n; i += 16) {
-      store_signed_bytes(codes + i, round_to_int(divide_by(load(x + i), divisor, reciprocal)));
+      store_signed_bytes(codes + i, round_to_int(Divisor::divide(load(x + i), minus, reciprocal)));
     }
   }
   for (; i + 16 <= n; i += 16) {
@@ -112,6 +188,108 @@ inline void encode(const float* x, int n, const float* scale, int scale_step, in
     // The sum with 1.5 * 2^23 rounds half to even and holds the integer in its low bits.
     const float rounded = x[i] / scale[i * scale_step] + 0x1.8p23f;
     codes[i] = static_cast<int8_t>(std::bit_cast<int32_t>(rounded) & 0xff);
+  }
+}
+
+/// kRows rows at a time, so that the latencies of one row's maximum and divisions are those of all.
+/// value(r, i): 16 numbers of row r from the i-th on, zeros beyond n; request(r, i) asks for those
+/// of a later row.
+template <int kRows, class Value, class Request>
+ATTN8_INLINE void quantize_values(Value value, Request request, int n, int8_t* codes,
+                                  int64_t codes_stride, uint32_t* bits) {
+  I32 largest[kRows];
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) largest[r] = zero_i32();
+  for (int i = 0; i < n; i += 16) {
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      request(r, i);
+      largest[r] = max_abs_bits(largest[r], value(r, i));
+    }
+  }
+  float scale[kRows];
+  bool holds = true;
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) {
+    bits[r] = reduce_max_u32(largest[r]);
+    scale[r] = scale_from_bits(bits[r]);  // where all codes are zero, 1 or NaN: so is the quotient
+    holds = holds && Divisor::holds(scale[r]);
+  }
+  if (holds) [[likely]] {
+    F32 minus[kRows];
+    F32 reciprocal[kRows];
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      minus[r] = broadcast(-scale[r]);
+      reciprocal[r] = broadcast(1.0f / scale[r]);
+    }
+    for (int i = 0; i < n; i += 16) {
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) {
+        store_signed_bytes(codes + r * codes_stride + i,
+                           round_to_int(Divisor::divide(value(r, i), minus[r], reciprocal[r])));
+      }
+    }
+    return;
+  }
+  for (int r = 0; r < kRows; ++r) {
+    for (int i = 0; i < n; i += 16) {
+      I32 code = zero_i32();
+      if (!codes_are_zero(bits[r])) code = round_to_int(divide(value(r, i), broadcast(scale[r])));
+      store_signed_bytes(codes + r * codes_stride + i, code);
+    }
+  }
+}
+
+/// What is subtracted where nothing is.
+alignas(64) inline constexpr float kNoMean[kMaxRow] = {};
+
+template <DType kType>
+inline void quantize_contiguous_rows(const std::byte* src, int64_t row_bytes, int64_t rows, int n,
+                                     const float* mean, int8_t* codes, int64_t codes_stride,
+                                     uint32_t* bits) {
+  const int64_t ahead = bytes_ahead(row_bytes, rows);
+  const auto quantize = [&]<int kRows>(int64_t first) ATTN8_INLINE_LAMBDA {
+    const std::byte* p = src + first * row_bytes;
+    const auto value = [&](int r, int i) ATTN8_INLINE_LAMBDA {
+      return load_elements<kType>(p + r * row_bytes, i) - load(mean + i);
+    };
+    const auto request = [&](int r, int i) ATTN8_INLINE_LAMBDA {
+      __builtin_prefetch(p + r * row_bytes + ahead + i * kBytes<kType>);
+    };
+    quantize_values<kRows>(value, request, n, codes + first * codes_stride, codes_stride,
+                           bits + first);
+  };
+  int64_t first = 0;
+  for (; first + 4 <= rows; first += 4) quantize.template operator()<4>(first);
+  for (; first < rows; ++first) quantize.template operator()<1>(first);
+}
+
+inline void quantize_rows(const RowSpan& src, const float* mean, int8_t* codes,
+                          int64_t codes_stride, uint32_t* bits) {
+  const auto* p = static_cast<const std::byte*>(src.data);
+  if (src.stride != 1 || src.n % 16 != 0) {
+    for (int64_t r = 0; r < src.rows; ++r) {
+      float row[kMaxRow];
+      load_row(p + r * src.row_bytes, src.dtype, src.stride, src.n, row);
+      if (mean != nullptr) subtract(row, mean, src.n, row);
+      int n = src.n;
+      for (; n % 16 != 0; ++n) row[n] = 0;
+      quantize_contiguous_rows<DType::kFloat32>(reinterpret_cast<const std::byte*>(row), 0, 1, n,
+                                                kNoMean, codes + r * codes_stride, 0, bits + r);
+    }
+    return;
+  }
+  if (mean == nullptr) mean = kNoMean;
+  if (src.dtype == DType::kFloat16) {
+    quantize_contiguous_rows<DType::kFloat16>(p, src.row_bytes, src.rows, src.n, mean, codes,
+                                              codes_stride, bits);
+  } else if (src.dtype == DType::kBFloat16) {
+    quantize_contiguous_rows<DType::kBFloat16>(p, src.row_bytes, src.rows, src.n, mean, codes,
+                                               codes_stride, bits);
+  } else {
+    quantize_contiguous_rows<DType::kFloat32>(p, src.row_bytes, src.rows, src.n, mean, codes,
+                                              codes_stride, bits);
   }
 }
 
