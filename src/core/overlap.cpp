@@ -48,10 +48,12 @@ Bytes bytes_of(const ConstTensorView& view) noexcept {
       bytes.begin -= static_cast<uintptr_t>(-stride) * static_cast<uintptr_t>(extent - 1);
       stride = -stride;
     }
-    bytes.axes[static_cast<size_t>(bytes.count++)] = {stride, extent};
+    auto place = static_cast<size_t>(bytes.count++);
+    for (; place > 0 && bytes.axes[place - 1].stride < stride; --place) {
+      bytes.axes[place] = bytes.axes[place - 1];
+    }
+    bytes.axes[place] = {stride, extent};
   }
-  std::sort(bytes.axes.begin(), bytes.axes.begin() + bytes.count,
-            [](const Axis& a, const Axis& b) { return a.stride > b.stride; });
   // Inner axes that leave no gaps are part of the run.
   while (bytes.count > 0) {
     const Axis& inner = bytes.axes[static_cast<size_t>(bytes.count - 1)];

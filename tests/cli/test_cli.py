@@ -313,7 +313,7 @@ def test_info() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["", "info", "run", "bench", "verify", "paper", "study", "report", "soak"]
+    "command", ["", "info", "run", "bench", "verify", "paper", "study", "report", "soak", "calibrate"]
 )
 def test_help(command: str) -> None:
     text = succeed(*([command] if command else []), "--help")
@@ -355,6 +355,32 @@ def test_bench_json(tmp_path: Path) -> None:
     assert "line 1" in refuse(2, "bench", "--shapes", shapes)
     shapes.write_text("# none\n")
     assert "no shape" in refuse(2, "bench", "--shapes", shapes)
+
+
+def test_calibrate_keeps_the_budget(tmp_path: Path) -> None:
+    """The policy holds what the report says, and no more heads than the budget needs."""
+    moved = []
+    for budget in ("0.5", "0.015", "0"):
+        out = tmp_path / f"{budget}.json"
+        args = ("calibrate", "--model", "smollm2", "--budget", budget, "--out", out, "--json")
+        report = json.loads(succeed(*args))
+        assert report["error"] <= float(budget)
+        assert report["error_accurate"] > 0.01
+        policy = json.loads(out.read_text())
+        assert policy == report["policy"]
+        assert (policy["format"], policy["version"]) == ("attn8-head-policy", 1)
+        chosen = [
+            {key: head[key] for key in ("layer", "kv_head", "mode")}
+            for head in report["heads"]
+            if head["mode"] != "accurate"
+        ]
+        assert chosen == policy["heads"]
+        moved.append(len(chosen))
+    assert moved[0] == 0 < moved[1] < moved[2] == 5
+    assert "minilm, smollm2" in refuse(2, "calibrate")
+    assert "minilm, smollm2" in refuse(2, "calibrate", "--model", "gpt")
+    missing = tmp_path / "missing" / "x.json"
+    assert "--out" in refuse(2, "calibrate", "--model", "minilm", "--out", missing)
 
 
 def test_soak_json() -> None:
