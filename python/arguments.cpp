@@ -187,6 +187,11 @@ std::string to_text(nb::handle object, const char* name) {
   return {text, static_cast<size_t>(size)};
 }
 
+nb::list to_list(nb::handle object, const char* name) {
+  if (!PyList_Check(object.ptr())) raise_type_error(name, describe(object), "a list");
+  return nb::borrow<nb::list>(object);
+}
+
 Layout to_layout(nb::handle object) {
   const std::string name = to_text(object, "layout");
   if (name == "bshd") return Layout::kBshd;
@@ -316,19 +321,14 @@ void check_apart(const TensorView& written, const char* name, const Arrays& read
   }
 }
 
-AttentionOptions to_options(nb::handle mode, nb::handle softmax_scale, nb::handle causal,
-                            nb::handle align, nb::handle window_size, nb::handle kv_block,
-                            nb::handle v_granularity, nb::handle smooth_k, nb::handle check_finite,
-                            nb::handle fp8_format) {
-  AttentionOptions options;
-  options.mode = parse(mode, "mode", parse_mode);
-  options.softmax_scale = to_optional_float(softmax_scale, "softmax_scale");
-  options.mask.causal = to_bool(causal, "causal");
+Mask to_mask(nb::handle causal, nb::handle align, nb::handle window_size) {
+  Mask mask;
+  mask.causal = to_bool(causal, "causal");
   const std::string align_name = to_text(align, "align");
   if (align_name != "bottom_right" && align_name != "top_left") {
     raise_value_error("align", describe(align), "'bottom_right' or 'top_left'");
   }
-  options.mask.align = align_name == "top_left" ? CausalAlign::kTopLeft : CausalAlign::kBottomRight;
+  mask.align = align_name == "top_left" ? CausalAlign::kTopLeft : CausalAlign::kBottomRight;
   if (!PyTuple_Check(window_size.ptr()) && !PyList_Check(window_size.ptr())) {
     raise_type_error("window_size", describe(window_size), "(left, right)");
   }
@@ -336,8 +336,19 @@ AttentionOptions to_options(nb::handle mode, nb::handle softmax_scale, nb::handl
     raise_value_error("window_size", std::to_string(nb::len(window_size)) + " numbers",
                       "(left, right)");
   }
-  options.mask.window_left = to_int(window_size[0], "window_size[0]");
-  options.mask.window_right = to_int(window_size[1], "window_size[1]");
+  mask.window_left = to_int(window_size[0], "window_size[0]");
+  mask.window_right = to_int(window_size[1], "window_size[1]");
+  return mask;
+}
+
+AttentionOptions to_options(nb::handle mode, nb::handle softmax_scale, nb::handle causal,
+                            nb::handle align, nb::handle window_size, nb::handle kv_block,
+                            nb::handle v_granularity, nb::handle smooth_k, nb::handle check_finite,
+                            nb::handle fp8_format) {
+  AttentionOptions options;
+  options.mode = parse(mode, "mode", parse_mode);
+  options.softmax_scale = to_optional_float(softmax_scale, "softmax_scale");
+  options.mask = to_mask(causal, align, window_size);
   options.kv_block = to_int32(kv_block, "kv_block");
   options.v_granularity = parse(v_granularity, "v_granularity", parse_granularity);
   options.smooth_k = to_bool(smooth_k, "smooth_k");
@@ -348,6 +359,72 @@ AttentionOptions to_options(nb::handle mode, nb::handle softmax_scale, nb::handl
   }
   options.fp8_format = format == "e4m3" ? Fp8Format::kE4m3Tensor : Fp8Format::kE5m2Raw;
   return options;
+}
+
+TensorView lse_view(const Array& array) {
+  const AnyArray& handle = array.handle;
+  TensorView view{array.data, array.dtype, array.device, {}, {}};
+  view.shape = {static_cast<int64_t>(handle.shape(0)), static_cast<int64_t>(handle.shape(2)),
+                static_cast<int64_t>(handle.shape(1)), 1};
+  view.strides = {handle.stride(0), handle.stride(2), handle.stride(1), 1};
+  return view;
+}
+
+AttentionOutputs to_outputs(nb::handle out, nb::handle lse, Layout layout, Arrays& keep) {
+  const Arrays read = keep;
+  keep.push_back(import_array(out, "out", 4, true));
+  AttentionOutputs outputs{view_of(keep.back(), layout), std::nullopt};
+  check_apart(outputs.out, "out", read);
+  if (!lse.is_none()) {
+    keep.push_back(import_array(lse, "lse", 3, true));
+    const TensorView view = lse_view(keep.back());
+    check_apart(view, "lse", read);
+    outputs.lse = view;
+  }
+  return outputs;
+}
+
+TensorView sequence(const Array& array, int64_t first, int64_t last) {
+  const AnyArray& handle = array.handle;
+  TensorView view{array.data, array.dtype, array.device, {}, {}};
+  view.data = static_cast<std::byte*>(view.data) +
+              first * handle.stride(0) * static_cast<int64_t>(dtype_bytes(array.dtype));
+  view.shape = {1, last - first, static_cast<int64_t>(handle.shape(1)),
+                static_cast<int64_t>(handle.shape(2))};
+  view.strides = {0, handle.stride(0), handle.stride(1), handle.stride(2)};
+  return view;
+}
+
+TensorView packed_lse(const Array& array, int64_t first, int64_t last) {
+  const AnyArray& handle = array.handle;
+  TensorView view{array.data, array.dtype, array.device, {}, {}};
+  view.data = static_cast<std::byte*>(view.data) +
+              first * handle.stride(1) * static_cast<int64_t>(dtype_bytes(array.dtype));
+  view.shape = {1, last - first, static_cast<int64_t>(handle.shape(0)), 1};
+  view.strides = {0, handle.stride(1), handle.stride(0), 1};
+  return view;
+}
+
+std::vector<int64_t> to_starts(nb::handle object, const char* name, size_t total) {
+  const Array array = import_array(object, name, 1, false);
+  if (array.dtype != DType::kInt32) raise_type_error(name, describe(object), "dtype int32");
+  if (array.device.type != DeviceType::kCpu) raise_value_error(name, "device cuda", "the CPU");
+  const size_t count = array.handle.shape(0);
+  if (count == 0) raise_value_error(name, "no element", "batch + 1 of them");
+  std::vector<int64_t> starts(count);
+  for (size_t i = 0; i < count; ++i) {
+    starts[i] =
+        static_cast<const int32_t*>(array.data)[static_cast<int64_t>(i) * array.handle.stride(0)];
+    if (starts[i] < (i == 0 ? 0 : starts[i - 1])) {
+      raise_value_error(name, std::to_string(starts[i]) + " at " + std::to_string(i),
+                        "numbers from 0 that do not fall");
+    }
+  }
+  if (starts.front() != 0 || starts.back() != static_cast<int64_t>(total)) {
+    raise_value_error(name, std::to_string(starts.front()) + " to " + std::to_string(starts.back()),
+                      "0 to " + std::to_string(total) + ", the number of tokens");
+  }
+  return starts;
 }
 
 Context to_context(nb::handle threads, nb::handle isa) {

@@ -39,6 +39,9 @@ int32_t to_int32(nb::handle object, const char* name);
 std::optional<float> to_optional_float(nb::handle object, const char* name);
 std::string to_text(nb::handle object, const char* name);
 
+/// A list; what else there is, is a TypeError.
+nb::list to_list(nb::handle object, const char* name);
+
 /// How the memory of rank-4 arrays is named in Python.
 enum class Layout : uint8_t { kBshd, kBhsd };
 Layout to_layout(nb::handle object);
@@ -71,6 +74,20 @@ QuantizedView to_quantized(nb::handle object, const std::string& name, Layout la
 /// Raises ValueError when the memory of `written` may overlap that of any array in `read`.
 void check_apart(const TensorView& written, const char* name, const Arrays& read);
 
+/// View of an LSE array [batch, nheads_q, seqlen_q], which has that order in every layout.
+TensorView lse_view(const Array& array);
+/// out and lse (None: not wanted) of one call; neither may share memory with the arrays in `keep`.
+AttentionOutputs to_outputs(nb::handle out, nb::handle lse, Layout layout, Arrays& keep);
+
+/// Rows [first, last) of a packed array [total, nheads, head_dim] as one sequence of a batch of 1.
+TensorView sequence(const Array& array, int64_t first, int64_t last);
+/// The same of its LSE [nheads_q, total].
+TensorView packed_lse(const Array& array, int64_t first, int64_t last);
+/// Starts of the sequences of a packed array, int32 [batch + 1]: from 0 to `total`, not falling.
+std::vector<int64_t> to_starts(nb::handle object, const char* name, size_t total);
+
+/// Which keys a query sees.
+Mask to_mask(nb::handle causal, nb::handle align, nb::handle window_size);
 /// Options of attention() in the order the Python side passes them.
 AttentionOptions to_options(nb::handle mode, nb::handle softmax_scale, nb::handle causal,
                             nb::handle align, nb::handle window_size, nb::handle kv_block,
@@ -79,5 +96,15 @@ AttentionOptions to_options(nb::handle mode, nb::handle softmax_scale, nb::handl
 
 /// CPU context; `isa` is None or a name.
 Context to_context(nb::handle threads, nb::handle isa);
+
+/// Adds a function all of whose arguments may be None: the checks above say what they want.
+template <class Returned, class... Arguments>
+void add(nb::module_& module, const char* name, Returned (*function)(Arguments...)) {
+  module.def(name, function, ((void)sizeof(Arguments), nb::arg().none())...);
+}
+
+/// What stands in a file of its own joins the module here.
+void add_kv_cache(nb::module_& module);
+void add_reference(nb::module_& module);
 
 }  // namespace attn8::python

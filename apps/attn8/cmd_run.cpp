@@ -28,14 +28,14 @@ struct RunFlags {
   std::string layout = "bshd";
   OptionFlags options;
   ContextFlags context;
-  std::optional<std::string> softcap, alibi, bias;
+  std::string alibi, bias, sinks;
   bool allow_nonfinite = false;
   bool check = false;
   int64_t rows = 64;
   bool json = false;
 };
 
-Qkv read_operands(const RunFlags& flags, Layout layout) {
+Qkv read_qkv(const RunFlags& flags, Layout layout) {
   if (!flags.qkv.empty()) {
     const SafetensorsFile file("--qkv", flags.qkv);
     return {file.read(flags.entry + "q", layout), file.read(flags.entry + "k", layout),
@@ -43,6 +43,14 @@ Qkv read_operands(const RunFlags& flags, Layout layout) {
   }
   return {read_npy_tensor("--q", flags.q, layout), read_npy_tensor("--k", flags.k, layout),
           read_npy_tensor("--v", flags.v, layout)};
+}
+
+Qkv read_operands(const RunFlags& flags, Layout layout) {
+  Qkv qkv = read_qkv(flags, layout);
+  if (!flags.bias.empty()) qkv.attn_mask = read_npy_mask("--bias", flags.bias);
+  if (!flags.alibi.empty()) qkv.alibi_slopes = read_npy_heads("--alibi", flags.alibi);
+  if (!flags.sinks.empty()) qkv.sinks = read_npy_heads("--sinks", flags.sinks);
+  return qkv;
 }
 
 void require_operand_flags(const RunFlags& flags) {
@@ -57,17 +65,6 @@ void require_operand_flags(const RunFlags& flags) {
     if (path->empty()) {
       fail(StatusCode::kInvalidArgument,
            fmt::format("{}: got nothing, want a .npy file (or --qkv FILE.safetensors)", name));
-    }
-  }
-}
-
-void refuse_unsupported(const RunFlags& flags) {
-  for (const auto& [name, value] : {std::pair{"--softcap", &flags.softcap},
-                                    {"--alibi", &flags.alibi},
-                                    {"--bias", &flags.bias}}) {
-    if (value->has_value()) {
-      fail(StatusCode::kUnsupported,
-           fmt::format("{}: got '{}', want no such flag: unsupported", name, **value));
     }
   }
 }
@@ -91,7 +88,6 @@ void require_finite(const char* name, const HostTensor& x) {
 }
 
 void run(const RunFlags& flags) {
-  refuse_unsupported(flags);
   require_operand_flags(flags);
   const Layout layout = parse_layout(flags.layout);
   AttentionOptions options = flags.options.options(take(parse_mode(flags.mode)));
@@ -131,8 +127,7 @@ void run(const RunFlags& flags) {
                                    {"attention_ms", times.attention_ms}};
   if (flags.check) {
     const Sample sample = Sample::spread(qkv.shape(), flags.rows, INT64_MAX);
-    const auto exact =
-        exact_rows(qkv, options.softmax_scale, options.mask, sample, context.threads);
+    const auto exact = exact_rows(qkv, options, sample, context.threads);
     const auto error = reference::error_report(gather(runner.out().view(), sample), exact);
     report["rel_l2"] = error.rel_l2;
     report["mean_rel"] = error.mean_rel;
@@ -189,10 +184,15 @@ void add_run(CLI::App& root) {
       ->type_name("N")
       ->capture_default_str();
   command.add_flag("--json", flags->json, "One JSON object on stdout");
-  // Stable names of features the kernels lack: refused by name instead of "unknown argument".
-  command.add_option("--softcap", flags->softcap)->group("");
-  command.add_option("--alibi", flags->alibi)->group("");
-  command.add_option("--bias", flags->bias)->group("");
+  command
+      .add_option("--bias", flags->bias,
+                  "Added to the scores, or of bool and false where a key is hidden; .npy, "
+                  "[batch, head, seqlen_q, seqlen_k], each of them or 1")
+      ->type_name("FILE");
+  command.add_option("--alibi", flags->alibi, "ALiBi slopes, .npy, [head] or [batch, head]")
+      ->type_name("FILE");
+  command.add_option("--sinks", flags->sinks, "Attention sinks, a score per head, .npy, [head]")
+      ->type_name("FILE");
   command.final_callback([flags] { run(*flags); });
 }
 

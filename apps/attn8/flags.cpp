@@ -111,6 +111,9 @@ void OptionFlags::add(CLI::App& command) {
       .add_option("--window", window,
                   "Sliding window: L keys before and R keys after the diagonal, -1 for no limit")
       ->type_name("L,R");
+  command.add_option("--softcap", softcap, "Scores s become X * tanh(s / X)")
+      ->check(finite_number())
+      ->type_name("X");
   command
       .add_option("--v-granularity", v_granularity,
                   "Scales of V in accurate: token, tensor, channel, block, block_channel")
@@ -141,6 +144,7 @@ AttentionOptions OptionFlags::options(Mode chosen) const {
     options.mask.window_left = sides[0];
     options.mask.window_right = sides[1];
   }
+  options.softcap = softcap;
   options.kv_block = kv_block;
   options.v_granularity = take(parse_granularity(v_granularity));
   options.smooth_k = !no_smooth_k;

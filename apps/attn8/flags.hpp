@@ -37,6 +37,7 @@ struct ContextFlags {
 struct OptionFlags {
   std::string mode = "accurate";
   std::optional<float> scale;
+  float softcap = 0;
   bool causal = false;
   std::string align = "bottom_right";
   std::string window;

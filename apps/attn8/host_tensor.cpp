@@ -94,6 +94,7 @@ double load_float(const std::byte* address, DType dtype) noexcept {
       return std::bit_cast<float>(uint32_t{load<uint16_t>(address)} << 16);
     case DType::kInt8:
     case DType::kInt32:
+    case DType::kBool:
       break;
   }
   return std::nan("");

@@ -8,6 +8,7 @@
 #include <chrono>
 #include <functional>
 #include <span>
+#include <utility>
 
 #include "failure.hpp"
 #include "parallel.hpp"
@@ -16,20 +17,26 @@
 namespace attn8::app {
 namespace {
 
-/// Operands of one query head: q [1, seqlen_q, 1, dim], k and v [1, seqlen_k, 1, dim].
-struct HeadViews {
-  ConstTensorView q, k, v;
-};
+/// The part of a broadcast operand for one batch entry and head.
+ConstTensorView slice_broadcast(ConstTensorView x, int64_t batch, int64_t head) {
+  return slice_heads(x, x.shape[0] == 1 ? 0 : batch, x.shape[2] == 1 ? 0 : head, 1);
+}
 
-HeadViews head_views(const Qkv& qkv, int64_t batch, int64_t head) {
+/// Operands of one query head: q [1, seqlen_q, 1, dim], k and v [1, seqlen_k, 1, dim].
+AttentionInputs head_inputs(const Qkv& qkv, int64_t batch, int64_t head) {
   const int64_t group = qkv.q.shape()[2] / qkv.k.shape()[2];
-  return {slice_heads(qkv.q.view(), batch, head, 1),
-          slice_heads(qkv.k.view(), batch, head / group, 1),
-          slice_heads(qkv.v.view(), batch, head / group, 1)};
+  AttentionInputs inputs = {slice_heads(qkv.q.view(), batch, head, 1),
+                            slice_heads(qkv.k.view(), batch, head / group, 1),
+                            slice_heads(qkv.v.view(), batch, head / group, 1)};
+  const AttentionInputs all = qkv.inputs();
+  if (all.attn_mask) inputs.attn_mask = slice_broadcast(*all.attn_mask, batch, head);
+  if (all.alibi_slopes) inputs.alibi_slopes = slice_broadcast(*all.alibi_slopes, batch, head);
+  if (all.sinks) inputs.sinks = slice_broadcast(*all.sinks, batch, head);
+  return inputs;
 }
 
 using HeadOracle =
-    std::function<Status(const HeadViews&, std::span<double> out, reference::Rows rows)>;
+    std::function<Status(const AttentionInputs&, std::span<double> out, reference::Rows rows)>;
 
 /// Runs the oracle over the heads of the sample in parallel; the rows are split too when there are
 /// fewer heads than threads.
@@ -37,7 +44,7 @@ std::vector<double> oracle_rows(const Qkv& qkv, const Sample& sample, int32_t th
                                 const HeadOracle& oracle) {
   const auto heads = static_cast<int64_t>(sample.heads.size());
   const auto rows = static_cast<int64_t>(sample.rows.size());
-  const int64_t dim = qkv.q.shape()[3];
+  const int64_t dim = qkv.v.shape()[3];
   if (heads == 0 || rows == 0) return {};
   const int64_t parts = std::clamp<int64_t>(threads / heads, 1, rows);
   std::vector<double> result(static_cast<size_t>(heads * rows * dim));
@@ -50,7 +57,7 @@ std::vector<double> oracle_rows(const Qkv& qkv, const Sample& sample, int32_t th
         std::span(sample.rows)
             .subspan(static_cast<size_t>(begin), static_cast<size_t>(end - begin));
     std::vector<double> out(static_cast<size_t>(qkv.q.shape()[1] * dim));
-    require(oracle(head_views(qkv, batch, query_head), out, part));
+    require(oracle(head_inputs(qkv, batch, query_head), out, part));
     for (int64_t r = begin; r < end; ++r) {
       const auto* row = out.data() + sample.rows[static_cast<size_t>(r)] * dim;
       std::copy(row, row + dim, result.data() + (head * rows + r) * dim);
@@ -78,6 +85,14 @@ double visible_pairs(int64_t seqlen_q, int64_t seqlen_k, const Mask& mask) {
     pairs += std::max<int64_t>(0, last - first + 1);
   }
   return static_cast<double>(pairs);
+}
+
+AttentionInputs Qkv::inputs() const {
+  AttentionInputs inputs = {q.view(), k.view(), v.view()};
+  if (attn_mask) inputs.attn_mask = std::as_const(*attn_mask).view();
+  if (alibi_slopes) inputs.alibi_slopes = std::as_const(*alibi_slopes).view();
+  if (sinks) inputs.sinks = std::as_const(*sinks).view();
+  return inputs;
 }
 
 Shape Qkv::shape() const {
@@ -110,7 +125,8 @@ Qkv convert(const Qkv& qkv, DType dtype) {
 Runner::Runner(const Qkv& qkv, const AttentionOptions& options, const Context& context,
                bool with_lse, Layout layout, std::optional<DType> out_dtype)
     : device_(context.device), inputs_(qkv.inputs()), with_lse_(with_lse) {
-  const Extents& shape = qkv.q.shape();
+  const Extents& q = qkv.q.shape();
+  const Extents shape = {q[0], q[1], q[2], qkv.v.shape()[3]};
   out_ = HostTensor(out_dtype.value_or(qkv.q.dtype()), shape, layout);
   if (with_lse) lse_ = HostTensor(DType::kFloat32, {shape[0], shape[1], shape[2], 1}, layout);
   if (device_.type == DeviceType::kCuda) copy_to_cuda(qkv);
@@ -202,22 +218,28 @@ std::vector<double> gather(const ConstTensorView& x, const Sample& sample) {
   return result;
 }
 
-std::vector<double> exact_rows(const Qkv& qkv, std::optional<float> softmax_scale, const Mask& mask,
+std::vector<double> exact_rows(const Qkv& qkv, const AttentionOptions& options,
                                const Sample& sample, int32_t threads) {
   return oracle_rows(qkv, sample, threads,
-                     [&](const HeadViews& head, std::span<double> out, reference::Rows rows) {
-                       return reference::exact_attention(head.q, head.k, head.v, softmax_scale,
-                                                         mask, out, {}, rows);
+                     [&](const AttentionInputs& head, std::span<double> out, reference::Rows rows) {
+                       return reference::exact_attention(head, options, out, {}, rows);
                      });
+}
+
+std::vector<double> exact_rows(const Qkv& qkv, std::optional<float> softmax_scale, const Mask& mask,
+                               const Sample& sample, int32_t threads) {
+  AttentionOptions options;
+  options.softmax_scale = softmax_scale;
+  options.mask = mask;
+  return exact_rows(qkv, options, sample, threads);
 }
 
 std::vector<double> emulated_rows(const Qkv& qkv, const reference::EmulationOptions& options,
                                   const Sample& sample, int32_t threads) {
-  return oracle_rows(
-      qkv, sample, threads,
-      [&](const HeadViews& head, std::span<double> out, reference::Rows rows) {
-        return reference::emulation({head.q, head.k, head.v}, options, out, {}, {}, rows);
-      });
+  return oracle_rows(qkv, sample, threads,
+                     [&](const AttentionInputs& head, std::span<double> out, reference::Rows rows) {
+                       return reference::emulation(head, options, out, {}, {}, rows);
+                     });
 }
 
 std::vector<double> mode_rows(const Qkv& qkv, const AttentionOptions& options,

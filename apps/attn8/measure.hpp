@@ -36,7 +36,9 @@ double visible_pairs(int64_t seqlen_q, int64_t seqlen_k, const Mask& mask);
 /// Operands of one problem.
 struct Qkv {
   HostTensor q, k, v;
-  [[nodiscard]] AttentionInputs inputs() const { return {q.view(), k.view(), v.view()}; }
+  std::optional<HostTensor> attn_mask = std::nullopt, alibi_slopes = std::nullopt,
+                            sinks = std::nullopt;
+  [[nodiscard]] AttentionInputs inputs() const;
   [[nodiscard]] Shape shape() const;
 };
 
@@ -91,6 +93,8 @@ std::vector<int64_t> spread_positions(int64_t count, int64_t wanted);
 std::vector<double> gather(const ConstTensorView& x, const Sample& sample);
 
 /// reference::exact_attention of the sample.
+std::vector<double> exact_rows(const Qkv& qkv, const AttentionOptions& options,
+                               const Sample& sample, int32_t threads);
 std::vector<double> exact_rows(const Qkv& qkv, std::optional<float> softmax_scale, const Mask& mask,
                                const Sample& sample, int32_t threads);
 

@@ -51,8 +51,11 @@ class HeaderParser {
       array.dtype = DType::kFloat32;
     } else if (*descr_ == "<f2") {
       array.dtype = DType::kFloat16;
+    } else if (*descr_ == "|b1") {
+      array.dtype = DType::kBool;
     } else {
-      file_.reject(fmt::format("dtype '{}', want '<f4' (float32) or '<f2' (float16)", *descr_));
+      file_.reject(fmt::format("dtype '{}', want '<f4' (float32), '<f2' (float16) or '|b1' (bool)",
+                               *descr_));
     }
     array.fortran_order = *order_;
     array.shape = *shape_;
@@ -185,14 +188,16 @@ NpyArray read_npy(const std::string& argument, const std::string& path) {
   return array;
 }
 
-HostTensor read_npy_tensor(const std::string& argument, const std::string& path, Layout layout) {
-  NpyArray array = read_npy(argument, path);
-  const char* axes =
-      layout == Layout::kBshd ? "[batch, seq, head, dim]" : "[batch, head, seq, dim]";
-  if (array.shape.size() != 4) {
-    fail(StatusCode::kInvalidArgument, fmt::format("{}: '{}': has {} axes, want 4: {}", argument,
-                                                   path, array.shape.size(), axes));
-  }
+namespace {
+
+[[noreturn]] void reject_array(const std::string& argument, const std::string& path,
+                               const NpyArray& array, std::string_view want) {
+  fail(StatusCode::kInvalidArgument,
+       fmt::format("{}: '{}': has {} axes of {}, want {}", argument, path, array.shape.size(),
+                   to_string(array.dtype), want));
+}
+
+HostTensor with_axes(NpyArray array, Layout layout) {
   Extents file_strides = {};
   int64_t stride = 1;
   for (size_t step = 0; step < 4; ++step) {
@@ -207,6 +212,36 @@ HostTensor read_npy_tensor(const std::string& argument, const std::string& path,
     strides[axis] = file_strides[file_axes(layout)[axis]];
   }
   return {std::move(array.bytes), array.dtype, shape, strides};
+}
+
+}  // namespace
+
+HostTensor read_npy_tensor(const std::string& argument, const std::string& path, Layout layout) {
+  NpyArray array = read_npy(argument, path);
+  if (array.shape.size() != 4 || array.dtype == DType::kBool) {
+    reject_array(argument, path, array,
+                 layout == Layout::kBshd ? "4 of floats: [batch, seq, head, dim]"
+                                         : "4 of floats: [batch, head, seq, dim]");
+  }
+  return with_axes(std::move(array), layout);
+}
+
+HostTensor read_npy_mask(const std::string& argument, const std::string& path) {
+  NpyArray array = read_npy(argument, path);
+  if (array.shape.size() != 4) {
+    reject_array(argument, path, array, "4: [batch, head, seqlen_q, seqlen_k]");
+  }
+  return with_axes(std::move(array), Layout::kBhsd);
+}
+
+HostTensor read_npy_heads(const std::string& argument, const std::string& path) {
+  NpyArray array = read_npy(argument, path);
+  const size_t axes = array.shape.size();
+  if (axes > 2 || array.dtype != DType::kFloat32) {
+    reject_array(argument, path, array, "1 of float32: [head], or 2: [batch, head]");
+  }
+  array.shape = {axes == 2 ? array.shape[0] : 1, 1, array.shape[axes - 1], 1};
+  return with_axes(std::move(array), Layout::kBshd);
 }
 
 void write_npy(const OutputFile& file, const ConstTensorView& x, Layout layout, int axes) {

@@ -12,7 +12,7 @@
 namespace attn8::app {
 
 /// An array as a NumPy .npy file (format 1.0 and 2.0) holds it: float32 or float16, little endian,
-/// one to four axes, in C or Fortran order.
+/// or bool, one to four axes, in C or Fortran order.
 struct NpyArray {
   DType dtype = DType::kFloat32;
   std::vector<int64_t> shape;
@@ -25,8 +25,14 @@ struct NpyArray {
 /// with `argument`, the flag the path came from.
 NpyArray read_npy(const std::string& argument, const std::string& path);
 
-/// A four-axis array as a tensor; `layout` says what its axes mean.
+/// A four-axis array of floats as a tensor; `layout` says what its axes mean.
 HostTensor read_npy_tensor(const std::string& argument, const std::string& path, Layout layout);
+
+/// A [batch, head, seqlen_q, seqlen_k] array of bool or floats as attn_mask (AttentionInputs).
+HostTensor read_npy_mask(const std::string& argument, const std::string& path);
+
+/// A float32 array [heads], or [batch, heads], as a tensor [batch or 1, 1, heads, 1].
+HostTensor read_npy_heads(const std::string& argument, const std::string& path);
 
 /// Writes `x` (float32 or float16) in the axis order `layout`; `axes` is 4, or 3 to drop the last
 /// axis, whose extent is then 1.

@@ -39,14 +39,19 @@ ATTN8_API Result<Mode> parse_mode(std::string_view name) noexcept;
 /// kBottomRight is flash-attn's, kTopLeft torch SDPA's.
 enum class CausalAlign : uint8_t { kBottomRight, kTopLeft };
 
-/// Query i sees key j when, with p = i + (align == kBottomRight ? seqlen_k - seqlen_q : 0):
+/// Query i sees key j when, with
+///   p = i + q_offset - k_offset + (align == kBottomRight ? seqlen_k - seqlen_q : 0):
 ///   j <= p (causal), j >= p - window_left (window_left >= 0), j <= p + window_right
 ///   (window_right >= 0). A window of -1 is unlimited.
+/// For the part of a longer sequence that holds its queries from q_offset on and its keys from
+/// k_offset on, kTopLeft gives the mask of the whole one.
 struct Mask {
   bool causal = false;
   CausalAlign align = CausalAlign::kBottomRight;
   int64_t window_left = -1;
   int64_t window_right = -1;
+  int64_t q_offset = 0;  ///< in [-2^48, 2^48]
+  int64_t k_offset = 0;  ///< in [-2^48, 2^48]
 };
 
 /// FP8 flavour of Mode::kFp8.
@@ -66,6 +71,8 @@ struct AttentionOptions {
   Granularity v_granularity = Granularity::kToken;
   /// Subtract the mean of K over its visible tokens before quantizing float K (kAccurate, kHalf).
   bool smooth_k = true;
+  /// Scores s become softcap * tanh(s / softcap); finite, 0: they stay. Before attn_mask and ALiBi.
+  float softcap = 0;
   /// Return kInvalidArgument naming tensor and index when a float input holds a NaN or an Inf.
   bool check_finite = false;
   Fp8Format fp8_format = Fp8Format::kE4m3Tensor;
@@ -80,20 +87,37 @@ using Operand = std::variant<ConstTensorView, QuantizedView>;
 
 /// q [batch, seqlen_q, nheads_q, head_dim]
 /// k [batch, seqlen_k, nheads_k, head_dim]
-/// v [batch, seqlen_k, nheads_k, head_dim]
-/// 1 <= head_dim <= 256; nheads_k divides nheads_q (query head h reads kv head
+/// v [batch, seqlen_k, nheads_k, head_dim_v]
+/// 1 <= head_dim, head_dim_v <= 256; nheads_k divides nheads_q (query head h reads kv head
 /// h / (nheads_q / nheads_k)); batch and lengths may be 0. Floats: float32, float16 or bfloat16,
 /// any strides, one type each. All on Context::device.
 /// Quantized operands: q and k with Granularity::kToken (kAccurate, kHalf, kPaper); v with any
 /// granularity in kAccurate (kBlock and kBlockChannel with block == kv_block), kTensor in kPaper.
+///
+/// The others change scores or what counts (docs/numerics.md, *Score changes*); any strides:
+/// attn_mask     [batch or 1, seqlen_q or 1, nheads_q or 1, seqlen_k or 1], where 1 stands for all.
+///               kBool: false hides the key from the query. float32, float16, bfloat16: added to
+///               the score, in nats; -2^100 and below hides, a NaN makes the row NaN.
+/// alibi_slopes  [batch or 1, 1, nheads_q, 1] float32, finite: -slope * |p - j| is added, with p of
+///               Mask.
+/// sinks         [1, 1, nheads_q, 1] float32: a score of a key without a value, in nats, that every
+///               query of the head sees; counts in the LSE.
+/// seqlens_k     [batch, 1, 1, 1] int32 in [0, seqlen_k]: keys from there on do not exist; stands
+///               for seqlen_k in Mask.
+/// leftpad_k     [batch, 1, 1, 1] int32 in [0, seqlens_k]: keys before it count for nothing.
 struct AttentionInputs {
   Operand q, k, v;
+  std::optional<ConstTensorView> attn_mask = std::nullopt;
+  std::optional<ConstTensorView> alibi_slopes = std::nullopt;
+  std::optional<ConstTensorView> sinks = std::nullopt;
+  std::optional<ConstTensorView> seqlens_k = std::nullopt;
+  std::optional<ConstTensorView> leftpad_k = std::nullopt;
 };
 
-/// out [batch, seqlen_q, nheads_q, head_dim], float32, float16 or bfloat16, any strides, may not
+/// out [batch, seqlen_q, nheads_q, head_dim_v], float32, float16 or bfloat16, any strides, may not
 ///     overlap an input. A row with no visible key is 0.
 /// lse [batch, seqlen_q, nheads_q, 1] float32, any strides: natural logarithm of the softmax
-///     denominator; -inf for a row with no visible key.
+///     denominator; of a row with no visible key -inf, or its sink.
 struct AttentionOutputs {
   TensorView out;
   std::optional<TensorView> lse = std::nullopt;
@@ -107,8 +131,8 @@ struct RunTimes {
 };
 
 /// A validated problem: shapes, dtypes and options are checked once by make(); run() may be called
-/// many times, with any data of the planned shapes and dtypes (strides may change), from any
-/// thread. Immutable, cheap to copy.
+/// many times, with any data of the planned shapes and dtypes (strides and the shape of attn_mask
+/// may change), from any thread. Immutable, cheap to copy.
 class ATTN8_API AttentionPlan {
  public:
   /// Errors: kInvalidArgument (a broken rule above), kUnsupported, kUnavailable (forced ISA or

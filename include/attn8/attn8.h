@@ -54,7 +54,8 @@ enum attn8_dtype {
   ATTN8_FLOAT16 = 1,
   ATTN8_BFLOAT16 = 2,
   ATTN8_INT8 = 3,
-  ATTN8_INT32 = 4
+  ATTN8_INT32 = 4,
+  ATTN8_BOOL = 5
 };
 
 enum attn8_device_type { ATTN8_CPU = 0, ATTN8_CUDA = 1 };

@@ -34,6 +34,7 @@ struct EmulationOptions {
   Mode mode = Mode::kAccurate;  ///< kAccurate, kPaper, kHalf or kFp8
   std::optional<float> softmax_scale = std::nullopt;
   Mask mask = {};
+  float softcap = 0;
   int32_t kv_block = kDefaultKvBlock;
   Granularity v_granularity = Granularity::kToken;
   bool smooth_k = true;
@@ -56,11 +57,16 @@ ATTN8_API EmulationOptions emulation_options(const AttentionOptions& options) no
 using Rows = std::span<const int64_t>;
 
 /// softmax(scale * Q K^T) V in float64 with plain loops.
-///   q, k, v as AttentionInputs with float operands (float32, float16, bfloat16, any strides)
-///   out [batch, seqlen_q, nheads_q, head_dim] doubles, dense, in that order
-///   lse [batch, seqlen_q, nheads_q] doubles, dense; may be empty
-/// A row with no visible key is 0 with LSE -inf. Single-threaded. Errors: kInvalidArgument when the
-/// spans do not have the size the shapes ask for.
+///   inputs  float operands (float32, float16, bfloat16, any strides) and what changes scores
+///   out     [batch, seqlen_q, nheads_q, head_dim_v] doubles, dense, in that order
+///   lse     [batch, seqlen_q, nheads_q] doubles, dense; may be empty
+/// Of the options softmax_scale, mask and softcap count. A row with no visible key is 0 with LSE
+/// -inf or its sink. Single-threaded. Errors: kInvalidArgument when the spans do not have the size
+/// the shapes ask for.
+ATTN8_API Status exact_attention(const AttentionInputs& inputs, const AttentionOptions& options,
+                                 std::span<double> out, std::span<double> lse,
+                                 Rows rows = {}) noexcept;
+/// The same without options.
 ATTN8_API Status exact_attention(const ConstTensorView& q, const ConstTensorView& k,
                                  const ConstTensorView& v, std::optional<float> softmax_scale,
                                  const Mask& mask, std::span<double> out, std::span<double> lse,
@@ -69,7 +75,7 @@ ATTN8_API Status exact_attention(const ConstTensorView& q, const ConstTensorView
 /// The mode's arithmetic in float64 except for the codes and the rounding of P: what a kernel must
 /// reproduce. Operands may be float (quantized here, independently of the library) or quantized.
 ///   out, lse as for exact_attention
-///   out_bound  [batch, seqlen_q, nheads_q, head_dim] doubles, dense; may be empty: how far a
+///   out_bound  [batch, seqlen_q, nheads_q, head_dim_v] doubles, dense; may be empty: how far a
 ///              kernel may be from `out`. On the score grid: its float32 sums over blocks
 ///              (grid_row.cpp). Else also the float32 rounding of scores and every P code so close
 ///              to a rounding boundary that the kernel may round it the other way

@@ -10,8 +10,9 @@
 
 namespace attn8 {
 
-/// Element types. Float16 is IEEE binary16; BFloat16 the upper half of binary32.
-enum class DType : uint8_t { kFloat32, kFloat16, kBFloat16, kInt8, kInt32 };
+/// Element types. Float16 is IEEE binary16; BFloat16 the upper half of binary32; Bool one byte, 0
+/// or not.
+enum class DType : uint8_t { kFloat32, kFloat16, kBFloat16, kInt8, kInt32, kBool };
 
 /// Bytes of one element.
 constexpr size_t dtype_bytes(DType dtype) noexcept {
@@ -23,6 +24,7 @@ constexpr size_t dtype_bytes(DType dtype) noexcept {
     case DType::kBFloat16:
       return 2;
     case DType::kInt8:
+    case DType::kBool:
       return 1;
   }
   return 0;
@@ -32,7 +34,7 @@ constexpr bool is_float(DType dtype) noexcept {
   return dtype == DType::kFloat32 || dtype == DType::kFloat16 || dtype == DType::kBFloat16;
 }
 
-/// "float32", "float16", "bfloat16", "int8", "int32".
+/// "float32", "float16", "bfloat16", "int8", "int32", "bool".
 ATTN8_API std::string_view to_string(DType dtype) noexcept;
 
 enum class DeviceType : uint8_t { kCpu, kCuda };

@@ -88,6 +88,42 @@ def reference_attention(
     fp8_format: str,
     /,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64] | None]: ...
+def merge_states(
+    outs: list[Any], lses: list[Any], out: Any, lse: Any, layout: str, threads: int, /
+) -> None: ...
 def error_report(
     out: NDArray[np.float64], reference: NDArray[np.float64], /
 ) -> tuple[float, float, float, float, float]: ...
+
+class KVSequence:
+    """Names a sequence of one KVCache. Never reused, so that a freed one stays an error."""
+
+class KvCache:
+    def create(self) -> KVSequence: ...
+    def append(
+        self, sequence: KVSequence, k: Any, v: Any, threads: int, isa: str | None, /
+    ) -> None: ...
+    def fork(self, parent: KVSequence, length: int, /) -> KVSequence: ...
+    def truncate(self, sequence: KVSequence, length: int, /) -> None: ...
+    def free(self, sequence: KVSequence, /) -> None: ...
+    def length(self, sequence: KVSequence, /) -> int: ...
+    def usage(self) -> tuple[int, int, int, int, int]: ...
+    def attend(
+        self,
+        sequences: list[KVSequence],
+        q: Any,
+        cu_seqlens_q: Any,
+        out: Any,
+        lse: Any,
+        softmax_scale: float | None,
+        causal: bool,
+        align: str,
+        window_size: tuple[int, int],
+        threads: int,
+        isa: str | None,
+        /,
+    ) -> None: ...
+
+def make_kv_cache(
+    nheads_k: int, head_dim: int, page_size: int, max_pages: int, smooth_k: bool, /
+) -> KvCache: ...

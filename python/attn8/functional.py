@@ -7,9 +7,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
-from attn8 import _core
+from attn8 import _core, rotation
 from attn8.arrays import Array, empty, finish, shape_of, torch_of, without_grad
 from attn8.quantization import QuantizedTensor
 from attn8.runtime import isa_for, threads_for
@@ -27,6 +25,17 @@ def operand(x: Operand, name: str, layout: str) -> Any:
     return x.fields()
 
 
+def _rotated(q: Operand, k: Operand, wanted: bool) -> tuple[Operand, Operand]:
+    if not isinstance(wanted, bool):
+        raise TypeError(f"rotate: got {type(wanted).__name__}, want a bool")
+    if not wanted:
+        return q, k
+    for name, x in (("q", q), ("k", k)):
+        if isinstance(x, QuantizedTensor):
+            raise TypeError(f"{name}: got a QuantizedTensor with rotate=True, want floats")
+    return rotation.rotate(without_grad(q, "q")), rotation.rotate(without_grad(k, "k"))
+
+
 def attention(
     q: Operand,
     k: Operand,
@@ -41,6 +50,7 @@ def attention(
     kv_block: int = 0,
     v_granularity: str = "token",
     smooth_k: bool = True,
+    rotate: bool = False,
     check_finite: bool = False,
     fp8_format: str = "e4m3",
     return_lse: bool = False,
@@ -80,6 +90,9 @@ def attention(
         Scales of a V that arrives as floats (mode accurate only).
     smooth_k : bool
         Subtract the mean of K before quantizing it (modes accurate and half).
+    rotate : bool
+        Pass q and k through :func:`attn8.rotate` first: the error of INT8 scores of language
+        models falls to about half (docs/eval.md), for one small matrix product. Floats only.
     check_finite : bool
         Raise ValueError when an operand holds a NaN or an Inf.
     fp8_format : {"e4m3", "e5m2"}
@@ -119,6 +132,7 @@ def attention(
     """
     first = q.codes if isinstance(q, QuantizedTensor) else q
     shape = shape_of(first, "q", 4)
+    q, k = _rotated(q, k, rotate)
     torch = torch_of(first)
     if torch is not None and torch.compiler.is_compiling():
         from attn8 import torch_ops
@@ -126,6 +140,7 @@ def attention(
         return torch_ops.traced_attention(
             q, k, v, layout, mode, softmax_scale, causal, align, window_size, kv_block,
             v_granularity, smooth_k, check_finite, fp8_format, return_lse, out, threads, isa,
+            first.dtype,
         )  # fmt: skip
     if not isinstance(return_lse, bool):
         raise TypeError(f"return_lse: got {type(return_lse).__name__}, want a bool")
@@ -160,6 +175,7 @@ def attention_varlen(
     kv_block: int = 0,
     v_granularity: str = "token",
     smooth_k: bool = True,
+    rotate: bool = False,
     check_finite: bool = False,
     fp8_format: str = "e4m3",
     return_lse: bool = False,
@@ -178,7 +194,7 @@ def attention_varlen(
         int32 ``[batch + 1]``: sequence i is the rows from element i up to, without, element
         i + 1; the first is 0, the last the number of rows.
     mode, softmax_scale, causal, align, window_size, kv_block, v_granularity, smooth_k, \
-check_finite, fp8_format, return_lse, threads, isa
+rotate, check_finite, fp8_format, return_lse, threads, isa
         As for :func:`attention`.
 
     Returns
@@ -191,72 +207,62 @@ check_finite, fp8_format, return_lse, threads, isa
     shape = shape_of(q, "q", 3)
     if not isinstance(return_lse, bool):
         raise TypeError(f"return_lse: got {type(return_lse).__name__}, want a bool")
+    first = q
+    q, k = _rotated(q, k, rotate)
     operands = without_grad(q, "q"), without_grad(k, "k"), without_grad(v, "v")
-    written = empty(q, shape)
+    written = empty(first, shape)
     lse = empty(q, (shape[1], shape[0]), "float32") if return_lse else None
     _core.attention_varlen(
         *operands, written, lse, cu_seqlens_q, cu_seqlens_k, mode, softmax_scale, causal, align,
         window_size, kv_block, v_granularity, smooth_k, check_finite, fp8_format,
         threads_for(q, threads), isa_for(isa),
     )  # fmt: skip
-    result = finish(q, written)
+    result = finish(first, written)
     return (result, finish(q, lse, keep_dtype=True)) if return_lse else result
 
 
 def merge_states(
-    outs: Sequence[Array], lses: Sequence[Array], *, layout: str = "bshd"
+    outs: Sequence[Array],
+    lses: Sequence[Array],
+    *,
+    layout: str = "bshd",
+    threads: int | None = None,
 ) -> tuple[Array, Array]:
     """Merge attention over parts of the keys into attention over all of them.
 
     Parameters
     ----------
     outs : sequence of Array
-        Output of each part, NumPy or torch, ``[batch, seqlen_q, nheads_q, head_dim]``.
+        Output of each part, ``[batch, seqlen_q, nheads_q, head_dim]``, float32, float16 or
+        bfloat16; their types may differ.
     lses : sequence of Array
         Their LSE, float32 ``[batch, nheads_q, seqlen_q]``, natural logarithm.
     layout : {"bshd", "bhsd"}
         Of ``outs``.
+    threads : int, optional
+        See :func:`attn8.get_num_threads`. Never changes the result.
 
     Returns
     -------
     out, lse : Array
-        In the type of ``outs[0]``, and float32. Computed in float32. A part that sees no key of a
-        row (LSE -inf) leaves that row's bits as they are, whatever its ``out`` holds.
+        In framework and type of ``outs[0]``, and float32. Weights are computed in float64, sums
+        in float32. A part that sees no key of a row (LSE -inf) counts for nothing there, whatever
+        its ``out`` holds; a row that one part alone sees is that part's, bit for bit; one that no
+        part sees is 0 with LSE -inf.
     """
-    outs, lses = list(outs), list(lses)
+    outs = [without_grad(part, f"outs[{i}]") for i, part in enumerate(outs)]
     if not outs:
         raise ValueError("outs: got none, want at least one")
-    if len(lses) != len(outs):
-        raise ValueError(f"lses: got {len(lses)}, want {len(outs)}, as outs")
-    if layout not in ("bshd", "bhsd"):
-        raise ValueError(f"layout: got {layout!r}, want 'bshd' or 'bhsd'")
-    shape = shape_of(outs[0], "outs[0]", 4)
-    heads_first = layout == "bhsd"
-    rows = (shape[0], shape[1], shape[2]) if heads_first else (shape[0], shape[2], shape[1])
-    for i, (part, lse) in enumerate(zip(outs, lses, strict=True)):
-        if shape_of(part, f"outs[{i}]", 4) != shape:
-            raise ValueError(f"outs[{i}]: got shape {tuple(part.shape)}, want {shape}")
-        if shape_of(lse, f"lses[{i}]", 3) != rows:
-            raise ValueError(f"lses[{i}]: got shape {tuple(lse.shape)}, want {rows}")
-    xp: Any = torch_of(outs[0]) or np
-    f32 = xp.float32
-    as_float = (lambda x: x.to(f32)) if xp is not np else (lambda x: np.asarray(x, f32))
-    stacked = xp.stack([as_float(lse) for lse in lses])
-    highest = stacked.max(0) if xp is np else stacked.amax(0)
-    finite = xp.where(highest == -xp.inf, xp.zeros_like(highest), highest)
-    weights = xp.exp(stacked - finite)
-    total = weights.sum(0)
-    empty_row = total == 0
-    lse = xp.where(empty_row, highest, finite + xp.log(xp.where(empty_row, 1.0, total)))
-    shares = weights / xp.where(empty_row, 1.0, total)
-    if not heads_first:
-        shares = xp.swapaxes(shares, 2, 3)
-    shares = shares[..., None]
-    merged = None
-    for share, part in zip(shares, outs, strict=True):
-        term = xp.where(share == 0, 0.0, share * as_float(part))
-        merged = term if merged is None else merged + term
-    assert merged is not None
     first = outs[0]
-    out = merged.to(first.dtype) if xp is not np else merged.astype(first.dtype)
-    return out, lse.astype(f32) if xp is np else lse.to(f32)
+    shape = shape_of(first, "outs[0]", 4)
+    heads, tokens = (shape[1], shape[2]) if layout == "bhsd" else (shape[2], shape[1])
+    rows = (shape[0], heads, tokens)
+    lses = list(lses)
+    for name, arrays, wanted in (("outs", outs, shape), ("lses", lses, rows)):
+        for i, part in enumerate(arrays):
+            found = shape_of(part, f"{name}[{i}]", len(wanted))
+            if found != wanted:
+                raise ValueError(f"{name}[{i}]: got shape {found}, want {wanted}")
+    out, lse = empty(first, shape), empty(first, rows, "float32")
+    _core.merge_states(outs, lses, out, lse, layout, threads_for(first, threads))
+    return finish(first, out), finish(first, lse, keep_dtype=True)

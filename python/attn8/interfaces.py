@@ -14,7 +14,7 @@ import numpy as np
 from attn8.arrays import Array, finish, shape_of, torch_of
 from attn8.errors import UnsupportedError
 from attn8.functional import attention, attention_varlen
-from attn8.key_ranges import KeyRange, attend_ranges
+from attn8.padding import KeyRange, attend_ranges
 
 
 def _refuse(name: str, got: Any, want: str) -> None:

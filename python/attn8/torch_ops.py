@@ -2,9 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """attn8 inside PyTorch: operators that torch.compile and torch.export understand, SDPA's routing.
 
-Importing this module registers ``torch.ops.attn8.attention`` and
-``torch.ops.attn8.attention_quantized``; :func:`attn8.attention` calls them by itself while torch
-traces. Nothing of torch is patched.
+Importing this module registers ``torch.ops.attn8.attention``, ``attention_quantized`` and
+``rotate``; :func:`attn8.attention` calls them by itself while torch traces. Nothing of torch is
+patched.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from attn8 import functional
+from attn8 import functional, rotation
 from attn8.errors import UnsupportedError
 from attn8.interfaces import scaled_dot_product_attention
 from attn8.quantization import QuantizedTensor
@@ -113,6 +113,18 @@ def _(
     return torch.empty(q.shape, dtype=q.dtype, device=q.device), lse
 
 
+@torch.library.custom_op("attn8::rotate", mutates_args=(), device_types="cpu")
+def rotate(x: torch.Tensor) -> torch.Tensor:
+    """Return :func:`attn8.rotate` of a tensor."""
+    out: torch.Tensor = rotation.rotate(x.detach())
+    return out
+
+
+@rotate.register_fake
+def _(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty(x.shape, dtype=torch.float32, device=x.device)
+
+
 def traced_attention(
     q: Any,
     k: Any,
@@ -132,6 +144,7 @@ def traced_attention(
     out: Any,
     threads: int | None,
     isa: str | None,
+    out_dtype: torch.dtype,
 ) -> Any:
     """Stand in for :func:`attn8.attention` while torch traces."""
     if out is not None:
@@ -163,7 +176,8 @@ def traced_attention(
             q, k.codes, k.scale, k.mean, v.codes, v.scale, layout, softmax_scale, causal,
             window_size[0], window_size[1], threads,
         )  # fmt: skip
-    return result if return_lse else result[0]
+    written = result[0].to(out_dtype)  # a rotated q is wider than what the caller gave
+    return (written, result[1]) if return_lse else written
 
 
 _SDPA_SIGNATURE = inspect.signature(scaled_dot_product_attention)

@@ -18,10 +18,12 @@ import torch
 from transformers import AttentionInterface, masking_utils
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function
 
+from attn8.arrays import without_grad
 from attn8.errors import UnsupportedError
 from attn8.functional import attention
-from attn8.int8_cache import Int8Cache, quantized_of
-from attn8.key_ranges import KeyRange, attend_ranges
+from attn8.int8_cache import Int8Cache, layer_of
+from attn8.padding import KeyRange, attend_ranges
+from attn8.rotation import rotate
 
 __all__ = ["Int8Cache", "attention_function", "register"]
 
@@ -161,6 +163,7 @@ def _attention(
     sliding_window: int | None = None,
     *,
     mode: str = "accurate",
+    rotated: bool = True,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attend, as transformers asks a registered function to.
@@ -205,30 +208,43 @@ def _attention(
     seqlen_q, seqlen_k = query.shape[2], key.shape[2]
     if causal and seqlen_q > seqlen_k:
         raise ValueError(f"key: got {seqlen_k} tokens, want at least the {seqlen_q} of query")
-    k, v = quantized_of(key, value)
-    common: dict[str, Any] = {"softmax_scale": scaling, "mode": mode, "layout": "bshd"}
     # A single query sees all keys whatever the diagonal.
-    common["causal"] = causal and seqlen_q > 1
-    common["window_size"] = window
+    mask: dict[str, Any] = {"causal": causal and seqlen_q > 1, "window_size": window}
     if seqlen_q == 1 and causal:
-        common["window_size"] = (window[0], -1)
-    q = query.transpose(1, 2)
-    if attention_mask is None:
-        return attention(q, k, v, **common), None
-    ranges = _ranges(attention_mask)
-    if attention_mask.shape[1] != seqlen_k:
-        raise ValueError(
-            f"attention_mask: got {attention_mask.shape[1]} tokens, want {seqlen_k}, as key"
-        )
-    return attend_ranges(q, k, v, ranges, **common), None
+        mask["window_size"] = (window[0], -1)
+    ranges = None
+    if attention_mask is not None:
+        if attention_mask.shape[1] != seqlen_k:
+            raise ValueError(
+                f"attention_mask: got {attention_mask.shape[1]} tokens, want {seqlen_k}, as key"
+            )
+        ranges = _ranges(attention_mask)
+    layer = layer_of(key, value)
+    if layer is not None:
+        if mode != "accurate":
+            raise UnsupportedError(
+                f"past_key_values: got an Int8Cache with mode {mode}, want accurate"
+            )
+        return layer.attend(query, ranges, softmax_scale=scaling, **mask), None
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    if rotated and mode in ("accurate", "half"):
+        q, k = rotate(without_grad(q, "q")), rotate(without_grad(k, "k"))
+    common: dict[str, Any] = {"softmax_scale": scaling, "mode": mode, "layout": "bshd"}
+    if ranges is None:
+        out = attention(q, k, v, **common, **mask)
+    else:
+        out = attend_ranges(q, k, v, ranges, **common, **mask)
+    return out.to(query.dtype), None
 
 
-def attention_function(mode: str = "accurate") -> Callable[..., tuple[torch.Tensor, None]]:
+def attention_function(
+    mode: str = "accurate", *, rotate: bool = True
+) -> Callable[..., tuple[torch.Tensor, None]]:
     """Return the attention function that :func:`register` registers."""
-    return functools.partial(_attention, mode=mode)
+    return functools.partial(_attention, mode=mode, rotated=rotate)
 
 
-def register(name: str = "attn8", *, mode: str = "accurate") -> None:
+def register(name: str = "attn8", *, mode: str = "accurate", rotate: bool = True) -> None:
     """Make ``attn_implementation=name`` known to transformers: attention and mask function.
 
     Parameters
@@ -237,6 +253,9 @@ def register(name: str = "attn8", *, mode: str = "accurate") -> None:
         What models are told. Several modes can be registered under several names.
     mode : str
         Mode of :func:`attn8.attention`.
+    rotate : bool
+        Pass q and k through :func:`attn8.rotate` (modes accurate and half). An
+        :class:`Int8Cache` has its own switch, because it holds K as it was stored.
 
     Notes
     -----
@@ -249,5 +268,7 @@ def register(name: str = "attn8", *, mode: str = "accurate") -> None:
         raise TypeError(f"name: got {name!r}, want a str that is not empty")
     if mode not in ("accurate", "paper", "half", "exact", "fp8"):
         raise ValueError(f"mode: got {mode!r}, want accurate, paper, half, exact or fp8")
-    AttentionInterface.register(name, attention_function(mode))
+    if not isinstance(rotate, bool):
+        raise TypeError(f"rotate: got {type(rotate).__name__}, want a bool")
+    AttentionInterface.register(name, attention_function(mode, rotate=rotate))
     AttentionMaskInterface.register(name, _mask)

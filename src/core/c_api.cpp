@@ -43,7 +43,7 @@ static_assert(same(StatusCode::kOk, ATTN8_OK) &&
               same(StatusCode::kInternal, ATTN8_INTERNAL));
 static_assert(same(DType::kFloat32, ATTN8_FLOAT32) && same(DType::kFloat16, ATTN8_FLOAT16) &&
               same(DType::kBFloat16, ATTN8_BFLOAT16) && same(DType::kInt8, ATTN8_INT8) &&
-              same(DType::kInt32, ATTN8_INT32));
+              same(DType::kInt32, ATTN8_INT32) && same(DType::kBool, ATTN8_BOOL));
 static_assert(same(DeviceType::kCpu, ATTN8_CPU) && same(DeviceType::kCuda, ATTN8_CUDA));
 static_assert(same(Isa::kScalar, ATTN8_ISA_SCALAR) && same(Isa::kAvx2, ATTN8_ISA_AVX2) &&
               same(Isa::kAvxVnni, ATTN8_ISA_AVX_VNNI) &&

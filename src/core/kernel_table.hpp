@@ -55,21 +55,36 @@ struct PackedKv {
   }
 };
 
+/// What softcap, attn_mask and ALiBi make of the scores of a tile (docs/numerics.md, *Score
+/// changes*). The unit of scores is the mode's: 1/64 octaves in kAccurate, octaves elsewhere.
+struct ScoreChanges {
+  float softcap = 0;        ///< in that unit; 0: none
+  bool biased = false;      ///< whether there is an attn_mask or ALiBi
+  float unit = 0;           ///< one nat in that unit
+  int64_t mask_stride = 0;  ///< from key to key, in elements
+  DType mask_dtype = DType::kFloat32;
+  const std::byte* mask[kQueryTile];  ///< per row: attn_mask of key 0; nullptr: none
+  float mean_score[kQueryTile];       ///< m of the row, see softcap
+  float alibi_slope[kQueryTile];      ///< in that unit per key; 0 without ALiBi
+  int64_t position[kQueryTile];       ///< p of Mask
+};
+
 /// One tile of query rows of one (batch, kv head); the rows may belong to several query heads.
 struct AttendTile {
   Mode mode = Mode::kAccurate;
   bool bfloat16 = false;  ///< kExact: Q, K and V are bfloat16 pairs; needs bfloat16_pairs
-  int head_dim = 0;
+  int head_dim = 0;       ///< of Q and K, or of V, whichever is larger; the other ends in zeros
   int kv_block = 0;
   int rows = 0;  ///< 1..kQueryTile
   PackedKv kv;
-  KeyRange visible[kQueryTile];    ///< per row
-  float score_factor[kQueryTile];  ///< c_i of docs/numerics.md; softmax_scale * log2 e in kExact
-  float query_norm[kQueryTile];    ///< length of the codes of the row
-  const std::byte* q = nullptr;    ///< codes at packed_q_offset() (s8, or u8 = code + 128 where the
-                                   ///< ISA wants it), rows up to the next multiple of kRowGroup; or
-                                   ///< floats [rows][head_dim] in kExact, there with `bfloat16`
-                                   ///< bfloat16 [rows][padded_dim]
+  const ScoreChanges* changes = nullptr;  ///< nullptr: none
+  KeyRange visible[kQueryTile];           ///< per row
+  float score_factor[kQueryTile];         ///< c_i of docs/numerics.md; in kExact without sq_i
+  float query_norm[kQueryTile];           ///< length of the codes of the row
+  const std::byte* q = nullptr;  ///< codes at packed_q_offset() (s8, or u8 = code + 128 where the
+                                 ///< ISA wants it), rows up to the next multiple of kRowGroup; or
+                                 ///< floats [rows][head_dim] in kExact, there with `bfloat16`
+                                 ///< bfloat16 [rows][padded_dim]
   // Results, unnormalised: the caller divides.
   float* out = nullptr;          ///< [kQueryTile][padded_dim]
   float* normalizer = nullptr;   ///< [kQueryTile] l

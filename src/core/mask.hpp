@@ -15,11 +15,16 @@ struct KeyRange {
   [[nodiscard]] constexpr bool empty() const noexcept { return lo >= hi; }
 };
 
+/// Where query 0 stands among the keys: p of Mask for i = 0.
+constexpr int64_t first_position(const Mask& mask, int64_t seqlen_q, int64_t seqlen_k) noexcept {
+  return mask.q_offset - mask.k_offset +
+         (mask.align == CausalAlign::kBottomRight ? seqlen_k - seqlen_q : 0);
+}
+
 /// The keys that query `row` sees. Every mask of attn8 that needs no data is such an interval.
 constexpr KeyRange visible_range(const Mask& mask, int64_t seqlen_q, int64_t seqlen_k,
                                  int64_t row) noexcept {
-  const int64_t diagonal =
-      row + (mask.align == CausalAlign::kBottomRight ? seqlen_k - seqlen_q : 0);
+  const int64_t diagonal = row + first_position(mask, seqlen_q, seqlen_k);
   int64_t lo = 0;
   int64_t hi = seqlen_k;
   // Compared before adding, so that windows near the largest integer do not overflow.
@@ -35,7 +40,7 @@ constexpr KeyRange visible_range(const Mask& mask, int64_t seqlen_q, int64_t seq
 /// The keys that at least one query sees; both ends of visible_range grow with the row.
 constexpr KeyRange visible_union(const Mask& mask, int64_t seqlen_q, int64_t seqlen_k) noexcept {
   if (seqlen_q <= 0 || seqlen_k <= 0) return {0, 0};
-  const int64_t offset = mask.align == CausalAlign::kBottomRight ? seqlen_k - seqlen_q : 0;
+  const int64_t offset = first_position(mask, seqlen_q, seqlen_k);
   // Rows whose diagonal lies before key 0 see nothing when causal or bounded on the right; start
   // from the first row that can see a key and end with the last one.
   KeyRange all = {seqlen_k, 0};
@@ -55,6 +60,12 @@ constexpr KeyRange visible_union(const Mask& mask, int64_t seqlen_q, int64_t seq
   }
   if (all.lo >= all.hi) return {0, 0};
   return all;
+}
+
+/// What is left of a range whose keys before `leftpad` do not count.
+constexpr KeyRange without_padding(KeyRange range, int64_t leftpad) noexcept {
+  range.lo = std::max(range.lo, leftpad);
+  return range.empty() ? KeyRange{} : range;
 }
 
 }  // namespace attn8

@@ -28,11 +28,12 @@ constexpr std::array<Names<Granularity>, 5> kGranularityNames = {
      {Granularity::kChannel, "channel"},
      {Granularity::kBlock, "block"},
      {Granularity::kBlockChannel, "block_channel"}}};
-constexpr std::array<Names<DType>, 5> kDTypeNames = {{{DType::kFloat32, "float32"},
+constexpr std::array<Names<DType>, 6> kDTypeNames = {{{DType::kFloat32, "float32"},
                                                       {DType::kFloat16, "float16"},
                                                       {DType::kBFloat16, "bfloat16"},
                                                       {DType::kInt8, "int8"},
-                                                      {DType::kInt32, "int32"}}};
+                                                      {DType::kInt32, "int32"},
+                                                      {DType::kBool, "bool"}}};
 constexpr std::array<Names<StatusCode>, 7> kStatusCodeNames = {
     {{StatusCode::kOk, "Ok"},
      {StatusCode::kInvalidArgument, "InvalidArgument"},

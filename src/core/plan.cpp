@@ -25,7 +25,7 @@ Status run_emulation(const AttentionPlan::State& plan, const AttentionInputs& in
                      const AttentionOutputs& outputs) noexcept {
   try {
     const auto rows = static_cast<size_t>(plan.batch * plan.seqlen_q * plan.nheads_q);
-    std::vector<double> out(rows * static_cast<size_t>(plan.head_dim));
+    std::vector<double> out(rows * static_cast<size_t>(plan.head_dim_v));
     std::vector<double> lse(plan.with_lse ? rows : 0);
     reference::EmulationOptions options = reference::emulation_options(plan.options);
     options.softmax_scale = plan.softmax_scale;
@@ -39,9 +39,9 @@ Status run_emulation(const AttentionPlan::State& plan, const AttentionInputs& in
     for (int64_t b = 0; b < plan.batch; ++b) {
       for (int64_t s = 0; s < plan.seqlen_q; ++s) {
         for (int64_t h = 0; h < plan.nheads_q; ++h, ++row) {
-          for (int64_t d = 0; d < plan.head_dim; ++d) {
+          for (int64_t d = 0; d < plan.head_dim_v; ++d) {
             const auto value = static_cast<float>(
-                out[row * static_cast<size_t>(plan.head_dim) + static_cast<size_t>(d)]);
+                out[row * static_cast<size_t>(plan.head_dim_v) + static_cast<size_t>(d)]);
             const int64_t i = offset(outputs.out, b, s, h, d);
             if (outputs.out.dtype == DType::kFloat32) {
               static_cast<float*>(outputs.out.data)[i] = value;
@@ -74,16 +74,32 @@ Status check_same_problem(const AttentionPlan::State& plan, const AttentionInput
   const Extents q = data_view(inputs.q).shape;
   const Extents k = data_view(inputs.k).shape;
   if (q != Extents{plan.batch, plan.seqlen_q, plan.nheads_q, plan.head_dim} ||
-      k != Extents{plan.batch, plan.seqlen_k, plan.nheads_k, plan.head_dim}) {
+      k != Extents{plan.batch, plan.seqlen_k, plan.nheads_k, plan.head_dim} ||
+      data_view(inputs.v).shape[3] != plan.head_dim_v) {
     return invalid("inputs do not have the shapes the plan was made for");
   }
   if (!same_kind(plan.q, inputs.q) || !same_kind(plan.k, inputs.k) ||
-      !same_kind(plan.v, inputs.v) || outputs.lse.has_value() != plan.with_lse) {
-    return invalid("operands do not have the dtypes and the outputs the plan was made for");
+      !same_kind(plan.v, inputs.v) || outputs.lse.has_value() != plan.with_lse ||
+      (inputs.seqlens_k.has_value() || inputs.leftpad_k.has_value()) != plan.changes_lengths) {
+    return invalid("operands do not have the dtypes, lengths and outputs the plan was made for");
   }
   if (const auto* v = std::get_if<QuantizedView>(&inputs.v);
       v != nullptr && v->spec.granularity != plan.v_granularity) {
     return invalid("v.spec.granularity is not the one the plan was made for");
+  }
+  return {};
+}
+
+/// The operands that no device takes yet.
+Status check_device_inputs(const AttentionInputs& inputs) noexcept {
+  for (const auto& [name, view] : {std::pair<const char*, const std::optional<ConstTensorView>&>{
+                                       "attn_mask", inputs.attn_mask},
+                                   {"alibi_slopes", inputs.alibi_slopes},
+                                   {"sinks", inputs.sinks},
+                                   {"seqlens_k", inputs.seqlens_k},
+                                   {"leftpad_k", inputs.leftpad_k}}) {
+    if (!view.has_value()) continue;
+    return failure(StatusCode::kUnsupported, name, " is set, wants the cpu");
   }
   return {};
 }
@@ -93,6 +109,17 @@ Status plan_on_device(const AttentionInputs& inputs, const AttentionOutputs& out
   if (options.check_finite) {
     return failure(StatusCode::kUnsupported,
                    "options.check_finite got true, device memory is not read by the host");
+  }
+  if (Status status = check_device_inputs(inputs); !status.ok()) return status;
+  const Mask& mask = options.mask;
+  const auto unsupported = [](const char* what) {
+    return failure(StatusCode::kUnsupported, what, " is set, wants the cpu");
+  };
+  if (options.softcap != 0) return unsupported("options.softcap");
+  if (mask.q_offset != mask.k_offset) return unsupported("options.mask.q_offset or k_offset");
+  if (plan.head_dim_v != plan.head_dim) {
+    return failure(StatusCode::kUnsupported, "v.shape[3]=", plan.head_dim_v,
+                   " (head_dim_v) wants head_dim=", plan.head_dim, " on cuda");
   }
   auto device_plan = make_cuda_plan(inputs, outputs, options, plan.context.device.index);
   if (!device_plan.ok()) return device_plan.status();
@@ -124,6 +151,7 @@ Result<AttentionPlan> AttentionPlan::make(const AttentionInputs& inputs,
     plan->seqlen_q = q[1];
     plan->nheads_q = q[2];
     plan->head_dim = q[3];
+    plan->head_dim_v = data_view(inputs.v).shape[3];
     plan->seqlen_k = k[1];
     plan->nheads_k = k[2];
     plan->q = kind_of(inputs.q);
@@ -141,6 +169,9 @@ Result<AttentionPlan> AttentionPlan::make(const AttentionInputs& inputs,
                                                          : options.v_granularity;
     plan->options.v_granularity = plan->v_granularity;
     plan->keys = visible_union(options.mask, plan->seqlen_q, plan->seqlen_k);
+    plan->changes_lengths = inputs.seqlens_k.has_value() || inputs.leftpad_k.has_value();
+    // Where the diagonal of a shorter sequence lies is data.
+    if (plan->changes_lengths) plan->keys = {0, plan->seqlen_q > 0 ? plan->seqlen_k : 0};
     if (!on_cpu) {
       Status status = plan_on_device(inputs, outputs, options, *plan);
       if (!status.ok()) return status;
@@ -198,6 +229,11 @@ Status AttentionPlan::run(const AttentionInputs& inputs, const AttentionOutputs&
     }
   }
   if (times != nullptr) *times = {};
+  if (Status status =
+          plan.device_plan != nullptr ? check_device_inputs(inputs) : validate_score_values(inputs);
+      !status.ok()) {
+    return status;
+  }
   if (plan.batch == 0 || plan.seqlen_q == 0) return {};
   if (plan.device_plan != nullptr) {
     return plan.device_plan->run(inputs, outputs, workspace.data(), plan.context.stream);

@@ -1,6 +1,7 @@
 // SPDX-FileCopyrightText: The attn8 authors
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -42,14 +43,18 @@ struct AttentionPlan::State {
   std::shared_ptr<const DevicePlan> device_plan;  ///< set when the device is no CPU
   const KernelTable* table = nullptr;  ///< nullptr in kFp8, which is emulated, and on a device
   OperandKind q, k, v;
-  int64_t batch = 0, seqlen_q = 0, seqlen_k = 0, nheads_q = 0, nheads_k = 0, head_dim = 0;
+  int64_t batch = 0, seqlen_q = 0, seqlen_k = 0, nheads_q = 0, nheads_k = 0, head_dim = 0,
+          head_dim_v = 0;
   float softmax_scale = 0;
   Granularity v_granularity = Granularity::kToken;
   bool with_lse = false;
-  KeyRange keys;  ///< visible to at least one query
+  bool changes_lengths = false;  ///< whether seqlens_k or leftpad_k is given
+  KeyRange keys;  ///< visible to at least one query; with changes_lengths: that may be
   WorkspaceLayout layout;
   std::string kernel;
 
+  /// head_dim of packed operands: the shorter of K and V ends in zeros.
+  [[nodiscard]] int64_t packed_dim() const noexcept { return std::max(head_dim, head_dim_v); }
   [[nodiscard]] int64_t heads() const noexcept { return batch * nheads_k; }
   [[nodiscard]] int64_t kv_blocks() const noexcept {
     return (seqlen_k + options.kv_block - 1) / options.kv_block;

@@ -17,6 +17,8 @@ Status validate_context(const Context& context) noexcept;
 /// `device`: where the context wants the tensors.
 Status validate_attention(const AttentionInputs& inputs, const AttentionOutputs& outputs,
                           const AttentionOptions& options, Device device) noexcept;
+/// Of what was validated: the values of seqlens_k, leftpad_k and alibi_slopes, in host memory.
+Status validate_score_values(const AttentionInputs& inputs) noexcept;
 Status validate_quantize(const ConstTensorView& x, const QuantSpec& spec,
                          const ConstTensorView& codes, const ConstTensorView& scale, Mean mean_use,
                          const std::optional<TensorView>& mean) noexcept;

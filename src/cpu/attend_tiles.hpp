@@ -40,6 +40,7 @@ KeySplit split_keys(Mode mode, int64_t rows, KeyRange keys, int64_t kv_block) no
 struct AttendSequence {
   int64_t batch = 0, first_position = 0;  ///< where its first query lies in q, out and lse
   int64_t seqlen_q = 0, seqlen_k = 0;
+  int64_t leftpad_k = 0;              ///< keys before it count for nothing
   KeyRange keys;                      ///< what counts; where empty, heads is not read
   KeySplit split;                     ///< of split_keys()
   const PackedHead* heads = nullptr;  ///< [nheads_k]
@@ -55,9 +56,14 @@ struct AttendCall {
   bool bfloat16;  ///< as AttendTile's
   const Mask& mask;
   float softmax_scale;
+  float softcap;  ///< of AttentionOptions
   int kv_block;
   int64_t nheads_q, nheads_k, head_dim;
+  int64_t head_dim_v;  ///< of out; K and V are packed with the larger of the two
   const Operand& q;
+  const ConstTensorView* attn_mask;     ///< nullptr: none, like the next two
+  const ConstTensorView* alibi_slopes;  ///< as in AttentionInputs
+  const ConstTensorView* sinks;
   const AttentionOutputs& outputs;
   std::span<const AttendSequence> sequences;
   std::byte* workers;        ///< [context.threads][worker_bytes()], on pages
@@ -66,10 +72,10 @@ struct AttendCall {
   int64_t tasks = 0;         ///< of begin_tasks()
 };
 
-/// Bytes of a worker's buffers.
-size_t worker_bytes(const KernelTable& table, int kv_block, int64_t head_dim) noexcept;
+/// Bytes of a worker's buffers; packed_dim: the larger of head_dim and head_dim_v.
+size_t worker_bytes(const KernelTable& table, int kv_block, int64_t packed_dim) noexcept;
 /// Bytes of the results of one part of the keys.
-size_t partial_bytes(int64_t rows, int64_t head_dim) noexcept;
+size_t partial_bytes(int64_t rows, int64_t packed_dim) noexcept;
 
 struct TaskCount {
   int64_t tasks = 0;

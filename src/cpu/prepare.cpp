@@ -34,9 +34,12 @@ class Preparation {
     if (plan_.smooths_k()) compute_k_means();
     if (plan_.int8_values()) prepare_v_scales();
     const int64_t first = plan_.keys.lo / plan_.options.kv_block;
-    const int64_t blocks = last_block() - first;
-    for_each_task(plan_.context, plan_.heads() * blocks,
-                  [&](int64_t task, int64_t) { pack_block(task / blocks, first + task % blocks); });
+    const int64_t blocks = last_block(plan_.keys) - first;
+    for_each_task(plan_.context, plan_.heads() * blocks, [&](int64_t task, int64_t) {
+      const int64_t head = task / blocks;
+      const int64_t block = first + task % blocks;
+      if (!keys_of_block(head, block).empty()) pack_block(head, block);
+    });
     for (int64_t head = 0; head < plan_.heads(); ++head) finish_head(head);
     if (bad_code_.load(std::memory_order_relaxed) != nullptr) {
       return invalid(bad_code_.load(std::memory_order_relaxed),
@@ -48,12 +51,16 @@ class Preparation {
  private:
   [[nodiscard]] int64_t batch(int64_t head) const noexcept { return head / plan_.nheads_k; }
   [[nodiscard]] int64_t kv_head(int64_t head) const noexcept { return head % plan_.nheads_k; }
+  /// Channels of K, of V, and of both as packed.
   [[nodiscard]] int dim() const noexcept { return static_cast<int>(plan_.head_dim); }
-  [[nodiscard]] int padded() const noexcept { return static_cast<int>(padded_dim(dim())); }
+  [[nodiscard]] int dim_v() const noexcept { return static_cast<int>(plan_.head_dim_v); }
+  [[nodiscard]] int padded() const noexcept {
+    return static_cast<int>(padded_dim(plan_.packed_dim()));
+  }
 
   void load(const ConstTensorView& view, int64_t head, int64_t key, float* row) const noexcept {
     table_.load_row(element(view, batch(head), key, kv_head(head)), view.dtype, view.strides[3],
-                    dim(), row);
+                    static_cast<int>(view.shape[3]), row);
   }
 
   /// Tokens of a head as the kernels take them.
@@ -63,9 +70,14 @@ class Preparation {
                       view.shape[3]);
   }
 
-  /// The end of the blocks that some query sees.
-  [[nodiscard]] int64_t last_block() const noexcept {
-    return (plan_.keys.hi + plan_.options.kv_block - 1) / plan_.options.kv_block;
+  /// The keys of a head that some query sees.
+  [[nodiscard]] KeyRange visible_keys(int64_t head) const noexcept {
+    return keys_of(plan_, inputs_, batch(head)).visible;
+  }
+
+  /// The end of the blocks that hold these keys.
+  [[nodiscard]] int64_t last_block(KeyRange keys) const noexcept {
+    return (keys.hi + plan_.options.kv_block - 1) / plan_.options.kv_block;
   }
 
   void begin_head(int64_t head) const noexcept {
@@ -77,7 +89,7 @@ class Preparation {
     packed = {};
     packed.kv.blocks = work_.packed_blocks(head);
     packed.kv.layout = plan_.layout.block;
-    packed.kv.keys = plan_.keys;
+    packed.kv.keys = visible_keys(head);
     packed.kv.channel_scale = plan_.v_granularity == Granularity::kBlockChannel;
     if (plan_.int8_values()) packed.v_out_scale = work_.v_out_scale(head);
     const auto* quantized = std::get_if<QuantizedView>(&inputs_.k);
@@ -92,19 +104,20 @@ class Preparation {
   }
 
   void compute_k_means() noexcept {
-    const int64_t keys = plan_.keys.hi - plan_.keys.lo;
-    const int64_t chunks = mean_chunks(keys);
+    const int64_t chunks = mean_chunks(plan_.keys.hi - plan_.keys.lo);  // at most
     auto* sums = work_.at<double>(plan_.layout.k_mean_sums);
     for_each_task(plan_.context, plan_.heads() * chunks, [&](int64_t task, int64_t) {
       const int64_t head = task / chunks;
-      const int64_t begin = plan_.keys.lo + task % chunks * kMeanChunk;
-      const int64_t end = std::min(begin + kMeanChunk, plan_.keys.hi);
+      const KeyRange range = visible_keys(head);
+      const int64_t begin = range.lo + task % chunks * kMeanChunk;
+      const int64_t end = std::min(begin + kMeanChunk, range.hi);
       double* sum = sums + task * dim();
       std::fill_n(sum, dim(), 0.0);
       table_.add_rows(rows(k_, head, {begin, end}), sum);
     });
     for (int64_t head = 0; head < plan_.heads(); ++head) {
-      mean_of_chunks(sums + head * chunks * dim(), keys, dim(), work_.k_mean(head));
+      const KeyRange range = visible_keys(head);
+      mean_of_chunks(sums + head * chunks * dim(), range.hi - range.lo, dim(), work_.k_mean(head));
     }
   }
 
@@ -119,7 +132,7 @@ class Preparation {
       std::fill_n(scale, padded(), 1.0f);
       if (!tensor && !channel) continue;
       uint32_t most = 0;
-      for (int d = 0; d < dim(); ++d) {
+      for (int d = 0; d < dim_v(); ++d) {
         if (quantized != nullptr) {
           scale[d] = given_scale(quantized->scale, head, 0, channel ? d : 0);
           continue;
@@ -128,7 +141,7 @@ class Preparation {
         most = std::max(most, bits);
         scale[d] = scale_from_bits(bits);
       }
-      if (tensor && quantized == nullptr) std::fill_n(scale, dim(), scale_from_bits(most));
+      if (tensor && quantized == nullptr) std::fill_n(scale, dim_v(), scale_from_bits(most));
     }
   }
 
@@ -143,33 +156,33 @@ class Preparation {
     const int64_t blocks = plan_.kv_blocks();
     auto* bits = work_.at<uint32_t>(plan_.layout.v_max_bits);
     for_each_task(plan_.context, plan_.heads() * blocks, [&](int64_t task, int64_t) {
-      const KeyRange keys = keys_of_block(task % blocks);
-      std::fill_n(bits + task * dim(), dim(), 0u);
+      const KeyRange keys = keys_of_block(task / blocks, task % blocks);
+      std::fill_n(bits + task * dim_v(), dim_v(), 0u);
       float row[kMaxDim];
       for (int64_t key = keys.lo; key < keys.hi; ++key) {
         load(v_, task / blocks, key, row);
-        table_.max_abs_bits_each(row, dim(), bits + task * dim());
+        table_.max_abs_bits_each(row, dim_v(), bits + task * dim_v());
       }
     });
   }
 
   [[nodiscard]] uint32_t largest_of_channel(int64_t head, int d) const noexcept {
     const auto* bits = work_.at<uint32_t>(plan_.layout.v_max_bits) +
-                       head * plan_.kv_blocks() * dim();  // [kv blocks][head_dim]
+                       head * plan_.kv_blocks() * dim_v();  // [kv blocks][head_dim_v]
     uint32_t most = 0;
-    for (int64_t b = 0; b < plan_.kv_blocks(); ++b) most = std::max(most, bits[b * dim() + d]);
+    for (int64_t b = 0; b < plan_.kv_blocks(); ++b) most = std::max(most, bits[b * dim_v() + d]);
     return most;
   }
 
   /// The keys of a block that some query sees.
-  [[nodiscard]] KeyRange keys_of_block(int64_t block) const noexcept {
+  [[nodiscard]] KeyRange keys_of_block(int64_t head, int64_t block) const noexcept {
     const int64_t kv_block = plan_.options.kv_block;
-    return {std::max(block * kv_block, plan_.keys.lo),
-            std::min((block + 1) * kv_block, plan_.keys.hi)};
+    const KeyRange keys = visible_keys(head);
+    return {std::max(block * kv_block, keys.lo), std::min((block + 1) * kv_block, keys.hi)};
   }
 
   void pack_block(int64_t head, int64_t index) noexcept {
-    const KeyRange keys = keys_of_block(index);
+    const KeyRange keys = keys_of_block(head, index);
     const BlockMemory block = work_.block_memory(head, index);
     clear_header(block, plan_.options.kv_block);
     const int64_t first = index * plan_.options.kv_block;
@@ -194,7 +207,7 @@ class Preparation {
       }
     }
     if (plan_.int8_values()) {
-      store_mean(block, v_sums, keys.hi - keys.lo, static_cast<int>(padded_dim(dim())));
+      store_mean(block, v_sums, keys.hi - keys.lo, padded());
     }
   }
 
@@ -224,21 +237,21 @@ class Preparation {
           float row[kMaxDim];
           for (int64_t key = keys.lo; key < keys.hi; ++key) {
             load(v_, head, key, row);
-            bits = std::max(bits, table_.max_abs_bits(row, dim()));
+            bits = std::max(bits, table_.max_abs_bits(row, dim_v()));
           }
           header.v_scale = scale_from_bits(bits);
         }
         scales.shared = &header.v_scale;
         break;
       case Granularity::kBlockChannel: {
-        std::fill_n(channel_scale, padded_dim(dim()), 1.0f);
+        std::fill_n(channel_scale, padded(), 1.0f);
         uint32_t bits[kMaxDim] = {};
         float row[kMaxDim];
         for (int64_t key = keys.lo; quantized == nullptr && key < keys.hi; ++key) {
           load(v_, head, key, row);
-          table_.max_abs_bits_each(row, dim(), bits);
+          table_.max_abs_bits_each(row, dim_v(), bits);
         }
-        for (int d = 0; d < dim(); ++d) {
+        for (int d = 0; d < dim_v(); ++d) {
           channel_scale[d] = quantized != nullptr ? given_scale(quantized->scale, head, index, d)
                                                   : scale_from_bits(bits[d]);
         }
@@ -263,7 +276,7 @@ class Preparation {
     const auto* quantized = std::get_if<QuantizedView>(&inputs_.v);
     scales.token.fill(0.0f);
     uint32_t bits[kMaxKvBlock];
-    if (dim() < padded()) {
+    if (dim_v() < padded()) {
       std::memset(v_row(block, keys.lo - first), 0,
                   static_cast<size_t>((keys.hi - keys.lo) * padded()));
     }
@@ -279,14 +292,14 @@ class Preparation {
       if (quantized != nullptr) {
         scale = float_at(quantized->scale, batch(head), key, kv_head(head));
         if (load_codes(v_, batch(head), key, kv_head(head), row)) bad_code_ = "v";
-        zero = std::all_of(row, row + dim(), [](int8_t code) { return code == 0; });
+        zero = std::all_of(row, row + dim_v(), [](int8_t code) { return code == 0; });
       } else {
         scale = scale_from_bits(bits[key - keys.lo]);
         zero = codes_are_zero(bits[key - keys.lo]);
       }
       if (!usable(scale)) {
         block.mark_poisoned(key - first);
-        std::memset(row, 0, static_cast<size_t>(dim()));
+        std::memset(row, 0, static_cast<size_t>(dim_v()));
         zero = true;
       }
       if (zero) continue;
@@ -347,7 +360,7 @@ class Preparation {
       if (plan_.fold_v()) {
         const float scale = scales.token[static_cast<size_t>(key - block_first)];
         if (scale > 0 && scale / scales.block < kMinRatio) [[unlikely]]
-          shrink_codes(row, dim(), scale / scales.block);
+          shrink_codes(row, dim_v(), scale / scales.block);
       } else if (!quantized) {
         encode_v_shared(head, key, scales.shared, row);
       } else if (load_codes(v_, batch(head), key, kv_head(head), row)) {
@@ -364,13 +377,13 @@ class Preparation {
     const bool per_channel = by_channel(plan_.v_granularity);
     // The scale's NaN reaches the output; the codes stay clean.
     float usable_scale[kMaxDim];
-    for (int d = 0; d < dim(); ++d) {
+    for (int d = 0; d < dim_v(); ++d) {
       usable_scale[d] = scale[per_channel ? d : 0];
       if (!std::isnan(usable_scale[d])) continue;
       usable_scale[d] = 1;
       values[d] = 0;
     }
-    table_.encode(values, dim(), usable_scale, 1, row);
+    table_.encode(values, dim_v(), usable_scale, 1, row);
   }
 
   void pack_k_floats(int64_t head, int64_t first, KeyRange keys, std::byte* packed) noexcept {
@@ -394,7 +407,6 @@ class Preparation {
                      const BlockMemory& block) noexcept {
     const bool pairs = plan_.options.mode == Mode::kHalf || plan_.exact_bfloat16();
     std::byte* packed = block.v(group);
-    const int64_t padded = padded_dim(dim());
     float values[kMaxDim] = {};
     // The other key of a pair may be one that no query sees.
     if (pairs) std::memset(packed, 0, plan_.layout.block.v_group_bytes);
@@ -402,16 +414,16 @@ class Preparation {
       load(v_, head, key, values);
       // The rows of a tile share what they read: a weight of 0 times a NaN would reach rows that do
       // not see this key.
-      if (table_.max_abs_bits(values, dim()) >= kInfBits) {
+      if (table_.max_abs_bits(values, dim_v()) >= kInfBits) {
         block.mark_poisoned(key - first + group * kKeyGroup);
-        std::fill_n(values, dim(), 0.0f);
+        std::fill_n(values, dim_v(), 0.0f);
       }
       const int64_t slot = key - first;
       if (pairs) {
-        auto* row = reinterpret_cast<uint16_t*>(packed) + slot / 2 * 2 * padded + slot % 2;
-        for (int d = 0; d < dim(); ++d) row[2 * d] = float_to_bfloat16(values[d]);
+        auto* row = reinterpret_cast<uint16_t*>(packed) + slot / 2 * 2 * padded() + slot % 2;
+        for (int d = 0; d < dim_v(); ++d) row[2 * d] = float_to_bfloat16(values[d]);
       } else {
-        std::memcpy(packed + slot * padded * 4, values, static_cast<size_t>(padded) * 4);
+        std::memcpy(packed + slot * padded() * 4, values, static_cast<size_t>(padded()) * 4);
       }
     }
   }
@@ -419,8 +431,9 @@ class Preparation {
   /// What needs all blocks of a head.
   void finish_head(int64_t head) noexcept {
     PackedHead& packed = work_.head(head);
+    const KeyRange keys = visible_keys(head);
     float largest = 0;  // of the V scales; comparisons leave a NaN where it is
-    for (int64_t b = plan_.keys.lo / plan_.options.kv_block; b < last_block(); ++b) {
+    for (int64_t b = keys.lo / plan_.options.kv_block; b < last_block(keys); ++b) {
       const BlockMemory block = work_.block_memory(head, b);
       const BlockHeader& header = block.header();
       packed.kv.key_norm = std::max(packed.kv.key_norm, header.key_norm);
@@ -429,12 +442,12 @@ class Preparation {
         largest = std::max(largest, header.v_scale);
         continue;
       }
-      for (int d = 0; d < dim(); ++d) largest = std::max(largest, block.channel_scale()[d]);
+      for (int d = 0; d < dim_v(); ++d) largest = std::max(largest, block.channel_scale()[d]);
     }
     if (!plan_.int8_values()) return;
     if (usable(largest)) packed.kv.v_ref = largest;
     if (plan_.fold_v() || by_block(plan_.v_granularity)) {
-      std::fill_n(work_.v_out_scale(head), padded_dim(dim()), packed.kv.v_ref);
+      std::fill_n(work_.v_out_scale(head), padded(), packed.kv.v_ref);
     }
   }
 

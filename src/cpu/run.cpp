@@ -13,10 +13,14 @@ namespace attn8::cpu {
 namespace {
 
 /// The parts in which each (batch, kv head) is computed.
-KeySplit split_of(const AttentionPlan::State& plan) noexcept {
+KeySplit split_of(const AttentionPlan::State& plan, KeyRange keys) noexcept {
   if (plan.nheads_k == 0) return {};
-  return split_keys(plan.options.mode, plan.seqlen_q * (plan.nheads_q / plan.nheads_k), plan.keys,
+  return split_keys(plan.options.mode, plan.seqlen_q * (plan.nheads_q / plan.nheads_k), keys,
                     plan.options.kv_block);
+}
+
+const ConstTensorView* view_or_null(const std::optional<ConstTensorView>& view) noexcept {
+  return view.has_value() ? &*view : nullptr;
 }
 
 Status attend(const Workspace& work, const AttentionInputs& inputs,
@@ -29,9 +33,11 @@ Status attend(const Workspace& work, const AttentionInputs& inputs,
     sequence = {};
     sequence.batch = batch;
     sequence.seqlen_q = plan.seqlen_q;
-    sequence.seqlen_k = plan.seqlen_k;
-    sequence.keys = plan.keys;
-    sequence.split = split_of(plan);
+    const SequenceKeys keys = keys_of(plan, inputs, batch);
+    sequence.seqlen_k = keys.seqlen_k;
+    sequence.leftpad_k = keys.leftpad_k;
+    sequence.keys = keys.visible;
+    sequence.split = split_of(plan, keys.visible);
     sequence.heads = &work.head(batch * plan.nheads_k);
   }
   const TaskCount count = begin_tasks(sequences, plan.nheads_q, plan.nheads_k);
@@ -41,11 +47,16 @@ Status attend(const Workspace& work, const AttentionInputs& inputs,
                        .bfloat16 = plan.exact_bfloat16(),
                        .mask = plan.options.mask,
                        .softmax_scale = plan.softmax_scale,
+                       .softcap = plan.options.softcap,
                        .kv_block = plan.options.kv_block,
                        .nheads_q = plan.nheads_q,
                        .nheads_k = plan.nheads_k,
                        .head_dim = plan.head_dim,
+                       .head_dim_v = plan.head_dim_v,
                        .q = inputs.q,
+                       .attn_mask = view_or_null(inputs.attn_mask),
+                       .alibi_slopes = view_or_null(inputs.alibi_slopes),
+                       .sinks = view_or_null(inputs.sinks),
                        .outputs = outputs,
                        .sequences = sequences,
                        .workers = work.base + plan.layout.workers,
@@ -55,6 +66,20 @@ Status attend(const Workspace& work, const AttentionInputs& inputs,
 }
 
 }  // namespace
+
+SequenceKeys keys_of(const AttentionPlan::State& plan, const AttentionInputs& inputs,
+                     int64_t batch) noexcept {
+  if (!plan.changes_lengths) return {plan.seqlen_k, 0, plan.keys};
+  const auto length = [batch](const ConstTensorView& view) {
+    return int64_t{*reinterpret_cast<const int32_t*>(element(view, batch, 0, 0))};
+  };
+  SequenceKeys keys;
+  keys.seqlen_k = inputs.seqlens_k.has_value() ? length(*inputs.seqlens_k) : plan.seqlen_k;
+  keys.leftpad_k = inputs.leftpad_k.has_value() ? length(*inputs.leftpad_k) : 0;
+  keys.visible = without_padding(visible_union(plan.options.mask, plan.seqlen_q, keys.seqlen_k),
+                                 keys.leftpad_k);
+  return keys;
+}
 
 Status lay_out(AttentionPlan::State& plan) noexcept {
   WorkspaceLayout& layout = plan.layout;
@@ -75,10 +100,10 @@ Status lay_out(AttentionPlan::State& plan) noexcept {
   };
   const bool empty = plan.keys.empty() || plan.heads() == 0;
   const int64_t heads = empty ? 0 : plan.heads();
-  const int64_t padded = padded_dim(plan.head_dim);
+  const int64_t padded = padded_dim(plan.packed_dim());
   const int float_bytes = plan.exact_bfloat16() ? 2 : 4;
   layout.block =
-      block_layout(plan.options.kv_block, plan.head_dim, plan.int8_scores() ? 1 : float_bytes,
+      block_layout(plan.options.kv_block, plan.packed_dim(), plan.int8_scores() ? 1 : float_bytes,
                    plan.int8_values()   ? 1
                    : plan.int8_scores() ? 2
                                         : float_bytes,
@@ -101,18 +126,18 @@ Status lay_out(AttentionPlan::State& plan) noexcept {
     layout.v_out_scale = take(product({heads, padded, int64_t{sizeof(float)}}));
     if (plan.v_granularity == Granularity::kTensor || plan.v_granularity == Granularity::kChannel) {
       layout.v_max_bits =
-          take(product({heads, plan.kv_blocks(), plan.head_dim, int64_t{sizeof(uint32_t)}}));
+          take(product({heads, plan.kv_blocks(), plan.head_dim_v, int64_t{sizeof(uint32_t)}}));
     }
   }
-  if (const KeySplit split = split_of(plan); split.parts > 1) {
+  if (const KeySplit split = split_of(plan, plan.keys); split.parts > 1) {
     const int64_t rows = plan.seqlen_q * (plan.nheads_q / plan.nheads_k);
-    layout.bytes_per_partial = partial_bytes(rows, plan.head_dim);
+    layout.bytes_per_partial = partial_bytes(rows, plan.packed_dim());
     layout.partials =
         take(product({heads, split.parts, static_cast<int64_t>(layout.bytes_per_partial)}));
   }
   layout.workers = take(product(
       {plan.context.threads,
-       static_cast<int64_t>(worker_bytes(*plan.table, plan.options.kv_block, plan.head_dim))}));
+       static_cast<int64_t>(worker_bytes(*plan.table, plan.options.kv_block, plan.packed_dim()))}));
   layout.total = next + kAlignment;  // run() may have to round its start up
   if (overflow || next > size_t{1} << 62) {
     return invalid("k.shape asks for a workspace of over 2^62 bytes");

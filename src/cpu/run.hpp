@@ -36,9 +36,18 @@ struct Workspace {
     return at<float>(plan.layout.k_mean) + head * plan.head_dim;
   }
   [[nodiscard]] float* v_out_scale(int64_t head) const noexcept {
-    return at<float>(plan.layout.v_out_scale) + head * padded_dim(plan.head_dim);
+    return at<float>(plan.layout.v_out_scale) + head * padded_dim(plan.packed_dim());
   }
 };
+
+/// The keys of one sequence of a batch.
+struct SequenceKeys {
+  int64_t seqlen_k = 0;
+  int64_t leftpad_k = 0;
+  KeyRange visible;  ///< to at least one query
+};
+SequenceKeys keys_of(const AttentionPlan::State& plan, const AttentionInputs& inputs,
+                     int64_t batch) noexcept;
 
 /// Quantizes and packs K and V of every (batch, kv head) into the workspace.
 Status prepare(const Workspace& workspace, const AttentionInputs& inputs) noexcept;

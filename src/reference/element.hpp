@@ -41,6 +41,7 @@ inline float load(const ConstTensorView& x, int64_t b, int64_t s, int64_t h, int
     case DType::kInt8:
       return static_cast<const int8_t*>(x.data)[offset];
     case DType::kInt32:
+    case DType::kBool:
       break;
   }
   return std::numeric_limits<float>::quiet_NaN();

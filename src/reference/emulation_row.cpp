@@ -44,6 +44,9 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <numbers>
+#include <tuple>
+#include <utility>
 
 #include "reference/fp8.hpp"
 
@@ -97,22 +100,46 @@ struct Score {
   double value, error;
 };
 
+// softcap tanh(s / softcap) in log2 units, from the argument x of the kernels' tanh(x ln 2 / 2)
+// less what smoothing took, which may be `error` units of 2^-24 off; and how far a kernel's may be
+// off. The slope of tanh is 1 - tanh^2, its float32 value 2^-21 off.
+std::pair<double, double> capped(const RowChanges& changes, double x, double error) {
+  const double mean = changes.mean_score * 2 * std::numbers::log2e / changes.softcap;
+  const double softcap = changes.softcap * std::numbers::log2e;
+  const double half_ln2 = std::numbers::ln2 / 2;
+  x += mean;
+  error += 2 * std::abs(mean) + std::abs(x);
+  const double nearest = std::max(0.0, std::abs(x) - kUnit * error);
+  const double slope = 1 - std::pow(std::tanh(nearest * half_ln2), 2);
+  const double s = softcap * std::tanh(x * half_ln2);
+  return {s, softcap * (half_ln2 * slope * error + 0x1p-21 / kUnit) + 2 * std::abs(s)};
+}
+
 // t of key j in log2 units. Overflows of float32 saturate; a NaN stays one.
 Score score(const KeyValues& kv, const Query& query, int64_t j) {
   const auto n = static_cast<size_t>(j - kv.k.first);
   double product = dot(query.q.data(), kv.k.token(j), kv.k.stride) * kv.k_scale[n];
   if (std::abs(product) > kFloatMax) product = std::copysign(kInf, product);
   const double raw = product * query.factor;
-  const double s = std::clamp(raw, -kFloatMax, kFloatMax);
-  const double log2_r = std::log2(kv.r[n]);
-  const double t = s + log2_r;
-
-  if (std::abs(raw) > kFloatMax * (1 + 8 * kUnit)) return {t, 0};
-  double error = 6 * std::abs(s);
-  if (log2_r != 0) error += 1.45 + 2 * std::abs(log2_r) + std::abs(t);
+  double s = std::clamp(raw, -kFloatMax, kFloatMax);
+  const bool saturates = std::abs(raw) > kFloatMax * (1 + 8 * kUnit);
+  double error = saturates ? 0 : 6 * std::abs(s);
   if (!kv.k_norm.empty()) {
     error += static_cast<double>(kv.k.head_dim + 2) * query.norm * kv.k_norm[n] *
              std::abs(kv.k_scale[n] * query.factor);
+  }
+  const RowChanges& changes = query.changes;
+  if (changes.softcap != 0) std::tie(s, error) = capped(changes, s, error);
+
+  const double log2_r = std::log2(kv.r[n]);
+  double t = s + log2_r;
+  if (log2_r != 0) error += 1.45 + 2 * std::abs(log2_r) + std::abs(t);
+
+  const double added = changes.mask_at(j) * std::numbers::log2e;
+  const double slanted = changes.slope * changes.distance_at(j) * std::numbers::log2e;
+  if (added != 0 || slanted != 0) {
+    t = std::clamp(t + added - slanted, -kFloatMax, kFloatMax);
+    error += 4 * (std::abs(added) + std::abs(slanted)) + std::abs(t);
   }
   return {t, kUnit * error};
 }
@@ -176,7 +203,14 @@ double emulate_row(const Arithmetic& arithmetic, const KeyValues& kv, const Quer
     scratch.t_error.resize(n);
     Max block;
     double second_upper = -kInf;  // of t + error; block.upper is the largest
+    bool hides_one = false;
     for (size_t u = 0; u < n; ++u) {
+      if (query.changes.hides(first + static_cast<int64_t>(u))) {
+        hides_one = true;
+        scratch.t[u] = -kInf;
+        scratch.t_error[u] = 0;
+        continue;
+      }
       const auto [t, error] = score(kv, query, first + static_cast<int64_t>(u));
       if (std::isnan(t)) {
         std::fill_n(out, head_dim, t);
@@ -188,6 +222,7 @@ double emulate_row(const Arithmetic& arithmetic, const KeyValues& kv, const Quer
       second_upper = std::max(second_upper, std::min(block.upper, t + error));
       block = larger(block, {t, t - error, t + error});
     }
+    if (block.value == -kInf) continue;  // attn_mask hides all of it
     const Max updated = larger(running, block);
     const Max& reference = arithmetic.local_max ? block : updated;
 
@@ -200,6 +235,7 @@ double emulate_row(const Arithmetic& arithmetic, const KeyValues& kv, const Quer
     for (size_t u = 0; u < n; ++u) {
       const int64_t j = first + static_cast<int64_t>(u);
       const double t = scratch.t[u], t_error = scratch.t_error[u];
+      if (query.changes.hides(j)) continue;
       const double r = kv.r[static_cast<size_t>(j - kv.k.first)];
       const double w = range * std::exp2(t - reference.value);
       const double code = round_p(arithmetic.p_format, w);
@@ -228,7 +264,8 @@ double emulate_row(const Arithmetic& arithmetic, const KeyValues& kv, const Quer
     block_denominator.error += static_cast<double>(n + 5) * kUnit * block_denominator.value;
     residual.error += static_cast<double>(n + 20) * kUnit * residual_magnitude;
     // A row that does not see the whole block must not learn its mean.
-    if (!arithmetic.residual_mean || !kv.holds_whole_block(begin, kv_block, {first, last})) {
+    if (!arithmetic.residual_mean || hides_one ||
+        !kv.holds_whole_block(begin, kv_block, {first, last})) {
       residual = {};
     }
 
@@ -247,6 +284,22 @@ double emulate_row(const Arithmetic& arithmetic, const KeyValues& kv, const Quer
     running = updated;
   }
 
+  const double sink = query.changes.sink * std::numbers::log2e;
+  const double over = sink - running.value;
+  if (running.value == -kInf || over > 900) {  // nothing, or beside the sink nothing, counts
+    std::fill_n(out, head_dim, 0.0);
+    if (want_bound) std::fill_n(bound, head_dim, 0x1p-149);
+    return sink;
+  }
+  if (sink != -kInf) {
+    const double weight = std::exp2(over);
+    weights += weight;
+    denominator.value += range * weight;
+    denominator.error += range * weight * kUnit *
+                         (8 + 4 * std::abs(query.changes.sink) + 2 * std::abs(running.value));
+    denominator.error += range * weight * (running.upper - running.lower);
+  }
+
   for (int64_t d = 0; d < head_dim; ++d) {
     const Sum& total = numerator[static_cast<size_t>(d)];
     out[d] = total.value / denominator.value;
@@ -254,6 +307,7 @@ double emulate_row(const Arithmetic& arithmetic, const KeyValues& kv, const Quer
     const double least_l = denominator.value - denominator.error;
     const double moved = total.error + std::abs(out[d]) * denominator.error;
     bound[d] = least_l > 0 ? moved / least_l + 6 * rounding(std::abs(out[d])) : kInf;
+    if (over > 100) bound[d] += std::abs(out[d]);  // the sink may overflow float32: 0 then
   }
   return std::log2(weights) + running.value;
 }

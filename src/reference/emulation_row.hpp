@@ -7,6 +7,7 @@
 
 #include "reference/element.hpp"
 #include "reference/problem.hpp"
+#include "reference/score_changes.hpp"
 
 /// One row of attention in float64, with the rounding of P of the mode and a bound of what a
 /// float32 kernel may compute differently.
@@ -58,6 +59,8 @@ struct Query {
   double norm = 0;        ///< ||q||; read where k_norm is
   double factor = 0;      ///< c_i: turns q.k k_scale into a score in log2 units
   float grid_factor = 0;  ///< c_i of the score grid: into steps of it
+  // With softcap both factors make it the argument of tanh, in units of ln 2 / 2.
+  RowChanges changes;
 };
 
 /// Memory of emulate_row(), kept between rows.
@@ -67,7 +70,7 @@ struct RowScratch {
   std::vector<int64_t> steps;          // [keys of a block] T
 };
 
-/// The online softmax of a row. Writes out [head_dim] and, unless bound is nullptr, how far a
+/// The online softmax of a row. Writes out [head_dim_v] and, unless bound is nullptr, how far a
 /// kernel may be from it; returns log2 of the softmax denominator. `keys` is not empty.
 double emulate_row(const Arithmetic& arithmetic, const KeyValues& kv, const Query& query,
                    KeyRange keys, RowScratch& scratch, double* out, double* bound);

@@ -28,6 +28,7 @@
 #include <array>
 #include <cmath>
 #include <limits>
+#include <numbers>
 #include <optional>
 
 #include "reference/emulation_row.hpp"
@@ -37,8 +38,9 @@ namespace {
 
 constexpr double kUnit = 0x1p-24;
 constexpr double kTiny = 0x1p-149;
-constexpr double kReach = 0x1p-100;  // smaller factors are 0
-constexpr int64_t kOctave = 64;      // steps of the grid
+constexpr double kReach = 0x1p-100;               // smaller factors are 0
+constexpr int64_t kOctave = 64;                   // steps of the grid
+constexpr int64_t kHidden = -(int64_t{1} << 40);  // steps of a key that attn_mask hides
 constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
 
 // Floor division by an octave.
@@ -71,14 +73,44 @@ int64_t weight_of(int64_t distance) {
   return kWeights[static_cast<size_t>(distance % kOctave)] >> octaves(distance);
 }
 
+// tanh(x ln 2 / 2) as the kernels' float32 operations give it: from 2^-|x| by a polynomial of
+// degree 5 in the distance to the nearest integer.
+float tanh_of_octaves(float x) {
+  constexpr std::array<float, 5> kCoefficients = {0x1.62e42ap-1F, 0x1.ebf9bcp-3F, 0x1.c6b752p-5F,
+                                                  0x1.3cea88p-7F, 0x1.5bba12p-10F};
+  const float exponent = std::max(-126.0F, -std::abs(x));
+  const float whole = std::nearbyint(exponent);
+  float power = kCoefficients[4];
+  for (size_t i = 4; i-- > 0;) power = std::fma(power, exponent - whole, kCoefficients[i]);
+  power = std::fma(power, exponent - whole, 1.0F);
+  power = std::ldexp(power, static_cast<int>(whole));
+  const float magnitude = (1 - power) / (1 + power);
+  return x < 0 ? -magnitude : magnitude;
+}
+
+// What attn_mask and ALiBi add to a score, in steps.
+float bias(const RowChanges& changes, int64_t j) {
+  constexpr auto kUnit64 = static_cast<float>(64 * std::numbers::log2e);
+  return std::fma(-(changes.slope * kUnit64), static_cast<float>(changes.distance_at(j)),
+                  changes.mask_at(j) * kUnit64);
+}
+
 // T of key j; nothing where an operand is poisoned.
 std::optional<int64_t> score(const KeyValues& kv, const Query& query, int64_t j) {
   constexpr float kLargest = 0x1p30F;
+  const RowChanges& changes = query.changes;
   const auto n = static_cast<size_t>(j - kv.k.first);
   // An integer below 2^23, so exact.
   const auto product = static_cast<float>(dot(query.q.data(), kv.k.token(j), kv.k.stride));
   const float scaled = product * static_cast<float>(kv.k_scale[n]);
-  const float t = std::fma(scaled, query.grid_factor, kv.g[n]);
+  float t = std::fma(scaled, query.grid_factor, kv.g[n]);
+  if (changes.softcap != 0) {
+    const auto mean =
+        static_cast<float>(changes.mean_score * 2 * std::numbers::log2e / changes.softcap);
+    const auto softcap = static_cast<float>(changes.softcap * 64 * std::numbers::log2e);
+    t = std::fma(tanh_of_octaves(std::fma(scaled, query.grid_factor, mean)), softcap, kv.g[n]);
+  }
+  t += bias(changes, j);
   if (std::isnan(t)) return std::nullopt;
   return static_cast<int64_t>(std::nearbyint(std::clamp(t, -kLargest, kLargest)));
 }
@@ -126,7 +158,13 @@ double emulate_grid_row(const Arithmetic& arithmetic, const KeyValues& kv, const
     const int64_t first = std::max(begin, keys.first);
     const int64_t last = std::min(begin + kv_block, keys.last);
     scratch.steps.clear();
+    bool hides_one = false;
     for (int64_t j = first; j < last; ++j) {
+      if (query.changes.hides(j)) {
+        hides_one = true;
+        scratch.steps.push_back(kHidden);
+        continue;
+      }
       const std::optional<int64_t> t = score(kv, query, j);
       if (!t) {
         std::fill_n(out, head_dim, kNan);
@@ -136,6 +174,7 @@ double emulate_grid_row(const Arithmetic& arithmetic, const KeyValues& kv, const
       scratch.steps.push_back(*t);
     }
     const int64_t block_max = *std::max_element(scratch.steps.begin(), scratch.steps.end());
+    if (block_max == kHidden) continue;
 
     // Below 2^39 per key: exact in 64 bits up to 2^24 keys per block.
     int64_t block_weight = 0;  // L
@@ -150,7 +189,8 @@ double emulate_grid_row(const Arithmetic& arithmetic, const KeyValues& kv, const
         add_scaled(scratch.sum.data(), static_cast<double>(code), kv.v.token(j), kv.v.stride);
       }
     }
-    if (!arithmetic.residual_mean || !kv.holds_whole_block(begin, kv_block, {first, last})) {
+    if (!arithmetic.residual_mean || hides_one ||
+        !kv.holds_whole_block(begin, kv_block, {first, last})) {
       residual = 0;
     }
 
@@ -180,6 +220,25 @@ double emulate_grid_row(const Arithmetic& arithmetic, const KeyValues& kv, const
     }
   }
 
+  const double sink = query.changes.sink * std::numbers::log2e;  // octaves
+  if (!reference) {                                              // attn_mask hides every key
+    std::fill_n(out, head_dim, 0.0);
+    if (bound != nullptr) std::fill_n(bound, head_dim, 0.0);
+    return sink;
+  }
+  const double over = sink - static_cast<double>(*reference) / kOctave;
+  if (over > 900) {  // beside the sink nothing counts
+    std::fill_n(out, head_dim, 0.0);
+    if (bound != nullptr) std::fill_n(bound, head_dim, kTiny + tiny);
+    return sink;
+  }
+  if (query.changes.sink != -std::numeric_limits<double>::infinity()) {
+    // What a kernel rounds: the sink less what smoothing took, in nats, and the weight itself.
+    const double weight = 255 * kWeightUnits * std::exp2(over);
+    denominator.value += weight;
+    denominator.error += weight * kUnit * (8 + 4 * std::abs(query.changes.sink));
+  }
+
   for (int64_t d = 0; d < head_dim; ++d) {
     const Sum& total = numerator[static_cast<size_t>(d)];
     out[d] = total.value / (denominator.value / kWeightUnits);
@@ -188,6 +247,7 @@ double emulate_grid_row(const Arithmetic& arithmetic, const KeyValues& kv, const
     const double l_error = denominator.total_error(top);
     const double moved = total.total_error(top) * kWeightUnits + size * l_error;
     bound[d] = moved / (denominator.value - l_error) + 4 * kUnit * size + tiny + kTiny;
+    if (over > 100) bound[d] += size;  // the sink may overflow float32: 0 then
   }
   return std::log2(denominator.value / (255 * kWeightUnits)) +
          static_cast<double>(*reference) / kOctave;

@@ -13,6 +13,7 @@
 #include "reference/fp8.hpp"
 #include "reference/problem.hpp"
 #include "reference/quantization.hpp"
+#include "reference/score_changes.hpp"
 #include "reference/v_fold.hpp"
 
 namespace attn8::reference {
@@ -160,8 +161,10 @@ class Operands {
   Operands(const Problem& problem, const AttentionInputs& inputs, const EmulationOptions& options)
       : problem_(problem), inputs_(inputs), options_(options) {
     // As docs/numerics.md defines it: the product is rounded to float32.
-    scale_log2_ =
-        static_cast<float>(static_cast<double>(problem.softmax_scale) * std::numbers::log2e);
+    const double octaves = options.softcap == 0
+                               ? std::numbers::log2e
+                               : 2 * std::numbers::log2e / static_cast<double>(options.softcap);
+    scale_log2_ = static_cast<float>(static_cast<double>(problem.softmax_scale) * octaves);
   }
 
   void prepare_keys(int64_t b, int64_t hk) {
@@ -187,7 +190,9 @@ class Operands {
     } else if (const auto* q = std::get_if<QuantizedView>(&inputs_.q)) {
       row = gather(q->codes, b, h, i, i + 1);
       scale = load(q->scale, b, i, h, 0);
-      for (const float code : row.values) widened.push_back(code * scale);
+      for (const float code : row.values) {
+        widened.push_back(static_cast<float>(code * scale));
+      }
     } else {
       Tokens values = gather(std::get<ConstTensorView>(inputs_.q), b, h, i, i + 1);
       values.first = 0;
@@ -204,8 +209,8 @@ class Operands {
     query.q.assign(row.values.begin(), row.values.end());
     query.factor = std::clamp(scale * scale_log2_, -kFloatMax, kFloatMax);
     query.grid_factor =
-        std::clamp(64 * static_cast<float>(scale) * scale_log2_, -std::numeric_limits<float>::max(),
-                   std::numeric_limits<float>::max());
+        std::clamp((options_.softcap == 0 ? 64 : 1) * static_cast<float>(scale) * scale_log2_,
+                   -std::numeric_limits<float>::max(), std::numeric_limits<float>::max());
     for (const double x : query.q) query.norm += x * x;
     query.norm = std::sqrt(query.norm);
     return query;
@@ -251,7 +256,7 @@ class Operands {
 
   void prepare_v(int64_t b, int64_t hk) {
     const KeyRange visible = problem_.visible;
-    const int64_t head_dim = problem_.head_dim;
+    const int64_t head_dim = problem_.head_dim_v;
     const int64_t kv_block = options_.kv_block;
     const int64_t blocks = (problem_.seqlen_k + kv_block - 1) / kv_block;
     kv_.r.assign(static_cast<size_t>(visible.last - visible.first), 1.0);
@@ -314,7 +319,7 @@ class Operands {
 
   // Means of the codes of each key block over the visible keys, a float32 quotient.
   void average_values(int64_t blocks) {
-    const int64_t head_dim = problem_.head_dim;
+    const int64_t head_dim = problem_.head_dim_v;
     const int64_t kv_block = options_.kv_block;
     kv_.v_mean.assign(static_cast<size_t>(blocks * head_dim), 0.0);
     for (int64_t block = 0; block < blocks; ++block) {
@@ -357,7 +362,7 @@ void emulate(const Problem& problem, const AttentionInputs& inputs, const Emulat
   const Arithmetic arithmetic = arithmetic_of(options);
   const auto row_function = on_grid(options) ? emulate_grid_row : emulate_row;
   const int64_t group = problem.nheads_q / problem.nheads_k;
-  const int64_t head_dim = problem.head_dim;
+  const int64_t head_dim = problem.head_dim_v;
   Operands operands(problem, inputs, options);
   RowScratch scratch;
   for (int64_t b = 0; b < problem.batch; ++b) {
@@ -370,12 +375,21 @@ void emulate(const Problem& problem, const AttentionInputs& inputs, const Emulat
         double* row_out = out.data() + row * head_dim;
         double* row_bound = out_bound.empty() ? nullptr : out_bound.data() + row * head_dim;
         double row_lse = -std::numeric_limits<double>::infinity();
+        if (keys.empty() && inputs.sinks) row_lse = load(*inputs.sinks, 0, 0, h, 0);
         if (keys.empty()) {
           std::fill_n(row_out, head_dim, 0.0);
           if (row_bound != nullptr) std::fill_n(row_bound, head_dim, 0.0);
         } else {
           double mean_score = 0;
-          const Query query = operands.query(b, i, h, mean_score);
+          Query query = operands.query(b, i, h, mean_score);
+          read_row_changes(problem, inputs, b, i, h, keys, query.changes);
+          query.changes.softcap = options.softcap;
+          if (options.softcap != 0) {
+            // Softcap sees whole scores, and so the LSE is whole too.
+            query.changes.mean_score = static_cast<float>(mean_score);
+            mean_score = 0;
+          }
+          query.changes.sink -= mean_score;
           row_lse = std::numbers::ln2 * row_function(arithmetic, operands.key_values(), query, keys,
                                                      scratch, row_out, row_bound) +
                     mean_score;
@@ -396,6 +410,7 @@ EmulationOptions emulation_options(const AttentionOptions& options) noexcept {
   result.mode = options.mode;
   result.softmax_scale = options.softmax_scale;
   result.mask = options.mask;
+  result.softcap = options.softcap;
   result.kv_block = options.kv_block == 0 ? kDefaultKvBlock : options.kv_block;
   result.fp8_format = options.fp8_format;
   const bool smooths = options.mode == Mode::kAccurate || options.mode == Mode::kHalf;
@@ -420,12 +435,14 @@ Status emulation(const AttentionInputs& inputs, const EmulationOptions& options,
                  std::span<double> out, std::span<double> lse, std::span<double> out_bound,
                  Rows rows) noexcept {
   try {
-    Problem problem;
-    Status status = make_problem(inputs, options.softmax_scale, options.mask, out, lse, out_bound,
-                                 rows, problem);
-    if (status.ok()) status = check_options(inputs, options);
-    if (status.ok()) emulate(problem, inputs, options, out, lse, out_bound);
-    return status;
+    return for_each_sequence(
+        inputs, options.softmax_scale, options.mask, out, lse, out_bound, rows,
+        [&options](const Problem& problem, const AttentionInputs& part, std::span<double> part_out,
+                   std::span<double> part_lse, std::span<double> part_bound) {
+          Status status = check_options(part, options);
+          if (status.ok()) emulate(problem, part, options, part_out, part_lse, part_bound);
+          return status;
+        });
   } catch (const std::bad_alloc&) {
     return {StatusCode::kOutOfMemory, "out of memory"};
   }

@@ -4,8 +4,11 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <numeric>
 #include <string>
+
+#include "reference/score_changes.hpp"
 
 namespace attn8::reference {
 namespace {
@@ -104,12 +107,16 @@ Status check_window(const std::string& name, int64_t got) {
 
 }  // namespace
 
-KeyRange Problem::visible_to(int64_t i) const {
+int64_t Problem::position_of(int64_t i) const {
   const bool bottom_right = mask.align == CausalAlign::kBottomRight;
-  const int64_t p = i + (bottom_right ? seqlen_k - seqlen_q : 0);
+  return i + mask.q_offset - mask.k_offset + (bottom_right ? seqlen_k - seqlen_q : 0);
+}
+
+KeyRange Problem::visible_to(int64_t i) const {
+  const int64_t p = position_of(i);
   // Windows wider than the problem are cut to its size, so that no sum can overflow.
-  const int64_t widest = seqlen_q + seqlen_k;
-  KeyRange range = {0, seqlen_k};
+  const int64_t widest = seqlen_q + seqlen_k + std::abs(mask.q_offset - mask.k_offset);
+  KeyRange range = {leftpad_k, seqlen_k};
   if (mask.causal) range.last = std::min(range.last, p + 1);
   if (mask.window_left >= 0)
     range.first = std::max(range.first, p - std::min(mask.window_left, widest));
@@ -144,8 +151,14 @@ Status make_problem(const AttentionInputs& inputs, std::optional<float> softmax_
     return invalid("k.shape[2]=" + std::to_string(problem.nheads_k) +
                    " must divide q.shape[2]=" + std::to_string(problem.nheads_q));
   }
+  problem.head_dim_v = shape_of(inputs.v)[3];
+  if (problem.head_dim_v < 1 || problem.head_dim_v > kMaxHeadDim) {
+    return invalid("v.shape[3]=" + std::to_string(problem.head_dim_v) + " must be in [1, 256]");
+  }
   status = check_shape("k", k, {q[0], k[1], k[2], q[3]});
-  if (status.ok()) status = check_shape("v", shape_of(inputs.v), k);
+  if (status.ok())
+    status = check_shape("v", shape_of(inputs.v), {k[0], k[1], k[2], problem.head_dim_v});
+  if (status.ok()) status = check_score_operands(inputs, problem);
   if (status.ok()) status = check_window("window_left", mask.window_left);
   if (status.ok()) status = check_window("window_right", mask.window_right);
   if (!status.ok()) return status;
@@ -155,10 +168,10 @@ Status make_problem(const AttentionInputs& inputs, std::optional<float> softmax_
   if (!std::isfinite(problem.softmax_scale)) return invalid("softmax_scale must be finite");
 
   const int64_t lse_size = problem.batch * problem.seqlen_q * problem.nheads_q;
-  status = check_size("out", out.size(), lse_size * problem.head_dim);
+  status = check_size("out", out.size(), lse_size * problem.head_dim_v);
   if (status.ok() && !lse.empty()) status = check_size("lse", lse.size(), lse_size);
   if (status.ok() && !out_bound.empty()) {
-    status = check_size("out_bound", out_bound.size(), lse_size * problem.head_dim);
+    status = check_size("out_bound", out_bound.size(), lse_size * problem.head_dim_v);
   }
   if (!status.ok()) return status;
 

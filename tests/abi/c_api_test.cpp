@@ -360,7 +360,7 @@ TEST(CApi, GarbageInStructs) {
     expect_refused_after("options.fp8_format is not a value of attn8::Fp8Format",
                          [&](Call& c) { c.params.fp8_format = number; });
     expect_refused_after("k.dtype is not a type of attn8::DType",
-                         [&](Call& c) { c.k_tensor.dtype = number; });
+                         [&](Call& c) { c.k_tensor.dtype = number == ATTN8_BOOL ? 6 : number; });
     attn8_context_params params;
     ASSERT_EQ(attn8_context_params_init(&params, sizeof params), ATTN8_OK);
     params.isa = number == -1 ? -2 : number;

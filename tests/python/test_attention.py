@@ -277,6 +277,26 @@ def test_merge_of_parts_is_the_whole():
     np.testing.assert_allclose(lse, wanted_lse, atol=2e-6)
 
 
+def test_merge_of_parts_of_several_types():
+    parts = [normal(2, 5, 3, 8, seed=i) for i in range(3)]
+    lses = [normal(2, 3, 5, seed=10 + i) for i in range(3)]
+    types = (np.float16, np.float32, np.float16)
+    outs = [part.astype(t) for part, t in zip(parts, types, strict=True)]
+    weights = np.exp(np.array(lses, np.float64))
+    shares = (weights / weights.sum(0)).transpose(0, 1, 3, 2)[..., None]
+    wanted = (shares * np.array(outs, np.float64)).sum(0)
+    out, lse = attn8.merge_states(outs, lses, threads=2)
+    assert out.dtype == np.float16
+    np.testing.assert_allclose(out, wanted, atol=2e-3)
+    np.testing.assert_allclose(lse, np.log(weights.sum(0)), atol=2e-6)
+    wide, _ = attn8.merge_states([outs[1], outs[0], outs[2]], [lses[1], lses[0], lses[2]])
+    assert wide.dtype == np.float32
+    np.testing.assert_allclose(wide, wanted, atol=2e-6)
+    one, one_lse = attn8.merge_states(outs[:1], lses[:1])
+    np.testing.assert_array_equal(one, outs[0])
+    np.testing.assert_array_equal(one_lse, lses[0])
+
+
 @pytest.mark.parametrize("layout", ["bshd", "bhsd"])
 def test_parts_without_keys_change_nothing(layout):
     out, lse = normal(2, 5, 3, 8), normal(2, 3, 5)
@@ -300,7 +320,8 @@ def test_merge_refuses_what_does_not_fit():
     out, lse = normal(2, 5, 3, 8), normal(2, 3, 5)
     for outs, lses, message in (
         ([], [], "outs: got none"),
-        ([out], [], "lses: got 0, want 1"),
+        ([out], [], "lses: got 0 of them, want 1, as outs"),
+        ([out], [lse.astype(np.float16)], "lse.dtype got float16"),
         ([out, out[:, :4]], [lse, lse], r"outs\[1\]: got shape \(2, 4, 3, 8\)"),
         ([out], [lse[..., :4]], r"lses\[0\]: got shape \(2, 3, 4\), want \(2, 3, 5\)"),
     ):

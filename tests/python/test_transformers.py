@@ -2,6 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """attn8 in Transformers, on small random models, against their own SDPA."""
 
+import copy
+import gc
+
 import pytest
 
 attn8 = pytest.importorskip("attn8", reason="attn8 is not installed: pip install .")
@@ -126,24 +129,65 @@ def test_int8_cache(make, side):
         seen = mask[:, first:last].bool()
         assert distance(out[seen], wanted[:, first:last][seen]) < 0.02
     assert cache.get_seq_length() == TOKENS
-    head_dim = 32
-    per_layer = 2 * BATCH * 2 * TOKENS * (head_dim + 4) + BATCH * 2 * head_dim * 4
-    assert cache.nbytes == 2 * per_layer
+    # Padding is not stored: rows of 40 to 50 tokens take the first page of each layer.
+    usage = cache.pages.of(2, 32).usage()
+    assert (usage.sequences, usage.pages_used) == (2 * BATCH, 2 * BATCH)
+    assert cache.nbytes == usage.bytes_used
+    assert [row.length for row in cache.layers[0].rows] == mask.sum(1).tolist()
     for layer in cache.layers:
         assert layer.keys.dtype == layer.values.dtype == torch.int8
+        assert layer.keys.shape == (BATCH, 2, TOKENS, 32)
 
 
-def test_int8_cache_quantizes_a_token_once():
-    cache = integration.Int8Cache()
-    k, v = torch.randn(2, 1, 2, 40, 32, generator=torch.Generator().manual_seed(0)).unbind()
-    cache.update(k[:, :, :30], v[:, :, :30], 0)
-    layer = cache.layers[0]
-    first, mean = layer.keys.clone(), layer.mean.clone()
-    codes, _ = cache.update(k[:, :, 30:], v[:, :, 30:], 0)
-    assert torch.equal(codes[:, :, :30], first)
-    assert torch.equal(layer.mean, mean)
-    back, _ = (attn8.dequantize(x).transpose(1, 2) for x in layer.operands())
-    assert distance(back, k) < 0.01
+def filled(tokens=10, batch=3):
+    """A cache of one layer, what it holds in floats, and queries."""
+    generator = torch.Generator().manual_seed(0)
+    k, v = torch.randn(2, batch, 2, tokens, 16, generator=generator).unbind()
+    cache = integration.Int8Cache(max_bytes=1 << 20, page_size=64)
+    cache.update(k, v, 0)
+    return cache, k, v, torch.randn(batch, 4, 1, 16, generator=generator)
+
+
+def attended(cache, q, ranges=None):
+    out = cache.layers[0].attend(q, ranges, causal=False, window_size=(-1, -1))
+    return out.transpose(1, 2)
+
+
+def wanted_of(q, k, v):
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
+
+def test_padding_is_not_stored():
+    cache, k, v, q = filled()
+    ranges = [(0, 10), (4, 10), (9, 10)]
+    out = attended(cache, q, ranges)
+    for i, (first, last) in enumerate(ranges):
+        rows = slice(i, i + 1)
+        wanted = wanted_of(q[rows], k[rows, :, first:last], v[rows, :, first:last])
+        assert distance(out[rows], wanted) < 0.02
+    assert [row.length for row in cache.layers[0].rows] == [10, 6, 1]
+
+
+def test_a_mask_that_changes_its_mind():
+    for first, then, message in (
+        ([(0, 10), (4, 10), (0, 10)], [(0, 11)] * 3, "row 1 with a cache that holds 4 to 10"),
+        ([(0, 10)] * 3, [(0, 11), (1, 11), (0, 11)], "row 1 with a cache that holds 0 to 10"),
+        ([(0, 6), (0, 10), (0, 10)], [(0, 11)] * 3, "row 0 with a cache that holds 0 to 6"),
+    ):
+        cache, k, v, q = filled()
+        attended(cache, q, first)
+        cache.update(k[:, :, :1], v[:, :, :1], 0)
+        with pytest.raises(attn8.UnsupportedError, match=f"attention_mask: got tokens .*{message}"):
+            attended(cache, q, then)
+
+
+def test_a_row_of_nothing_but_padding():
+    cache, k, v, q = filled()
+    out = attended(cache, q, [(0, 0), (0, 10), (0, 10)])
+    assert not out[0].any()
+    cache.update(k[:, :, :3], v[:, :, :3], 0)
+    out = attended(cache, q, [(11, 13), (0, 13), (0, 13)])
+    assert distance(out[:1], wanted_of(q[:1], k[:1, :, 1:3], v[:1, :, 1:3])) < 0.02
 
 
 def generate(model, implementation, **options):
@@ -167,24 +211,55 @@ def test_generate(make, num_beams):
 
 
 def test_cache_can_be_cut_and_rearranged():
-    cache = integration.Int8Cache()
-    k, v = torch.randn(2, 3, 2, 10, 16, generator=torch.Generator().manual_seed(0)).unbind()
-    cache.update(k, v, 0)
-    layer = cache.layers[0]
-    codes = layer.keys.clone()
+    cache, k, v, q = filled()
+    attended(cache, q)
     cache.crop(-4)
     assert cache.get_seq_length() == 6
-    assert torch.equal(layer.keys, codes[:, :, :6])
-    cache.reorder_cache(torch.tensor([2, 0, 0]))
-    assert torch.equal(layer.keys, codes[[2, 0, 0], :, :6])
-    assert layer.mean.shape[0] == 3
+    out = attended(cache, q)
+    assert distance(out, wanted_of(q, k[:, :, :6], v[:, :, :6])) < 0.02
+    order = torch.tensor([2, 0, 0])
+    cache.reorder_cache(order)
+    assert torch.equal(attended(cache, q[order]), out[order])
+    # Beams share what they have in common: two pages until one of the last two writes.
+    usage = cache.pages.of(2, 16).usage()
+    assert (usage.sequences, usage.pages_used) == (3, 2)
+    cache.update(k[:, :, :1], v[:, :, :1], 0)
+    attended(cache, q)
+    assert cache.pages.of(2, 16).usage().pages_used == 3
+    cache.crop(-1)
     cache.batch_select_indices(torch.tensor([1]))
     cache.batch_repeat_interleave(2)
-    assert torch.equal(layer.keys, codes[[0, 0], :, :6])
+    assert torch.equal(attended(cache, q[[0, 0]]), out[[0, 0]])
     cache.reset()
     assert cache.get_seq_length() == 0
+    assert cache.nbytes == 0
     cache.update(k, v, 0)
-    assert torch.equal(layer.keys, codes)
+    assert distance(attended(cache, q), wanted_of(q, k, v)) < 0.02
+
+
+def test_copies_of_a_cache_part_when_they_write():
+    cache, k, v, q = filled()
+    out = attended(cache, q)
+    copied = copy.deepcopy(cache)
+    assert copied.layers[0].keys.attn8_layer is copied.layers[0]
+    assert cache.pages.of(2, 16).usage().pages_used == 3
+    cache.update(k[:, :, :2], v[:, :, :2], 0)
+    assert not torch.equal(attended(cache, q), out)
+    assert torch.equal(attended(copied, q), out)
+    del cache
+    gc.collect()
+    assert copied.pages.of(2, 16).usage().pages_used == 3
+    assert torch.equal(attended(copied, q), out)
+
+
+def test_a_cache_that_is_full():
+    cache, _, _, q = filled()
+    limit = cache.pages.of(2, 16).usage()
+    room = (limit.pages_free + limit.pages_used) * 64
+    many = torch.zeros(3, 2, room, 16)
+    cache.update(many, many, 0)
+    with pytest.raises(MemoryError, match="pages"):
+        attended(cache, q)
 
 
 def test_cache_without_tokens():
@@ -273,7 +348,26 @@ def test_codes_without_a_cache():
         integration._attention(torch.nn.Module(), torch.zeros(1, 2, 4, 8), codes, codes, None)
 
 
+def test_rotation_is_a_choice():
+    model = llama()
+    integration.register("attn8-plain", rotate=False)
+    wanted = forward(model, "sdpa", input_ids=ids())
+    rotated, plain = (forward(model, n, input_ids=ids()) for n in ("attn8", "attn8-plain"))
+    assert not torch.equal(rotated, plain)
+    assert distance(plain, wanted) < 0.02
+    outs = []
+    for rotate in (True, False):
+        cache = integration.Int8Cache(rotate=rotate)
+        outs.append(forward(model, "attn8", input_ids=ids(), past_key_values=cache))
+        assert distance(outs[-1], wanted) < 0.02
+    assert not torch.equal(*outs)
+
+
 def test_register_checks_its_arguments():
+    with pytest.raises(TypeError, match="rotate: got int, want a bool"):
+        integration.register(rotate=1)
+    with pytest.raises(TypeError, match="rotate: got int, want a bool"):
+        integration.Int8Cache(rotate=1)
     with pytest.raises(ValueError, match="mode: got 'best', want accurate"):
         integration.register(mode="best")
     with pytest.raises(TypeError, match="name: got ''"):

@@ -17,14 +17,101 @@ std::string KernelCase::name() const {
        << (options.mask.align == CausalAlign::kTopLeft ? " top_left" : "") << " window "
        << options.mask.window_left << "," << options.mask.window_right << " kv_block "
        << options.kv_block << " " << to_string(dtype) << " data " << static_cast<int>(data)
-       << " memory " << static_cast<int>(memory);
+       << " memory " << static_cast<int>(memory) << " head_dim_v " << out_dim() << " softcap "
+       << options.softcap << " mask " << static_cast<int>(scores.attn_mask)
+       << (scores.alibi_slopes ? " alibi" : "") << (scores.sinks ? " sinks" : "")
+       << (scores.seqlens_k ? " seqlens_k" : "") << (scores.leftpad_k ? " leftpad_k" : "");
   return text.str();
 }
+
+AttentionInputs KernelInputs::operands() const {
+  AttentionInputs inputs = {q.view(), k.view(), v.view()};
+  const auto view = [](const std::optional<Tensor>& tensor) {
+    return tensor ? std::optional<ConstTensorView>(tensor->view()) : std::nullopt;
+  };
+  inputs.attn_mask = view(attn_mask);
+  inputs.alibi_slopes = view(alibi_slopes);
+  inputs.sinks = view(sinks);
+  inputs.seqlens_k = view(seqlens_k);
+  inputs.leftpad_k = view(leftpad_k);
+  return inputs;
+}
+
+namespace {
+
+std::optional<Tensor> make_mask(const KernelCase& c) {
+  const auto noise = [&c](int64_t b, int64_t s, int64_t h, int64_t d) {
+    return normal_at(c.seed + 3, static_cast<uint64_t>(((b * 521 + s) * 31 + h) * 40009 + d));
+  };
+  constexpr double kMinusInf = -std::numeric_limits<double>::infinity();
+  std::optional<Tensor> mask;
+  switch (c.scores.attn_mask) {
+    case MaskKind::kNone:
+      break;
+    case MaskKind::kBool:
+      mask.emplace(DType::kBool, Extents{c.batch, c.seqlen_q, c.nheads_q, c.seqlen_k}, c.memory);
+      mask->fill([&](int64_t b, int64_t s, int64_t h, int64_t d) {
+        return s != 1 && noise(b, s, h, d) > -0.4 ? 1.0 : 0.0;
+      });
+      break;
+    case MaskKind::kBoolKeys:
+      mask.emplace(DType::kBool, Extents{c.batch, 1, 1, c.seqlen_k}, c.memory);
+      mask->fill([&](int64_t b, int64_t s, int64_t h, int64_t d) {
+        return noise(b, s, h, d) > 0 ? 1.0 : 0.0;
+      });
+      break;
+    case MaskKind::kAdded:
+      mask.emplace(c.scores.mask_dtype, Extents{1, c.seqlen_q, c.nheads_q, c.seqlen_k}, c.memory);
+      mask->fill([&](int64_t b, int64_t s, int64_t h, int64_t d) {
+        const double x = noise(b, s, h, d);
+        return x < -1.5 ? kMinusInf : 2 * x;
+      });
+      break;
+    case MaskKind::kAddedRows:
+      mask.emplace(c.scores.mask_dtype, Extents{c.batch, c.seqlen_q, 1, 1}, c.memory);
+      mask->fill([&](int64_t b, int64_t s, int64_t h, int64_t d) {
+        return s == 2 ? kMinusInf : noise(b, s, h, d);
+      });
+      break;
+  }
+  return mask;
+}
+
+void make_score_operands(const KernelCase& c, KernelInputs& inputs) {
+  inputs.attn_mask = make_mask(c);
+  if (c.scores.alibi_slopes) {
+    inputs.alibi_slopes.emplace(DType::kFloat32, Extents{c.batch, 1, c.nheads_q, 1});
+    inputs.alibi_slopes->fill([&](int64_t b, int64_t, int64_t h, int64_t) {
+      return std::exp2(-static_cast<double>(h + b + 1) * 2);
+    });
+  }
+  if (c.scores.sinks) {
+    inputs.sinks.emplace(DType::kFloat32, Extents{1, 1, c.nheads_q, 1});
+    inputs.sinks->fill(
+        [](int64_t, int64_t, int64_t h, int64_t) { return 2.5 - static_cast<double>(h); });
+  }
+  if (c.scores.seqlens_k) {
+    inputs.seqlens_k.emplace(DType::kInt32, Extents{c.batch, 1, 1, 1});
+    inputs.seqlens_k->fill([&](int64_t b, int64_t, int64_t, int64_t) {
+      return static_cast<double>(c.seqlen_k - (b * 37) % (c.seqlen_k + 1));
+    });
+  }
+  if (c.scores.leftpad_k) {
+    inputs.leftpad_k.emplace(DType::kInt32, Extents{c.batch, 1, 1, 1});
+    inputs.leftpad_k->fill([&](int64_t b, int64_t, int64_t, int64_t) {
+      const int64_t length = c.seqlen_k - (c.scores.seqlens_k ? (b * 37) % (c.seqlen_k + 1) : 0);
+      return static_cast<double>((b + 1) * 29 % (length + 1));
+    });
+  }
+}
+
+}  // namespace
 
 KernelInputs make_inputs(const KernelCase& c) {
   KernelInputs inputs{Tensor(c.dtype, {c.batch, c.seqlen_q, c.nheads_q, c.head_dim}, c.memory),
                       Tensor(c.dtype, {c.batch, c.seqlen_k, c.nheads_k, c.head_dim}, c.memory),
-                      Tensor(c.dtype, {c.batch, c.seqlen_k, c.nheads_k, c.head_dim}, c.memory)};
+                      Tensor(c.dtype, {c.batch, c.seqlen_k, c.nheads_k, c.out_dim()}, c.memory)};
+  make_score_operands(c, inputs);
   const auto one_hot = [](int64_t, int64_t s, int64_t, int64_t d) {
     return s % 32 == d ? 1.0 : 0.0;
   };
@@ -80,7 +167,7 @@ KernelInputs make_inputs(const KernelCase& c) {
 }
 
 KernelResult run_kernel(const KernelCase& c, const AttentionInputs& inputs, Isa isa) {
-  KernelResult result{Tensor(c.out_dtype, {c.batch, c.seqlen_q, c.nheads_q, c.head_dim}, c.memory),
+  KernelResult result{Tensor(c.out_dtype, {c.batch, c.seqlen_q, c.nheads_q, c.out_dim()}, c.memory),
                       Tensor(DType::kFloat32, {c.batch, c.seqlen_q, c.nheads_q, 1}, c.memory)};
   const AttentionOutputs outputs{result.out.view(), result.lse.view()};
   const Context context = Context::with_isa(isa, c.threads);
@@ -149,7 +236,12 @@ FloatBound float_bound(const KernelCase& c, const AttentionInputs& inputs) {
       c.options.softmax_scale.value_or(1 / std::sqrt(static_cast<float>(c.head_dim)))));
   const double delta =
       (static_cast<double>(c.head_dim) + 8) * 0x1p-24 * magnitude * scale + 0x1p-20;
-  bound.relative_weight = 2 * delta + (static_cast<double>(c.seqlen_k) + 8) * 0x1p-24;
+  // What attn_mask and ALiBi add rounds too; -Inf adds nothing.
+  double added = 0;
+  if (inputs.attn_mask && inputs.attn_mask->dtype == DType::kFloat32) added += 16;
+  if (inputs.alibi_slopes) added += static_cast<double>(c.seqlen_k + c.seqlen_q);
+  bound.relative_weight =
+      2 * delta + 0x1p-20 * added + (static_cast<double>(c.seqlen_k) + 8) * 0x1p-24;
   bound.largest_v = largest_norm(v);
   return bound;
 }
@@ -159,16 +251,13 @@ FloatBound float_bound(const KernelCase& c, const AttentionInputs& inputs) {
 void expect_matches_oracle(const KernelCase& c, const AttentionInputs& inputs,
                            const KernelResult& result, Isa isa) {
   const auto rows = static_cast<size_t>(c.batch * c.seqlen_q * c.nheads_q);
-  const auto dim = static_cast<size_t>(c.head_dim);
+  const auto dim = static_cast<size_t>(c.out_dim());
   std::vector<double> out(rows * dim);
   std::vector<double> lse(rows);
   std::vector<double> bound(rows * dim);
   std::vector<double> lse_bound(rows);
   if (c.options.mode == Mode::kExact) {
-    const Status status = reference::exact_attention(
-        *std::get_if<ConstTensorView>(&inputs.q), *std::get_if<ConstTensorView>(&inputs.k),
-        *std::get_if<ConstTensorView>(&inputs.v), c.options.softmax_scale, c.options.mask, out,
-        lse);
+    const Status status = reference::exact_attention(inputs, c.options, out, lse);
     ASSERT_TRUE(status.ok()) << status.message();
     const FloatBound limit = float_bound(c, inputs);
     for (size_t i = 0; i < out.size(); ++i) bound[i] = limit.relative_weight * limit.largest_v;

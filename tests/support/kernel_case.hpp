@@ -3,6 +3,7 @@
 #pragma once
 #include <gtest/gtest.h>
 
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -33,9 +34,29 @@ inline std::string isa_test_name(const ::testing::TestParamInfo<Isa>& info) {
 
 enum class Data : uint8_t { kNormal, kZeros, kOneHot, kOutliers, kHuge, kEqual, kSink };
 
+/// What an attn_mask of a case looks like.
+enum class MaskKind : uint8_t {
+  kNone,
+  kBool,       ///< [batch, seqlen_q, nheads_q, seqlen_k]: a third hidden, row 1 sees nothing
+  kBoolKeys,   ///< [batch, 1, 1, seqlen_k]
+  kAdded,      ///< [1, seqlen_q, nheads_q, seqlen_k] normal numbers, some of them -Inf
+  kAddedRows,  ///< [batch, seqlen_q, 1, 1]
+};
+
+/// The operands of a case beside q, k and v.
+struct ScoreOperands {
+  MaskKind attn_mask = MaskKind::kNone;
+  DType mask_dtype = DType::kFloat32;  ///< of kAdded and kAddedRows
+  bool alibi_slopes = false;
+  bool sinks = false;
+  bool seqlens_k = false;
+  bool leftpad_k = false;
+};
+
 /// A problem with its inputs.
 struct KernelCase {
   int64_t batch = 1, seqlen_q = 0, seqlen_k = 0, nheads_q = 1, nheads_k = 1, head_dim = 0;
+  int64_t head_dim_v = 0;  ///< 0: head_dim
   AttentionOptions options = {};
   DType dtype = DType::kFloat32;
   DType out_dtype = DType::kFloat32;
@@ -43,13 +64,17 @@ struct KernelCase {
   Data data = Data::kNormal;
   int32_t threads = 1;
   uint64_t seed = 1;
+  ScoreOperands scores = {};
 
+  [[nodiscard]] int64_t out_dim() const { return head_dim_v == 0 ? head_dim : head_dim_v; }
   [[nodiscard]] std::string name() const;
 };
 
 struct KernelInputs {
   Tensor q, k, v;
-  [[nodiscard]] AttentionInputs operands() const { return {q.view(), k.view(), v.view()}; }
+  std::optional<Tensor> attn_mask = {}, alibi_slopes = {}, sinks = {}, seqlens_k = {},
+                        leftpad_k = {};
+  [[nodiscard]] AttentionInputs operands() const;
 };
 
 KernelInputs make_inputs(const KernelCase& problem);

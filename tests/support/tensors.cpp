@@ -112,6 +112,8 @@ void Tensor::set(int64_t b, int64_t s, int64_t h, int64_t d, double value) {
       return store(static_cast<int8_t>(value));
     case DType::kInt32:
       return store(static_cast<int32_t>(value));
+    case DType::kBool:
+      return store(static_cast<uint8_t>(value != 0));
   }
 }
 
@@ -133,6 +135,8 @@ double Tensor::get(int64_t b, int64_t s, int64_t h, int64_t d) const {
       return load(int8_t{});
     case DType::kInt32:
       return load(int32_t{});
+    case DType::kBool:
+      return load(uint8_t{}) != 0 ? 1 : 0;
   }
   return 0;
 }

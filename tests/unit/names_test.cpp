@@ -58,7 +58,8 @@ TEST(Names, OfTypesAndCodes) {
   EXPECT_EQ(to_string(DType::kBFloat16), "bfloat16");
   EXPECT_EQ(to_string(DType::kInt8), "int8");
   EXPECT_EQ(to_string(DType::kInt32), "int32");
-  EXPECT_EQ(to_string(static_cast<DType>(5)), "?");
+  EXPECT_EQ(to_string(DType::kBool), "bool");
+  EXPECT_EQ(to_string(static_cast<DType>(6)), "?");
   EXPECT_EQ(to_string(StatusCode::kOk), "Ok");
   EXPECT_EQ(to_string(StatusCode::kInvalidArgument), "InvalidArgument");
   EXPECT_EQ(to_string(StatusCode::kUnsupported), "Unsupported");

@@ -147,7 +147,8 @@ TEST_F(Npy, NamesTheMissingFileAndTheWrongRank) {
     read_npy_tensor("--k", write(file(flat, floats({0, 1, 2, 3, 4, 5}))), Layout::kBhsd);
     FAIL() << "no failure";
   } catch (const Failure& failure) {
-    EXPECT_NE(std::string(failure.what()).find("has 1 axes, want 4: [batch, head, seq, dim]"),
+    EXPECT_NE(std::string(failure.what())
+                  .find("has 1 axes of float32, want 4 of floats: [batch, head, seq, dim]"),
               std::string::npos);
   }
 }

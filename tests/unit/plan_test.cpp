@@ -231,7 +231,8 @@ TEST(Plan, RefusesAnotherProblem) {
     EXPECT_EQ(status.message(), message);
   };
   const std::string shapes = "inputs do not have the shapes the plan was made for";
-  const std::string types = "operands do not have the dtypes and the outputs the plan was made for";
+  const std::string types =
+      "operands do not have the dtypes, lengths and outputs the plan was made for";
   for (int64_t KernelCase::*extent :
        {&KernelCase::batch, &KernelCase::seqlen_q, &KernelCase::seqlen_k, &KernelCase::head_dim}) {
     for (const int64_t change : {-1, 1}) {

@@ -196,9 +196,9 @@ TEST(Validation, Shapes) {
                  [](Call& c) { c.k_view().shape[0] = 1; });
   expect_refused("k.shape[3]=7 must equal q.shape[3]=8 (head_dim)",
                  [](Call& c) { c.k_view().shape[3] = 7; });
-  expect_refused("v.shape got [2, 4, 2, 8], wants k.shape=[2, 5, 2, 8]",
+  expect_refused("v.shape got [2, 4, 2, 8], wants k.shape=[2, 5, 2, 8] but for head_dim_v",
                  [](Call& c) { c.v_view().shape[1] = 4; });
-  expect_refused("v.shape got [2, 5, 2, 7], wants k.shape=[2, 5, 2, 8]",
+  expect_refused("out.shape got [2, 3, 4, 8], wants [2, 3, 4, 7], as q and head_dim_v",
                  [](Call& c) { c.v_view().shape[3] = 7; });
   expect_refused("k.shape[2]=2 (nheads_k) must divide q.shape[2]=3 (nheads_q)",
                  [](Call& c) { c.q_view().shape[2] = 3; });
@@ -232,7 +232,7 @@ TEST(Validation, TypesAndPointers) {
   expect_refused("v.dtype got int32, wants float32, float16 or bfloat16",
                  [](Call& c) { c.v_view().dtype = DType::kInt32; });
   expect_refused("k.dtype is not a type of attn8::DType",
-                 [](Call& c) { c.k_view().dtype = static_cast<DType>(5); });
+                 [](Call& c) { c.k_view().dtype = static_cast<DType>(6); });
   expect_refused("out.dtype got int8, wants float32, float16 or bfloat16",
                  [](Call& c) { c.outputs.out.dtype = DType::kInt8; });
   expect_refused("lse.dtype got float16, wants float32",

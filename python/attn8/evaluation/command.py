@@ -38,7 +38,7 @@ def _choices(*known: str) -> Any:
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command."""
-    modes = _choices("exact", "half", "accurate", "paper", "fp8")
+    modes = _choices("exact", "half", "accurate", "paper", "fp8", "half-plain", "accurate-plain")
     found = argparse.ArgumentParser(
         prog="python -m attn8 eval",
         description="Evaluate INT8 attention on whole models, beside torch's SDPA on the same "
@@ -49,7 +49,9 @@ def parser() -> argparse.ArgumentParser:
     add("--model", default="smollm2", help="causal model: smollm2, a directory or a GGUF file")
     add("--encoder", default="minilm", help="encoder: minilm, or a directory")
     add("--text", default="kjv", help="kjv (Debian's bible-kjv) or a UTF-8 file")
-    add("--modes", type=modes, default=["exact", "half", "accurate", "paper", "fp8"])
+    add("--modes", type=modes, default="exact,half,accurate,accurate-plain,paper,fp8",
+        help="exact, half, accurate, paper, fp8; half-plain and accurate-plain: q, k not rotated",
+    )  # fmt: skip
     add("--lengths", type=_numbers, default=[512, 1024, 2048, 4096, 8192], metavar="N,N,...")
     add("--tokens", type=int, default=8192, help="tokens read at every length")
     add("--fp8-tokens", type=int, default=1024, help="tokens that mode fp8 reads (emulated: slow)")

@@ -21,8 +21,12 @@ from attn8.transformers import Int8Cache, attention_function, register
 Progress = Callable[[Iterable[Any], str], Iterable[Any]]
 """Wraps what is iterated over, with a label: a progress bar, or nothing."""
 
-MODES = ("exact", "half", "accurate", "paper", "fp8")
 _ROWS = 256  # of logits at a time: 256 rows of 49152 floats are 50 MB
+
+
+def _options(mode: str) -> dict[str, Any]:
+    name, _, plain = mode.partition("-")  # "accurate-plain": q and k not rotated
+    return {"mode": name, "rotate": not plain}
 
 
 def implementation(mode: str) -> str:
@@ -30,7 +34,7 @@ def implementation(mode: str) -> str:
     if mode == "float":
         return "sdpa"
     name = f"attn8-{mode}"
-    register(name, mode=mode)
+    register(name, **_options(mode))
     return name
 
 
@@ -161,7 +165,7 @@ def _with_layers(
     global _replaced, _replacement
     AttentionInterface.register("attn8-some-layers", _some_layers)
     AttentionMaskInterface.register("attn8-some-layers", _no_mask)
-    _replaced, _replacement = frozenset(layers), attention_function(mode)
+    _replaced, _replacement = frozenset(layers), attention_function(**_options(mode))
     model.set_attn_implementation("attn8-some-layers")
     with torch.inference_mode():
         out = model.model(ids, use_cache=False, output_hidden_states=True)
@@ -232,38 +236,31 @@ def generations(model: Any, tokenizer: Any, new_tokens: int, progress: Progress)
     Returns
     -------
     dict
-        ``runs``: per prompt the texts, and after how many tokens they part; and the bytes of the
-        caches at the end of the last.
+        ``runs``: per prompt the texts, and after how many tokens they part.
     """
     runs = []
     for prompt in progress(PROMPTS, "generation"):
         ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
-        outs, held = {}, {}
+        outs = {}
         for name, mode, make in (
             ("float", "float", DynamicCache),
             ("accurate", "accurate", DynamicCache),
             ("accurate, INT8 cache", "accurate", Int8Cache),
         ):
             model.set_attn_implementation(implementation(mode))
-            cache = make()
             with torch.inference_mode():
                 out = model.generate(
                     ids,
                     attention_mask=torch.ones_like(ids),
-                    past_key_values=cache,
+                    past_key_values=make(),
                     max_new_tokens=new_tokens,
                     min_new_tokens=new_tokens,
                     do_sample=False,
                     pad_token_id=0,
                 )
             outs[name] = out[0, ids.shape[1] :]
-            held[name] = (
-                cache.nbytes
-                if isinstance(cache, Int8Cache)
-                else sum(x.keys.nbytes + x.values.nbytes for x in cache.layers)
-            )
         wanted = outs["float"]
-        run: dict[str, Any] = {"prompt": prompt, "tokens": new_tokens, "cache_bytes": held}
+        run: dict[str, Any] = {"prompt": prompt, "tokens": new_tokens}
         for name, out in outs.items():
             differs = (out != wanted).nonzero()
             run[name] = {
@@ -286,17 +283,24 @@ def timings(
     -------
     list of dict
         Per length: milliseconds of every run by implementation, and the median of the ratios of
-        neighbouring runs, which other work on the machine disturbs least.
+        neighbouring runs, which other work on the machine disturbs least; bytes of the caches.
     """
     configurations = {
         "float": ("float", DynamicCache),
         "accurate, INT8 cache": ("accurate", Int8Cache),
     }
     steps = 8
+
+    def held(cache: Any) -> int:
+        if isinstance(cache, Int8Cache):
+            return cache.nbytes
+        return sum(x.keys.nbytes + x.values.nbytes for x in cache.layers)
+
     rows = []
     for length in lengths:
         prefill: dict[str, list[float]] = {name: [] for name in configurations}
         decode: dict[str, list[float]] = {name: [] for name in configurations}
+        cache_bytes: dict[str, int] = {}
         for _ in progress(range(repeats), f"time at {length} tokens"):
             for name, (mode, make) in configurations.items():
                 model.set_attn_implementation(implementation(mode))
@@ -310,7 +314,9 @@ def timings(
                     for _ in range(steps):
                         model(ids[:, :1], past_key_values=cache, logits_to_keep=1)
                     decode[name].append(1e3 * (time.perf_counter() - start) / steps)
+                cache_bytes[name] = held(cache)
         row: dict[str, Any] = {"length": length, "threads": torch.get_num_threads()}
+        row["cache_bytes"] = cache_bytes
         for label, found in (("prefill", prefill), ("decode", decode)):
             theirs, ours = found.values()
             ratios = [a / b for a, b in zip(theirs, ours, strict=True)]

@@ -104,11 +104,14 @@ def timing(rows: list[dict[str, Any]]) -> list[str]:
             body.append(
                 (
                     f"{part}, {row['length']} tokens",
-                    *(f"{times[len(times) // 2]:.0f}" for times in ms),
+                    *(f"{times[len(times) // 2]:.0f} ms" for times in ms),
                     f"{row[part]['speedup']:.2f}",
                 )
             )
-    return _table(("whole model", "torch SDPA, ms", "accurate, ms", "times as fast"), body)
+        held = row["cache_bytes"].values()
+        body.append((f"cache, {row['length']} tokens", *(f"{n / 2**20:.0f} MiB" for n in held), ""))
+    head = ("whole model", "torch SDPA, float cache", "accurate, INT8 cache", "times as fast")
+    return _table(head, body)
 
 
 def embeddings(rows: list[dict[str, Any]]) -> list[str]:

@@ -34,6 +34,7 @@ namespace {
 #include "cpu/kernels/tile_walk-inl.hpp"
 #include "cpu/kernels/products-inl.hpp"
 #include "cpu/kernels/online_softmax-inl.hpp"
+#include "cpu/kernels/score_changes-inl.hpp"
 #include "cpu/kernels/score_grid-inl.hpp"
 #include "cpu/kernels/attend_accurate-inl.hpp"
 #include "cpu/kernels/attend_paper-inl.hpp"

@@ -101,6 +101,16 @@ ATTN8_INLINE F32 keep_lanes(F32 a, int lo, int hi, F32 other) {
   return {_mm256_blendv_ps(other.lo, a.lo, _mm256_castsi256_ps(in_low)),
           _mm256_blendv_ps(other.hi, a.hi, _mm256_castsi256_ps(in_high))};
 }
+/// x where a < b, else y.
+ATTN8_INLINE F32 where_less(F32 a, F32 b, F32 x, F32 y) {
+  return {_mm256_blendv_ps(y.lo, x.lo, _mm256_cmp_ps(a.lo, b.lo, _CMP_LT_OQ)),
+          _mm256_blendv_ps(y.hi, x.hi, _mm256_cmp_ps(a.hi, b.hi, _CMP_LT_OQ))};
+}
+ATTN8_INLINE I32 where_less(F32 a, F32 b, I32 x, I32 y) {
+  const F32 chosen = where_less(a, b, F32{_mm256_castsi256_ps(x.lo), _mm256_castsi256_ps(x.hi)},
+                                F32{_mm256_castsi256_ps(y.lo), _mm256_castsi256_ps(y.hi)});
+  return {_mm256_castps_si256(chosen.lo), _mm256_castps_si256(chosen.hi)};
+}
 ATTN8_INLINE float reduce_max(F32 a) {
   const __m256 m8 = _mm256_max_ps(a.lo, a.hi);
   const __m128 m4 = _mm_max_ps(_mm256_castps256_ps128(m8), _mm256_extractf128_ps(m8, 1));

@@ -64,6 +64,13 @@ ATTN8_INLINE F32 keep_lanes(F32 a, int lo, int hi, F32 other) {
                            _mm512_cmplt_epi32_mask(lane, _mm512_set1_epi32(hi));
   return {_mm512_mask_mov_ps(other.v, inside, a.v)};
 }
+/// x where a < b, else y.
+ATTN8_INLINE F32 where_less(F32 a, F32 b, F32 x, F32 y) {
+  return {_mm512_mask_mov_ps(y.v, _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), x.v)};
+}
+ATTN8_INLINE I32 where_less(F32 a, F32 b, I32 x, I32 y) {
+  return {_mm512_mask_mov_epi32(y.v, _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), x.v)};
+}
 ATTN8_INLINE float reduce_max(F32 a) { return _mm512_reduce_max_ps(a.v); }
 
 /// 16 numbers rounded to bfloat16 (nearest even); a finite. kNative: by AVX512-BF16, which not

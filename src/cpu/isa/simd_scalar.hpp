@@ -90,6 +90,13 @@ ATTN8_INLINE F32 scale_by_power(const F32& x, const F32& magic) {
 ATTN8_INLINE F32 keep_lanes(const F32& a, int lo, int hi, const F32& other) {
   return {((kLane >= lo) & (kLane < hi)) ? a.v : other.v};
 }
+/// x where a < b, else y.
+ATTN8_INLINE F32 where_less(const F32& a, const F32& b, const F32& x, const F32& y) {
+  return {a.v < b.v ? x.v : y.v};
+}
+ATTN8_INLINE I32 where_less(const F32& a, const F32& b, const I32& x, const I32& y) {
+  return {a.v < b.v ? x.v : y.v};
+}
 ATTN8_INLINE float reduce_max(const F32& a) {
   float largest = a.v[0];
   for (int i = 1; i < 16; ++i) largest = a.v[i] > largest ? a.v[i] : largest;

@@ -190,7 +190,7 @@ class SkewedWalk {
 
 /// Whether 16-bit scores hold every score of the tile.
 inline bool fits_skewed(const AttendTile& tile) {
-  if (tile.kv.channel_scale) return false;
+  if (tile.kv.channel_scale || tile.changes != nullptr) return false;
   float largest = 0;
   for (int r = 0; r < tile.rows; ++r) {
     const float bound = tile.query_norm[r] * tile.score_factor[r];

@@ -3,7 +3,7 @@
 
 // `accurate`, one phase after the other: scores, weights, products. Every ISA has it; AVX-512 runs
 // attend_skewed-inl.hpp where that applies, with the same bits. Included inside the namespace of an
-// ISA after score_grid-inl.hpp and products-inl.hpp.
+// ISA after score_grid-inl.hpp, products-inl.hpp and score_changes-inl.hpp.
 
 /// What a block does to the rows of a pass.
 struct GridStep {
@@ -13,9 +13,27 @@ struct GridStep {
   float residual[kRowGroup];      ///< rho
 };
 
-/// Scores of a block on the grid, and the rows' maxima.
-template <int kRows>
-ATTN8_KERNEL_INLINE void grid_scores(const AttendTile& tile, const RowGroup& rows, int32_t* scores,
+/// Scores of a block before they are rounded to the grid.
+template <bool kChanged>
+ATTN8_INLINE F32 score_of_product(const AttendTile& tile, int row, const KeyRecord& record,
+                                  int lane, I32 product) {
+  const F32 x = to_float(product) * load(record.k_scale + lane);
+  const F32 factor = broadcast(tile.score_factor[row]);
+  const F32 offset = load(record.offset + lane);
+  if constexpr (kChanged) {
+    const ScoreChanges& changes = *tile.changes;
+    if (changes.softcap != 0) {
+      const F32 uncapped = fused(x, factor, broadcast(changes.mean_score[row]));
+      return fused(tanh_of_octaves(uncapped), broadcast(changes.softcap), offset);
+    }
+  }
+  return fused(x, factor, offset);
+}
+
+/// Scores of a block on the grid, and the rows' maxima. kChanged: tile.changes applies.
+template <int kRows, bool kChanged>
+ATTN8_KERNEL_INLINE void grid_scores(const AttendTile& tile, const RowGroup& rows,
+                                     const TileScratch& scratch, int32_t* scores,
                                      int32_t* block_max) {
   I32 largest[kRows];
 #pragma GCC unroll 4
@@ -25,10 +43,18 @@ ATTN8_KERNEL_INLINE void grid_scores(const AttendTile& tile, const RowGroup& row
     const KeyRecord& record = tile.kv.records(rows.block)[group];
     int32_t* out = scores + group * kKeyGroup;  // [kRows][kv_block]
     query_products<kRows>(tile, rows, group, [&](int r, int lane, I32 sum) ATTN8_INLINE_LAMBDA {
-      const F32 x = to_float(sum) * load(record.k_scale + lane);
-      const F32 v =
-          fused(x, broadcast(tile.score_factor[rows.first_row + r]), load(record.offset + lane));
+      F32 v = score_of_product<kChanged>(tile, rows.first_row + r, record, lane, sum);
+      F32 bias = broadcast(0.0f);
+      if constexpr (kChanged) {
+        if (tile.changes->biased) {
+          bias = load(scratch.bias + r * tile.kv_block + group * kKeyGroup + lane);
+          v = v + bias;
+        }
+      }
       I32 t = round_to_grid(max(broadcast(-kGridLimit), min(broadcast(kGridLimit), v)));
+      if constexpr (kChanged) {
+        t = where_less(bias, broadcast(kLowestScore), broadcast_i32(kHiddenScore), t);
+      }
       if (!full) [[unlikely]] {
         int lo = 0;
         int hi = 0;
@@ -93,7 +119,12 @@ ATTN8_KERNEL_INLINE void attend_block_accurate(const AttendTile& tile, const Til
                                                const RowGroup& rows) {
   auto* scores = reinterpret_cast<int32_t*>(scratch.scores);
   int32_t block_max[kRows];
-  grid_scores<kRows>(tile, rows, scores, block_max);
+  if (tile.changes == nullptr) {
+    grid_scores<kRows, false>(tile, rows, scratch, scores, block_max);
+  } else {
+    if (tile.changes->biased) score_bias(tile, scratch, rows, kRows);
+    grid_scores<kRows, true>(tile, rows, scratch, scores, block_max);
+  }
   const float value_scale =
       tile.kv.channel_scale ? 1.0f : tile.kv.header(rows.block).v_scale / tile.kv.v_ref;
   GridStep step;
@@ -104,8 +135,8 @@ ATTN8_KERNEL_INLINE void attend_block_accurate(const AttendTile& tile, const Til
     step.value_weight[r] = step.weight[r] == 0 ? 0.0f : step.weight[r] * value_scale;
     const GridSums sums = grid_weights(tile, rows, scores + r * tile.kv_block, block_max[r],
                                        scratch.codes + r * tile.kv_block);
-    step.residual[r] =
-        sees_block(tile, rows, r) ? static_cast<float>(sums.residual) * 0x1p-8f : 0.0f;
+    const bool sees_all = sees_block(tile, rows, r) && !hides_keys(tile, scratch, r);
+    step.residual[r] = sees_all ? static_cast<float>(sums.residual) * 0x1p-8f : 0.0f;
     tile.normalizer[row] = __builtin_fmaf(step.weight[r], static_cast<float>(sums.weights),
                                           tile.normalizer[row] * step.rescale[r]);
   }

@@ -121,15 +121,17 @@ ATTN8_KERNEL_INLINE void weigh_group(const AttendTile& tile, const RowGroup& row
   int lo = 0;
   int hi = 0;
   visible_lanes(tile, rows, r, group, &lo, &hi);
+  const bool some_hidden = hi - lo != kKeyGroup || tile.changes != nullptr;
   const float* scores = row_scores + group * kKeyGroup;
   std::byte* weights =
       reinterpret_cast<std::byte*>(row_scores) + group * kKeyGroup * 4 / Words::kPerWord;
 #pragma GCC unroll 4
   for (int c = 0; c < 4; ++c) {
     const int lane = 16 * c;
-    F32 w = exp2_scaled<5, 1>(load(scores + lane) - broadcast(subtract));
-    if (hi - lo != kKeyGroup) [[unlikely]] {
-      w = keep_lanes(w, lo - lane, hi - lane, broadcast(0.0f));
+    const F32 score = load(scores + lane);
+    F32 w = exp2_scaled<5, 1>(score - broadcast(subtract));
+    if (some_hidden) [[unlikely]] {
+      w = where_less(score, broadcast(kLowestScore), broadcast(0.0f), w);
     }
     weight_sum = weight_sum + w;
     Words::store_weights(weights + lane * 4 / Words::kPerWord, w);
@@ -181,6 +183,7 @@ ATTN8_KERNEL_INLINE void attend_block_float(const AttendTile& tile, const RowGro
   } else {
     word_scores<Scores, kRows>(tile, rows, scratch.scores, block_max);
   }
+  if (tile.changes != nullptr) change_scores(tile, scratch, rows, kRows, block_max);
   advance(state, block_max, kRows);
   for (int r = 0; r < kRows; ++r) {
     F32 weight_sum = broadcast(0.0f);

@@ -44,6 +44,7 @@ ATTN8_KERNEL_INLINE void attend_block_paper(const AttendTile& tile, const TileSc
   for (int r = 0; r < kRows; ++r) state.max[r] = tile.row_max[rows.first_row + r];
   float block_max[kRows];
   float_scores<kRows>(tile, rows, scratch.scores, block_max);
+  if (tile.changes != nullptr) change_scores(tile, scratch, rows, kRows, block_max);
   advance(state, block_max, kRows);
   for (int r = 0; r < kRows; ++r) {
     const int row = rows.first_row + r;
@@ -55,14 +56,15 @@ ATTN8_KERNEL_INLINE void attend_block_paper(const AttendTile& tile, const TileSc
       int lo = 0;
       int hi = 0;
       visible_lanes(tile, rows, r, group, &lo, &hi);
+      const bool some_hidden = hi - lo != kKeyGroup || tile.changes != nullptr;
       I32 rounded[4];
 #pragma GCC unroll 4
       for (int c = 0; c < 4; ++c) {
         const int lane = 16 * c;
-        F32 w = exp2_scaled<4, 127>(load(scratch.scores + offset + lane) -
-                                    broadcast(state.subtract[r]));
-        if (hi - lo != kKeyGroup) [[unlikely]] {
-          w = keep_lanes(w, lo - lane, hi - lane, broadcast(0.0f));
+        const F32 score = load(scratch.scores + offset + lane);
+        F32 w = exp2_scaled<4, 127>(score - broadcast(state.subtract[r]));
+        if (some_hidden) [[unlikely]] {
+          w = where_less(score, broadcast(kLowestScore), broadcast(0.0f), w);
         }
         rounded[c] = round_to_int(w);
         code_sum = code_sum + to_float(rounded[c]);

@@ -8,7 +8,8 @@ inline size_t scratch_bytes(int kv_block) {
   const auto block = static_cast<size_t>(kRowGroup * kv_block);
   const size_t value_sums =
       kValueCodesOffset ? static_cast<size_t>(kv_block / kKeyGroup) * 256 * sizeof(int32_t) : 0;
-  return sums + block * sizeof(float) + block + value_sums;
+  const size_t bias = block * sizeof(float) + 16 * sizeof(int32_t);
+  return sums + block * sizeof(float) + block + bias + value_sums;
 }
 
 /// kNative: the CPU has AVX512-BF16.

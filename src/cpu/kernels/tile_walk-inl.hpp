@@ -11,6 +11,8 @@ struct TileScratch {
   int32_t* ref;         ///< [kQueryTile] references (`accurate`), 1/64 octaves
   float* scores;        ///< [kRowGroup][kv_block] log2 units, or int32 1/64 octaves (`accurate`)
   std::byte* codes;     ///< [kRowGroup][kv_block] u8, groups of 64 in P's order
+  float* bias;          ///< [kRowGroup][kv_block] what is added to scores (ScoreChanges)
+  int32_t* hides;       ///< [kRowGroup] whether attn_mask hides a key of the block from the row
   int32_t* value_sums;  ///< [kv_block / 64][256] 128 times the sums of the block's V codes
 };
 
@@ -20,8 +22,10 @@ inline TileScratch tile_scratch(const AttendTile& tile) {
   auto* ref = reinterpret_cast<int32_t*>(weights + 16 * kQueryTile);
   auto* scores = reinterpret_cast<float*>(ref + kQueryTile);
   auto* codes = reinterpret_cast<std::byte*>(scores + kRowGroup * tile.kv_block);
-  auto* value_sums = reinterpret_cast<int32_t*>(codes + kRowGroup * tile.kv_block);
-  return {sums, weights, ref, scores, codes, value_sums};
+  auto* bias = reinterpret_cast<float*>(codes + kRowGroup * tile.kv_block);
+  auto* hides = reinterpret_cast<int32_t*>(bias + kRowGroup * tile.kv_block);
+  int32_t* value_sums = hides + 16;
+  return {sums, weights, ref, scores, codes, bias, hides, value_sums};
 }
 
 /// The rows of a tile that one pass computes, and the key groups of a block that any of them sees.

@@ -16,6 +16,28 @@ KeyRange = tuple[int, int]
 """First key, and the key after the last, that a sequence may see."""
 
 
+def query_range(keys: KeyRange, seqlen_q: int, seqlen_k: int, masked: bool) -> tuple[int, int]:
+    """Return the queries of a sequence that keep the diagonal where the keys are cut.
+
+    A query sees by its position: cutting the queries where the keys are cut leaves the bottom-right
+    diagonal where it is.
+
+    Parameters
+    ----------
+    keys : KeyRange
+        The keys that are not padding.
+    seqlen_q, seqlen_k : int
+        Padded lengths; the last query stands at the last key.
+    masked : bool
+        Whether there is a diagonal; without one all queries stay.
+    """
+    if not masked:
+        return 0, seqlen_q
+    offset = seqlen_k - seqlen_q  # position of the first query among the keys
+    first = min(max(keys[0] - offset, 0), seqlen_q)
+    return first, max(min(keys[1] - offset, seqlen_q), first)
+
+
 def _slice(x: Array, batch: int, first: int, last: int, layout: str) -> Array:
     return x[batch : batch + 1, first:last] if layout == "bshd" else x[
         batch : batch + 1, :, first:last
@@ -69,13 +91,9 @@ def attend_ranges(
     if all(given == (0, seqlen_k) for given in ranges):
         return attention(q, k, v, **options)
     out = empty(q, tuple(q.shape))
-    offset = seqlen_k - seqlen_q  # position of the first query among the keys
+    masked = causal or tuple(window_size) != (-1, -1)
     for i, (first, last) in enumerate(ranges):
-        # A query sees by its position: cutting the queries where the keys are cut keeps the
-        # bottom-right diagonal where it was.
-        masked = causal or tuple(window_size) != (-1, -1)
-        q_first = min(max(first - offset, 0), seqlen_q) if masked else 0
-        q_last = max(min(last - offset, seqlen_q), q_first) if masked else seqlen_q
+        q_first, q_last = query_range((first, last), seqlen_q, seqlen_k, masked)
         _slice(out, i, 0, q_first, layout)[...] = 0
         _slice(out, i, q_last, seqlen_q, layout)[...] = 0
         if q_first < q_last:
