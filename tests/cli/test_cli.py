@@ -428,6 +428,36 @@ def test_calibrate_keeps_the_budget(tmp_path: Path) -> None:
     assert "--out" in refuse(2, "calibrate", "--model", "minilm", "--out", missing)
 
 
+def test_run_follows_a_policy(qkv: dict[str, Path], tmp_path: Path) -> None:
+    """Heads that the policy names have the bits of their mode; other layers are accurate."""
+    policy = tmp_path / "policy.json"
+    heads = [{"layer": 3, "kv_head": 1, "mode": "exact"}]
+    head = {"format": "attn8-head-policy", "version": 1, "default": "accurate"}
+    policy.write_text(json.dumps({**head, "heads": heads}))
+    outs = {}
+    cases: dict[str, tuple[str | Path, ...]] = {
+        "accurate": (),
+        "exact": ("--mode", "exact"),
+        "layer 3": ("--policy", policy, "--layer", "3"),
+        "layer 2": ("--policy", policy, "--layer", "2"),
+    }
+    for name, args in cases.items():
+        out = tmp_path / "o.npy"
+        report = json.loads(succeed("run", *operands(qkv), "--out", out, *args, "--json"))
+        assert report.get("head_modes") == (["accurate", "exact"] if name == "layer 3" else None)
+        outs[name] = np.load(out)
+    assert (outs["layer 2"] == outs["accurate"]).all()
+    assert (outs["layer 3"][:, :, :2] == outs["accurate"][:, :, :2]).all()
+    assert (outs["layer 3"][:, :, 2:] == outs["exact"][:, :, 2:]).all()
+    assert not (outs["exact"] == outs["accurate"]).all()
+    out = tmp_path / "none.npy"
+    both = ("--policy", policy, "--mode", "half")
+    assert "--policy" in refuse(2, "run", *operands(qkv), "--out", out, *both)
+    policy.write_text("{}")
+    assert "is not a policy" in refuse(2, "run", *operands(qkv), "--out", out, *both[:2])
+    assert not out.exists()
+
+
 def test_soak_json() -> None:
     """Same seed, same life; another seed, another."""
     lives = []
