@@ -223,6 +223,23 @@ ATTN8_API attn8_status attn8_dequantize(const attn8_tensor* x, const attn8_tenso
 
 /* attention */
 
+/* What changes scores or what counts beside q, k and v: the operands of attn8::AttentionInputs.
+ * NULL: none. */
+typedef struct attn8_score_operands {
+  uint32_t struct_size;
+  int32_t reserved; /* 0 */
+  /* [batch or 1, seqlen_q or 1, nheads_q or 1, seqlen_k or 1] bool (0 hides) or a float type
+   * (added, in nats) */
+  const attn8_tensor* attn_mask;
+  const attn8_tensor* alibi_slopes; /* [batch or 1, 1, nheads_q, 1] float32 */
+  const attn8_tensor* sinks;        /* [1, 1, nheads_q, 1] float32, in nats */
+  const attn8_tensor* seqlens_k;    /* [batch, 1, 1, 1] int32: keys of each sequence */
+  const attn8_tensor* leftpad_k;    /* [batch, 1, 1, 1] int32: first keys that do not count */
+} attn8_score_operands;
+
+ATTN8_API attn8_status attn8_score_operands_init(attn8_score_operands* scores,
+                                                 uint32_t struct_size);
+
 typedef struct attn8_attention_params {
   uint32_t struct_size;
   int32_t mode;              /* default ATTN8_ACCURATE */
@@ -237,7 +254,10 @@ typedef struct attn8_attention_params {
   int32_t smooth_k;          /* default 1: subtract the mean of a float K */
   int32_t check_finite;      /* default 0; else a NaN or an Inf of a float input is an error */
   int32_t fp8_format;        /* default ATTN8_FP8_E4M3_TENSOR */
-  int32_t reserved;          /* 0 */
+  float softcap;             /* default 0: none; else scores s become softcap tanh(s / softcap) */
+  int64_t q_offset;          /* default 0: attn8::Mask */
+  int64_t k_offset;          /* default 0 */
+  const attn8_score_operands* scores; /* default NULL: none */
 } attn8_attention_params;
 
 ATTN8_API attn8_status attn8_attention_params_init(attn8_attention_params* params,
@@ -292,6 +312,15 @@ ATTN8_API attn8_status attn8_plan_run(const attn8_plan* plan, const attn8_tensor
                                       void* workspace, size_t workspace_bytes,
                                       attn8_run_times* times);
 
+/* The same with score operands; seqlens_k and leftpad_k as the plan was made with or without them.
+ */
+ATTN8_API attn8_status attn8_plan_run_with_scores(const attn8_plan* plan, const attn8_tensor* q,
+                                                  const attn8_tensor* k, const attn8_tensor* v,
+                                                  const attn8_score_operands* scores,
+                                                  const attn8_tensor* out, const attn8_tensor* lse,
+                                                  void* workspace, size_t workspace_bytes,
+                                                  attn8_run_times* times);
+
 /* Merges attention over disjoint sets of keys into that over all: attn8::merge_states().
  *   outs, lses  `count` tensors each: what attn8_attention() wrote for the parts
  *   out, lse    as of attn8_attention(); may be tensors of a part; lse NULL: not wanted */
@@ -334,13 +363,14 @@ typedef struct attn8_kv_cache_usage {
 
 typedef struct attn8_kv_attention_params {
   uint32_t struct_size;
-  int32_t has_softmax_scale; /* default 0: 1 / sqrt(head_dim) */
-  float softmax_scale;       /* finite; read when has_softmax_scale */
-  int32_t causal;            /* default 0 */
-  int32_t causal_align;      /* default ATTN8_BOTTOM_RIGHT */
-  int32_t reserved;          /* 0 */
-  int64_t window_left;       /* default -1: unlimited */
-  int64_t window_right;      /* default -1: unlimited */
+  int32_t has_softmax_scale;          /* default 0: 1 / sqrt(head_dim) */
+  float softmax_scale;                /* finite; read when has_softmax_scale */
+  int32_t causal;                     /* default 0 */
+  int32_t causal_align;               /* default ATTN8_BOTTOM_RIGHT */
+  float softcap;                      /* default 0: none */
+  int64_t window_left;                /* default -1: unlimited */
+  int64_t window_right;               /* default -1: unlimited */
+  const attn8_score_operands* scores; /* default NULL; alibi_slopes and sinks only, batch 1 */
 } attn8_kv_attention_params;
 
 ATTN8_API attn8_status attn8_kv_cache_params_init(attn8_kv_cache_params* params,

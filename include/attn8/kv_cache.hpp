@@ -46,6 +46,10 @@ struct KvCacheAttentionOptions {
   std::optional<float> softmax_scale = std::nullopt;  ///< finite; nullopt: 1/sqrt(head_dim)
   /// Per sequence, with its number of queries as seqlen_q and its length as seqlen_k.
   Mask mask = {};
+  /// As of AttentionOptions and AttentionInputs.
+  float softcap = 0;
+  std::optional<ConstTensorView> alibi_slopes = std::nullopt;  ///< [1, 1, nheads_q, 1]
+  std::optional<ConstTensorView> sinks = std::nullopt;         ///< [1, 1, nheads_q, 1]
 };
 
 /// Paged KV cache in INT8 on the CPU, for Mode::kAccurate: one scale per token and kv head for K

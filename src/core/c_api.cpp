@@ -94,61 +94,6 @@ attn8_attention_params default_attention_params() noexcept {
   return params;
 }
 
-Status read_tensor(const std::string& name, const attn8_tensor* in, TensorView& view,
-                   const attn8_quantization*& quantization) {
-  attn8_tensor tensor = {};
-  ATTN8_RETURN_IF_ERROR(read(name, in, offsetof(attn8_tensor, quantization), tensor));
-  view.data = tensor.data;
-  view.dtype = enumerator<DType>(tensor.dtype);
-  view.device = {enumerator<DeviceType>(tensor.device_type), tensor.device_index};
-  std::copy_n(tensor.shape, 4, view.shape.begin());
-  std::copy_n(tensor.strides, 4, view.strides.begin());
-  quantization = tensor.quantization;
-  return {};
-}
-
-}  // namespace
-
-Status c_api::read_plain(const std::string& name, const attn8_tensor* in, TensorView& view) {
-  const attn8_quantization* quantization = nullptr;
-  ATTN8_RETURN_IF_ERROR(read_tensor(name, in, view, quantization));
-  if (quantization != nullptr) return invalid(name, ".quantization is set, wants NULL");
-  return {};
-}
-
-Status c_api::read_optional(const std::string& name, const attn8_tensor* in,
-                            std::optional<TensorView>& view) {
-  if (in == nullptr) return {};
-  return read_plain(name, in, view.emplace());
-}
-
-Status c_api::read_operand(const std::string& name, const attn8_tensor* in, Operand& operand) {
-  TensorView view;
-  const attn8_quantization* in_quantization = nullptr;
-  ATTN8_RETURN_IF_ERROR(read_tensor(name, in, view, in_quantization));
-  if (in_quantization == nullptr) {
-    operand = ConstTensorView(view);
-    return {};
-  }
-  attn8_quantization quantization = {};
-  ATTN8_RETURN_IF_ERROR(read(name + ".quantization", in_quantization,
-                             offsetof(attn8_quantization, mean), quantization));
-  ATTN8_RETURN_IF_ERROR(check_reserved(name + ".quantization", quantization.reserved));
-  TensorView scale;
-  std::optional<TensorView> mean;
-  ATTN8_RETURN_IF_ERROR(read_plain(name + ".scale", quantization.scale, scale));
-  ATTN8_RETURN_IF_ERROR(read_optional(name + ".mean", quantization.mean, mean));
-  QuantizedView quantized;
-  quantized.codes = view;
-  quantized.scale = scale;
-  quantized.spec = {enumerator<Granularity>(quantization.granularity), quantization.block};
-  if (mean.has_value()) quantized.mean = *mean;
-  operand = quantized;
-  return {};
-}
-
-namespace {
-
 struct Problem {
   AttentionInputs inputs;
   AttentionOutputs outputs;
@@ -168,11 +113,12 @@ Status read_problem(const attn8_tensor* q, const attn8_tensor* k, const attn8_te
   return read_optional("lse", lse, problem.outputs.lse);
 }
 
-Status read_options(const attn8_attention_params* in, AttentionOptions& options) {
+/// The options, and into `inputs` the operands that params name.
+Status read_options(const attn8_attention_params* in, AttentionOptions& options,
+                    AttentionInputs& inputs) {
   if (in == nullptr) return {};
   attn8_attention_params params = default_attention_params();
   ATTN8_RETURN_IF_ERROR(read("params", in, kUnit, params));
-  ATTN8_RETURN_IF_ERROR(check_reserved("params", params.reserved));
   options.mode = enumerator<Mode>(params.mode);
   if (params.has_softmax_scale != 0) options.softmax_scale = params.softmax_scale;
   options.mask = {params.causal != 0, enumerator<CausalAlign>(params.causal_align),
@@ -182,7 +128,10 @@ Status read_options(const attn8_attention_params* in, AttentionOptions& options)
   options.smooth_k = params.smooth_k != 0;
   options.check_finite = params.check_finite != 0;
   options.fp8_format = enumerator<Fp8Format>(params.fp8_format);
-  return {};
+  options.softcap = params.softcap;
+  options.mask.q_offset = params.q_offset;
+  options.mask.k_offset = params.k_offset;
+  return read_scores(params.scores, inputs);
 }
 
 /// A dense tensor; `order` names its dimensions in memory from the innermost to the outermost.
@@ -332,6 +281,11 @@ attn8_status attn8_dequantize(const attn8_tensor* x, const attn8_tensor* out,
   });
 }
 
+attn8_status attn8_score_operands_init(attn8_score_operands* scores, uint32_t struct_size) {
+  return call(
+      [&] { return initialize("scores", attn8_score_operands{}, scores, struct_size, kUnit); });
+}
+
 attn8_status attn8_attention_params_init(attn8_attention_params* params, uint32_t struct_size) {
   return call(
       [&] { return initialize("params", default_attention_params(), params, struct_size, kUnit); });
@@ -344,7 +298,7 @@ attn8_status attn8_attention(const attn8_tensor* q, const attn8_tensor* k, const
     Problem problem;
     AttentionOptions options;
     ATTN8_RETURN_IF_ERROR(read_problem(q, k, v, out, lse, problem));
-    ATTN8_RETURN_IF_ERROR(read_options(params, options));
+    ATTN8_RETURN_IF_ERROR(read_options(params, options, problem.inputs));
     return attention(problem.inputs, problem.outputs, options, context_of(context));
   });
 }
@@ -359,7 +313,7 @@ attn8_status attn8_plan_create(const attn8_tensor* q, const attn8_tensor* k, con
     Problem problem;
     AttentionOptions options;
     ATTN8_RETURN_IF_ERROR(read_problem(q, k, v, out, lse, problem));
-    ATTN8_RETURN_IF_ERROR(read_options(params, options));
+    ATTN8_RETURN_IF_ERROR(read_options(params, options, problem.inputs));
     Result<AttentionPlan> made =
         AttentionPlan::make(problem.inputs, problem.outputs, options, context_of(context));
     if (!made.ok()) return made.status();
@@ -393,11 +347,21 @@ int32_t attn8_plan_v_granularity(const attn8_plan* plan) {
 attn8_status attn8_plan_run(const attn8_plan* plan, const attn8_tensor* q, const attn8_tensor* k,
                             const attn8_tensor* v, const attn8_tensor* out, const attn8_tensor* lse,
                             void* workspace, size_t workspace_bytes, attn8_run_times* times) {
+  return attn8_plan_run_with_scores(plan, q, k, v, nullptr, out, lse, workspace, workspace_bytes,
+                                    times);
+}
+
+attn8_status attn8_plan_run_with_scores(const attn8_plan* plan, const attn8_tensor* q,
+                                        const attn8_tensor* k, const attn8_tensor* v,
+                                        const attn8_score_operands* scores, const attn8_tensor* out,
+                                        const attn8_tensor* lse, void* workspace,
+                                        size_t workspace_bytes, attn8_run_times* times) {
   return call([&]() -> Status {
     if (plan == nullptr) return invalid("plan got NULL");
     if (times != nullptr) ATTN8_RETURN_IF_ERROR(check_size("times", times->struct_size, kUnit));
     Problem problem;
     ATTN8_RETURN_IF_ERROR(read_problem(q, k, v, out, lse, problem));
+    ATTN8_RETURN_IF_ERROR(read_scores(scores, problem.inputs));
     const size_t bytes = workspace != nullptr ? workspace_bytes : 0;
     RunTimes spent;
     ATTN8_RETURN_IF_ERROR(plan->value.run(problem.inputs, problem.outputs,
@@ -440,19 +404,25 @@ attn8_status attn8_reference_attention(const attn8_tensor* q, const attn8_tensor
   return call([&]() -> Status {
     TensorView q_view, k_view, v_view;
     AttentionOptions options;
+    AttentionInputs inputs;
     ATTN8_RETURN_IF_ERROR(read_plain("q", q, q_view));
     ATTN8_RETURN_IF_ERROR(read_plain("k", k, k_view));
     ATTN8_RETURN_IF_ERROR(read_plain("v", v, v_view));
-    ATTN8_RETURN_IF_ERROR(read_options(params, options));
+    ATTN8_RETURN_IF_ERROR(read_options(params, options, inputs));
+    inputs.q = q_view;
+    inputs.k = k_view;
+    inputs.v = v_view;
     // The oracle trusts shapes more than attention() does; the mode matters to quantized operands
     // only.
     TensorView as_out = q_view;
     as_out.data = out;
     as_out.dtype = DType::kFloat32;
+    as_out.shape[3] = v_view.shape[3];
     as_out.strides = {1, 1, 1, 1};
-    ATTN8_RETURN_IF_ERROR(validate_attention({q_view, k_view, v_view}, {as_out}, options, {}));
+    ATTN8_RETURN_IF_ERROR(validate_attention(inputs, {as_out}, options, {}));
+    ATTN8_RETURN_IF_ERROR(validate_score_values(inputs));
     if (lse == nullptr && lse_count != 0) return invalid("lse got NULL, lse_count ", lse_count);
-    const Extents& shape = q_view.shape;
+    const Extents& shape = as_out.shape;
     const auto rows = static_cast<size_t>(shape[0] * shape[1] * shape[2]);
     const size_t elements = rows * static_cast<size_t>(shape[3]);
     if (out_count != elements) {
@@ -462,8 +432,7 @@ attn8_status attn8_reference_attention(const attn8_tensor* q, const attn8_tensor
       return invalid("lse_count got ", lse_count, ", wants ", rows);
     }
     if (elements == 0) return {};
-    return reference::exact_attention(q_view, k_view, v_view, options.softmax_scale, options.mask,
-                                      {out, out_count}, {lse, lse_count});
+    return reference::exact_attention(inputs, options, {out, out_count}, {lse, lse_count});
   });
 }
 

@@ -38,6 +38,8 @@ Status read_plain(const std::string& name, const attn8_tensor* in, TensorView& v
 /// The same, or nothing for NULL.
 Status read_optional(const std::string& name, const attn8_tensor* in,
                      std::optional<TensorView>& view);
+/// What changes scores; NULL: nothing.
+Status read_scores(const attn8_score_operands* in, AttentionInputs& inputs);
 /// With or without quantization.
 Status read_operand(const std::string& name, const attn8_tensor* in, Operand& operand);
 

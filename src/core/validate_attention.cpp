@@ -248,6 +248,7 @@ Status validate_kv_attention(const KvCacheOptions& cache, int64_t sequences, con
                              const KvCacheAttentionOptions& options) noexcept {
   return guarded([&]() -> Status {
     ATTN8_RETURN_IF_ERROR(check_softmax_scale(options.softmax_scale));
+    ATTN8_RETURN_IF_ERROR(check_softcap(options.softcap));
     ATTN8_RETURN_IF_ERROR(check_mask(options.mask));
     ATTN8_RETURN_IF_ERROR(check_operand("q", q, {}));
     const Extents& shape = data_view(q).shape;
@@ -259,6 +260,11 @@ Status validate_kv_attention(const KvCacheOptions& cache, int64_t sequences, con
       return invalid("q.shape[2]=", shape[2],
                      " (nheads_q) wants a multiple of nheads_k=", cache.nheads_k);
     }
+    AttentionInputs scores = {q, q, q};
+    scores.alibi_slopes = options.alibi_slopes;
+    scores.sinks = options.sinks;
+    ATTN8_RETURN_IF_ERROR(check_score_operands(scores, shape, 0, {}));
+    ATTN8_RETURN_IF_ERROR(validate_score_values(scores));
     const auto wanted = static_cast<size_t>(sequences) + 1;
     if (cu_seqlens_q.size() != wanted) {
       return invalid("cu_seqlens_q got ", cu_seqlens_q.size(), " entries, wants ", wanted);

@@ -163,6 +163,8 @@ class TileRunner {
       begin_changes(changes);
       tile.changes = &changes;
     }
+    QueryCodes queries;
+    if (int8_scores()) quantize_queries(head, first_row, tile.rows, queries);
     bool good = true;
     for (int r = 0; r < tile.rows; ++r) {
       Row& row = rows[r];
@@ -172,7 +174,7 @@ class TileRunner {
       tile.visible[r] =
           without_padding(visible_range(call_.mask, sequence.seqlen_q, sequence.seqlen_k, row.seq),
                           sequence.leftpad_k);
-      good = load_query(head, r, row, memory + buffers_.q, tile) && good;
+      good = load_query(head, r, row, queries, memory + buffers_.q, tile) && good;
       if (changes_scores()) change_row(head, row, r, changes);
       row.poisoned = row.poisoned || sees_poison(head, row, tile.visible[r]);
     }
@@ -306,8 +308,32 @@ class TileRunner {
     }
   }
 
+  /// What quantize_rows() makes of the rows of a tile.
+  struct QueryCodes {
+    alignas(64) int8_t codes[kQueryTile][kMaxDim];
+    uint32_t bits[kQueryTile];
+  };
+
+  void quantize_queries(const Head& head, int64_t first_row, int count,
+                        QueryCodes& queries) const noexcept {
+    std::memset(queries.codes, 0, static_cast<size_t>(count) * kMaxDim);
+    if (std::holds_alternative<QuantizedView>(call_.q)) return;  // load_query() copies the codes
+    const int64_t batch = head.sequence.batch;
+    // Rows side by side: the positions of a head, or the heads of a position.
+    for (int64_t r = 0; r < count;) {
+      const int64_t seq = head.sequence.first_position + (first_row + r) / group_;
+      const int64_t in_group = (first_row + r) % group_;
+      const int64_t left = group_ == 1 ? count - r : std::min(group_ - in_group, count - r);
+      const size_t axis = group_ == 1 ? 1 : 2;
+      call_.table.quantize_rows(
+          row_span(q_, axis, batch, seq, head.kv_head * group_ + in_group, left, 0, call_.head_dim),
+          nullptr, queries.codes[r], kMaxDim, queries.bits + r);
+      r += left;
+    }
+  }
+
   /// Row r of the tile's Q operand; false when given codes hold -128.
-  bool load_query(const Head& head, int r, Row& row, std::byte* q,
+  bool load_query(const Head& head, int r, Row& row, QueryCodes& queries, std::byte* q,
                   AttendTile& tile) const noexcept {
     const int64_t batch = head.sequence.batch;
     const int64_t seq = head.sequence.first_position + row.seq;
@@ -335,7 +361,7 @@ class TileRunner {
       return true;
     }
     const auto padded = static_cast<int>(padded_dim(packed_dim_));
-    int8_t codes[kMaxDim] = {};
+    int8_t* codes = queries.codes[r];
     float scale = 0;
     if (const auto* quantized = std::get_if<QuantizedView>(&call_.q)) {
       scale = float_at(quantized->scale, batch, seq, row.head);
@@ -344,10 +370,11 @@ class TileRunner {
         for (int d = 0; d < dim; ++d) values[d] = static_cast<float>(codes[d]) * scale;
       }
     } else {
-      call_.table.load_row(element(q_, batch, seq, row.head), q_.dtype, q_.strides[3], dim, values);
-      const uint32_t bits = call_.table.max_abs_bits(values, dim);
-      scale = scale_from_bits(bits);
-      if (!codes_are_zero(bits)) call_.table.encode(values, dim, &scale, 0, codes);
+      scale = scale_from_bits(queries.bits[r]);
+      if (with_mean) {
+        call_.table.load_row(element(q_, batch, seq, row.head), q_.dtype, q_.strides[3], dim,
+                             values);
+      }
     }
     if (!usable(scale)) {
       row.poisoned = true;
@@ -359,11 +386,12 @@ class TileRunner {
     tile.score_factor[r] = std::clamp(grid * scale * log2_scale, -kHuge, kHuge);
     tile.query_norm[r] = std::sqrt(static_cast<float>(call_.table.squared_length(codes, dim)));
     const uint32_t flip = call_.table.query_codes_offset ? 0x80808080u : 0;  // + 128 in each byte
-    for (int d = 0; d < padded; d += 4) {
+    std::byte* out = q + packed_q_offset(r, 0, padded);
+    for (int d = 0; d < padded; d += 4, out += 16) {
       uint32_t quad = 0;
       std::memcpy(&quad, codes + d, 4);
       quad ^= flip;
-      std::memcpy(q + packed_q_offset(r, d, padded), &quad, 4);
+      std::memcpy(out, &quad, 4);
     }
     if (with_mean) row.mean_score = mean_score(head, values);
     return good;
@@ -433,9 +461,11 @@ class TileRunner {
       const float mean_score = call_.softcap != 0 ? 0.0f : row.mean_score;
       if (call_.sinks != nullptr) add_sink(sink - mean_score, top, r, tile);
       call_.table.normalize(out, dim, tile.normalizer[r], head.packed().v_out_scale);
-      lse = std::log(tile.weight_sum[r] / top) + tile.row_max[r] * std::numbers::ln2_v<float> +
-            mean_score;
-      if (std::isinf(tile.normalizer[r])) lse = sink;  // nothing else counts beside it
+      // Where nothing else counts beside the sink, lse stays that.
+      if (call_.outputs.lse.has_value() && !std::isinf(tile.normalizer[r])) {
+        lse = std::log(tile.weight_sum[r] / top) + tile.row_max[r] * std::numbers::ln2_v<float> +
+              mean_score;
+      }
     }
     const TensorView& view = call_.outputs.out;
     call_.table.store_row(out, dim, view.dtype, view.strides[3],

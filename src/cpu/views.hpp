@@ -21,13 +21,18 @@ inline std::byte* element(const TensorView& view, int64_t batch, int64_t seq, in
                           int64_t dim = 0) noexcept {
   return const_cast<std::byte*>(element(ConstTensorView(view), batch, seq, head, dim));
 }
-/// n elements, from `dim` on, of `count` tokens of a head.
+/// n elements, from `dim` on, of `count` rows along an axis: 1 for tokens, 2 for heads.
+inline RowSpan row_span(const ConstTensorView& view, size_t axis, int64_t batch, int64_t seq,
+                        int64_t head, int64_t count, int64_t dim, int64_t n) noexcept {
+  return {element(view, batch, seq, head, dim), view.dtype,
+          // The stride of a single row may be anything.
+          count > 1 ? view.strides[axis] * static_cast<int64_t>(dtype_bytes(view.dtype)) : 0, count,
+          view.strides[3], static_cast<int>(n)};
+}
+/// Likewise of `count` tokens of a head.
 inline RowSpan token_rows(const ConstTensorView& view, int64_t batch, int64_t seq, int64_t count,
                           int64_t head, int64_t dim, int64_t n) noexcept {
-  return {element(view, batch, seq, head, dim), view.dtype,
-          // The stride of a single token may be anything.
-          count > 1 ? view.strides[1] * static_cast<int64_t>(dtype_bytes(view.dtype)) : 0, count,
-          view.strides[3], static_cast<int>(n)};
+  return row_span(view, 1, batch, seq, head, count, dim, n);
 }
 inline float float_at(const ConstTensorView& view, int64_t batch, int64_t seq, int64_t head,
                       int64_t dim = 0) noexcept {

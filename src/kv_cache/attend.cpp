@@ -73,6 +73,10 @@ PackedHead pack_head(const PagePool& pool, const Sequence& sequence, int64_t hea
   return packed;
 }
 
+const ConstTensorView* view_or_null(const std::optional<ConstTensorView>& view) noexcept {
+  return view.has_value() ? &*view : nullptr;
+}
+
 }  // namespace
 
 Status KvCache::attend(std::span<const KvSequence> handles, const Operand& q,
@@ -156,7 +160,7 @@ Status KvCache::attend(std::span<const KvSequence> handles, const Operand& q,
                             .bfloat16 = false,
                             .mask = attention_options.mask,
                             .softmax_scale = softmax_scale,
-                            .softcap = 0,
+                            .softcap = attention_options.softcap,
                             .kv_block = options().page_size,
                             .nheads_q = nheads_q,
                             .nheads_k = heads,
@@ -164,8 +168,8 @@ Status KvCache::attend(std::span<const KvSequence> handles, const Operand& q,
                             .head_dim_v = head_dim,
                             .q = q,
                             .attn_mask = nullptr,
-                            .alibi_slopes = nullptr,
-                            .sinks = nullptr,
+                            .alibi_slopes = view_or_null(attention_options.alibi_slopes),
+                            .sinks = view_or_null(attention_options.sinks),
                             .outputs = outputs,
                             .sequences = sequences,
                             .workers = memory.base.get() + scale_bytes,

@@ -56,12 +56,20 @@ Status read_options(const attn8_kv_attention_params* in, KvCacheAttentionOptions
   if (in == nullptr) return {};
   attn8_kv_attention_params params = default_attention_params();
   ATTN8_RETURN_IF_ERROR(read("params", in, kUnit, params));
-  ATTN8_RETURN_IF_ERROR(check_reserved("params", params.reserved));
   if (params.has_softmax_scale != 0) options.softmax_scale = params.softmax_scale;
   options.mask.causal = params.causal != 0;
   options.mask.align = enumerator<CausalAlign>(params.causal_align);
   options.mask.window_left = params.window_left;
   options.mask.window_right = params.window_right;
+  options.softcap = params.softcap;
+  AttentionInputs scores;
+  ATTN8_RETURN_IF_ERROR(read_scores(params.scores, scores));
+  if (scores.attn_mask || scores.seqlens_k || scores.leftpad_k) {
+    return invalid("params.scores sets attn_mask, seqlens_k or leftpad_k, ",
+                   "wants alibi_slopes and sinks only");
+  }
+  options.alibi_slopes = scores.alibi_slopes;
+  options.sinks = scores.sinks;
   return {};
 }
 

@@ -64,8 +64,20 @@ AT(attn8_attention_params, v_granularity, 44);
 AT(attn8_attention_params, smooth_k, 48);
 AT(attn8_attention_params, check_finite, 52);
 AT(attn8_attention_params, fp8_format, 56);
-AT(attn8_attention_params, reserved, 60);
-static_assert(sizeof(attn8_attention_params) == 64, "attn8_attention_params");
+AT(attn8_attention_params, softcap, 60);
+AT(attn8_attention_params, q_offset, 64);
+AT(attn8_attention_params, k_offset, 72);
+AT(attn8_attention_params, scores, 80);
+static_assert(sizeof(attn8_attention_params) == 88, "attn8_attention_params");
+
+AT(attn8_score_operands, struct_size, 0);
+AT(attn8_score_operands, reserved, 4);
+AT(attn8_score_operands, attn_mask, 8);
+AT(attn8_score_operands, alibi_slopes, 16);
+AT(attn8_score_operands, sinks, 24);
+AT(attn8_score_operands, seqlens_k, 32);
+AT(attn8_score_operands, leftpad_k, 40);
+static_assert(sizeof(attn8_score_operands) == 48, "attn8_score_operands");
 
 AT(attn8_run_times, struct_size, 0);
 AT(attn8_run_times, reserved, 4);
@@ -100,10 +112,11 @@ AT(attn8_kv_attention_params, has_softmax_scale, 4);
 AT(attn8_kv_attention_params, softmax_scale, 8);
 AT(attn8_kv_attention_params, causal, 12);
 AT(attn8_kv_attention_params, causal_align, 16);
-AT(attn8_kv_attention_params, reserved, 20);
+AT(attn8_kv_attention_params, softcap, 20);
 AT(attn8_kv_attention_params, window_left, 24);
 AT(attn8_kv_attention_params, window_right, 32);
-static_assert(sizeof(attn8_kv_attention_params) == 40, "attn8_kv_attention_params");
+AT(attn8_kv_attention_params, scores, 40);
+static_assert(sizeof(attn8_kv_attention_params) == 48, "attn8_kv_attention_params");
 
 AT(attn8_error_report, struct_size, 0);
 AT(attn8_error_report, reserved, 4);

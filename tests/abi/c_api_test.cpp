@@ -195,7 +195,7 @@ TEST(CApi, LargerStructsMustNotUseUnknownFields) {
   EXPECT_EQ(call.out, want);
   params.bytes()[sizeof call.params + 9] = 1;
   expect_refused(run(), ATTN8_UNSUPPORTED,
-                 "params sets a field at byte 73 that version " + std::string(attn8_version()) +
+                 "params sets a field at byte 97 that version " + std::string(attn8_version()) +
                      " does not have");
   params.bytes()[sizeof call.params + 9] = 0;
   q.bytes()[sizeof call.q_tensor] = 1;
@@ -348,7 +348,8 @@ TEST(CApi, GarbageInStructs) {
                        [](Call& c) { c.params.struct_size = 0xdeadbeef; });
   expect_refused_after("v.struct_size got 80" + sizes + "88, 4096]",
                        [](Call& c) { c.v_tensor.struct_size = 80; });
-  expect_refused_after("params.reserved got 5, wants 0", [](Call& c) { c.params.reserved = 5; });
+  expect_refused_after("options.softcap got -5.000000, wants 0 or 2^-20 to 2^20",
+                       [](Call& c) { c.params.softcap = -5; });
   // Numbers that a narrowing conversion would turn into valid enumerators.
   for (const int32_t number : {-1, 5, 255, 256, 257, 65536, std::numeric_limits<int32_t>::min()}) {
     expect_refused_after("options.mode is not a value of attn8::Mode",

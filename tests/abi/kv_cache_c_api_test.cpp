@@ -228,9 +228,9 @@ TEST(KvCacheCApi, RefusesWhatIsWrong) {
   expect_invalid(attend(&sequence, cu, &token.tensor, &out.tensor, &params),
                  "options.mask.align is not a value of attn8::CausalAlign");
   params.causal_align = 0;
-  params.reserved = 3;
+  params.softcap = -3;
   expect_invalid(attend(&sequence, cu, &token.tensor, &out.tensor, &params),
-                 "params.reserved got 3, wants 0");
+                 "options.softcap got -3.000000, wants 0 or 2^-20 to 2^20");
   EXPECT_EQ(length_of(cache, sequence), 3);
   ASSERT_EQ(attn8_kv_sequence_free(cache.get(), sequence), ATTN8_OK);
   expect_invalid(attend(&sequence, cu, &token.tensor, &out.tensor, nullptr),

@@ -65,7 +65,7 @@ int64_t odd_number(ByteReader& bytes) {
 /// Replaces one thing of a good tensor now and then.
 void spoil(ByteReader& bytes, attn8_tensor& tensor) {
   if (!bytes.one_in(3)) return;
-  switch (bytes.below(9)) {
+  switch (bytes.below(10)) {
     case 0:
       tensor.struct_size = bytes.pick(
           {uint32_t{0}, uint32_t{8}, uint32_t{88}, uint32_t{92}, uint32_t{104}, UINT32_MAX});
@@ -173,8 +173,13 @@ attn8_attention_params make_params(ByteReader& bytes) {
       case 7:
         params.struct_size = bytes.pick({0U, 8U, 16U, 48U, 63U});
         break;
+      case 8:
+        params.softcap =
+            bytes.pick({-1.0F, 1e-30F, 3e38F, __builtin_inff(), __builtin_nanf(""), 5.0F});
+        break;
       default:
-        params.reserved = 7;
+        params.q_offset = odd_number(bytes);
+        params.k_offset = odd_number(bytes);
     }
   }
   return params;

@@ -91,6 +91,30 @@ TEST_P(RowsOf, QuantizedAsDefined) {
   }
 }
 
+/// Quotients at and next to the halves between two codes, for scales of all lengths.
+TEST_P(RowsOf, DividedToTheLastBit) {
+  const KernelTable& table = *find_kernel_table(GetParam());
+  std::mt19937 random(5);
+  for (int i = 0; i < 4000; ++i) {
+    const uint32_t mantissa = static_cast<uint32_t>(random()) >> 9 & (~0u << (3 + i % 20));
+    const auto exponent = static_cast<uint32_t>(i % 2 == 0 ? 127 : 30 + random() % 190);
+    const float scale = std::bit_cast<float>(exponent << 23 | mantissa);
+    float x[48];
+    for (int j = 0; j < 16; ++j) {
+      const float half = (static_cast<float>(random() % 127) + 0.5f) * scale;
+      x[3 * j] = half;
+      x[3 * j + 1] = std::nextafter(half, 0.0f);
+      x[3 * j + 2] = -std::nextafter(half, std::numeric_limits<float>::infinity());
+    }
+    int8_t codes[48];
+    table.encode(x, 48, &scale, 0, codes);
+    for (int j = 0; j < 48; ++j) {
+      ASSERT_EQ(codes[j], static_cast<int8_t>(std::nearbyint(x[j] / scale)))
+          << x[j] << " / " << scale;
+    }
+  }
+}
+
 TEST_P(RowsOf, WithWhatHasNoScale) {
   const KernelTable& table = *find_kernel_table(GetParam());
   constexpr int kN = 32;

@@ -5,27 +5,48 @@
 // and V: one phase after the other, every block read once for all rows, with the bits of
 // attend_accurate(). Included inside the ISA's namespace after attend_skewed_avx512-inl.hpp.
 
-// What a block is computed from is asked for while the block before is computed, line by line: one
-// core keeps few misses open (docs/performance.md), so that they must be asked for all the time.
+/// Asks for the block that comes next, a few lines with every step of the computation: one core
+/// keeps few misses open, so that they must be asked for all the time, and a quarter of the block
+/// here and a quarter there arrive sooner than one after the other.
+struct NextBlock {
+  const std::byte* first;   ///< in the first quarter, and one quarter on in the second
+  const std::byte* second;  ///< in the third and fourth
+  int64_t quarter;          ///< bytes
 
-/// Asks for the record `ahead` bytes behind this one.
-ATTN8_INLINE void request_record(const KeyRecord* record, int64_t ahead) {
-  const auto* bytes = reinterpret_cast<const std::byte*>(record) + ahead;
-  for (size_t line = 0; line < sizeof(KeyRecord); line += 64) {
-    asm volatile("prefetcht1 %0" : : "m"(*(bytes + line)));
+  ATTN8_INLINE static void request(const std::byte* line) {
+    asm volatile("prefetcht1 %0" : : "m"(*line));
   }
-}
+  /// Four lines.
+  ATTN8_INLINE void request_four() {
+    request(first);
+    request(first + quarter);
+    request(second);
+    request(second + quarter);
+    first += 64;
+    second += 64;
+  }
+  /// Two lines, of the first two quarters and of the others in turn.
+  ATTN8_INLINE void request_two() {
+    request(first);
+    request(first + quarter);
+    const std::byte* then = first + 64;
+    first = second;
+    second = then;
+  }
+};
 
 /// One step of a dot product for kRows rows: kStride bytes between the rows of `a`, `fours` bytes
-/// between its fours of rows; asks for the lines `ahead` bytes behind those of b.
+/// between its fours of rows.
 template <int kRows, int kVectors, int kStride>
 ATTN8_INLINE void few_step(Vector (&sum)[kRows][kVectors], const std::byte* a, int64_t fours,
-                           const std::byte* b, int64_t ahead) {
+                           const std::byte* b, NextBlock& next) {
   Vector column[kVectors];
 #pragma GCC unroll 4
-  for (int c = 0; c < kVectors; ++c) {
-    column[c] = load_now(b + 64 * c);
-    asm volatile("prefetcht1 %0" : : "m"(*(b + ahead + 64 * c)));
+  for (int c = 0; c < kVectors; ++c) column[c] = load_now(b + 64 * c);
+  if constexpr (kVectors == 4) {
+    next.request_four();
+  } else {
+    next.request_two();
   }
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
@@ -38,7 +59,7 @@ ATTN8_INLINE void few_step(Vector (&sum)[kRows][kVectors], const std::byte* a, i
 /// Q K of a group for kVectors vectors of 16 keys from vector `first` on, to 16-bit scores.
 template <int kRows, int kVectors>
 ATTN8_INLINE void few_scores(Skewed (&work)[2], const SkewedItem& item, int group, int first,
-                             Vector (&largest)[2][kRowGroup]) {
+                             NextBlock& next, Vector (&largest)[2][kRowGroup]) {
   const AttendTile& tile = work[0].tile;
   const KeyRecord& record = item.records[group];
   const int padded = work[0].padded;
@@ -54,7 +75,7 @@ ATTN8_INLINE void few_scores(Skewed (&work)[2], const SkewedItem& item, int grou
   const std::byte* k =
       item.k + static_cast<size_t>(group) * tile.kv.layout.k_group_bytes + 64 * first;
   for (int dim = 0; dim < padded; dim += 4) {
-    few_step<kRows, kVectors, 4>(sum, q, int64_t{4} * padded, k, item.ahead);
+    few_step<kRows, kVectors, 4>(sum, q, int64_t{4} * padded, k, next);
     q += kQueryStep;
     k += 256;
   }
@@ -72,7 +93,7 @@ ATTN8_INLINE void few_scores(Skewed (&work)[2], const SkewedItem& item, int grou
 /// P V of a block for kVectors vectors of channels from `channel` on, added to O.
 template <int kRows, int kVectors>
 ATTN8_INLINE void few_values(const Skewed (&work)[2], const SkewedItem& item,
-                             const SkewedState (&state)[2], int channel) {
+                             const SkewedState (&state)[2], int channel, NextBlock& next) {
   const int slab = channel / 64 * 64;
   const int64_t step_bytes = slab_width(work[0].padded, slab) * 4;
   const int64_t fours = state[1].codes - state[0].codes;
@@ -88,7 +109,7 @@ ATTN8_INLINE void few_values(const Skewed (&work)[2], const SkewedItem& item,
     const std::byte* p = group_codes;
     const std::byte* v = group_v;
     for (int step = 0; step < 16; ++step) {
-      few_step<kRows, kVectors, kCodesStride>(sum, p, fours, v, item.ahead);
+      few_step<kRows, kVectors, kCodesStride>(sum, p, fours, v, next);
       p += 4;
       v += step_bytes;
     }
@@ -120,12 +141,16 @@ inline void attend_few(const AttendTile& tile) {
   }
   while (walk.next(items[0])) {
     if constexpr (kFours == 2) walk.next_four(items[0], items[1]);
+    const std::byte* block = tile.kv.blocks[items[0].first_key / tile.kv_block].data;
+    NextBlock next = {.first = block + items[0].ahead,
+                      .second = block + items[0].ahead + tile.kv.layout.bytes / 2,
+                      .quarter = static_cast<int64_t>(tile.kv.layout.bytes / 4)};
     Vector largest[2][kRowGroup] = {{hidden, hidden, hidden, hidden},
                                     {hidden, hidden, hidden, hidden}};
     for (int group = 0; group < items[0].groups; ++group) {
-      request_record(items[0].records + group, items[0].ahead);
+      for (size_t line = 0; line < sizeof(KeyRecord); line += 256) next.request_four();
       for (int first = 0; first < 4; first += kVectors) {
-        few_scores<kRows, kVectors>(work, items[0], group, first, largest);
+        few_scores<kRows, kVectors>(work, items[0], group, first, next, largest);
       }
     }
     for (int four = 0; four < kFours; ++four) {
@@ -147,10 +172,10 @@ inline void attend_few(const AttendTile& tile) {
     }
     int channel = 0;
     for (; channel + 16 * kVectors <= work[0].padded; channel += 16 * kVectors) {
-      few_values<kRows, kVectors>(work, items[0], states, channel);
+      few_values<kRows, kVectors>(work, items[0], states, channel, next);
     }
     for (; channel < work[0].padded; channel += 16) {
-      few_values<kRows, 1>(work, items[0], states, channel);
+      few_values<kRows, 1>(work, items[0], states, channel, next);
     }
   }
   end_accurate(tile, work[0].scratch);

@@ -122,7 +122,7 @@ ATTN8_KERNEL_INLINE void attend_block_accurate(const AttendTile& tile, const Til
   if (tile.changes == nullptr) {
     grid_scores<kRows, false>(tile, rows, scratch, scores, block_max);
   } else {
-    if (tile.changes->biased) score_bias(tile, scratch, rows, kRows);
+    if (!begin_changes(tile, scratch, rows, kRows)) return;
     grid_scores<kRows, true>(tile, rows, scratch, scores, block_max);
   }
   const float value_scale =

@@ -177,6 +177,7 @@ ATTN8_KERNEL_INLINE void add_values(const AttendTile& tile, const RowGroup& rows
 template <class Scores, class Values, int kRows>
 ATTN8_KERNEL_INLINE void attend_block_float(const AttendTile& tile, const RowGroup& rows,
                                             RowState& state, const TileScratch& scratch) {
+  if (!begin_changes(tile, scratch, rows, kRows)) return;
   float block_max[kRows];
   if constexpr (std::is_same_v<Scores, CodeScores>) {
     float_scores<kRows>(tile, rows, scratch.scores, block_max);

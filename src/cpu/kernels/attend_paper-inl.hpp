@@ -40,6 +40,7 @@ ATTN8_KERNEL_INLINE void float_scores(const AttendTile& tile, const RowGroup& ro
 template <int kRows>
 ATTN8_KERNEL_INLINE void attend_block_paper(const AttendTile& tile, const TileScratch& scratch,
                                             const RowGroup& rows) {
+  if (!begin_changes(tile, scratch, rows, kRows)) return;
   RowState state = {};
   for (int r = 0; r < kRows; ++r) state.max[r] = tile.row_max[rows.first_row + r];
   float block_max[kRows];

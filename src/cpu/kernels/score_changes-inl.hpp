@@ -55,9 +55,10 @@ inline void poison_row(const AttendTile& tile, const TileScratch& scratch, int r
 }
 
 /// b of the rows of a pass for the keys they see, -Inf for those the mask hides; anything for
-/// others.
-inline void score_bias(const AttendTile& tile, const TileScratch& scratch, const RowGroup& rows,
+/// others. False when no row sees any key, so that the block may be left out.
+inline bool score_bias(const AttendTile& tile, const TileScratch& scratch, const RowGroup& rows,
                        int count) {
+  bool sees_one = false;
   const ScoreChanges& changes = *tile.changes;
   const int64_t first = rows.block * tile.kv_block;
   const int64_t begin = rows.group_lo * kKeyGroup;  // keys of the block
@@ -83,6 +84,7 @@ inline void score_bias(const AttendTile& tile, const TileScratch& scratch, const
     const F32 slope = broadcast(-changes.alibi_slope[row]);
     const F32 unit = broadcast(changes.unit);
     F32 least = broadcast(0.0f);
+    F32 most = broadcast(kMinusInfinity);
     for (int64_t key = lo / 16 * 16; key < hi; key += 16) {
       const F32 added = load(bias + key);
       const F32 offset =
@@ -92,9 +94,19 @@ inline void score_bias(const AttendTile& tile, const TileScratch& scratch, const
       store(bias + key,
             where_less(added, broadcast(kHidingMask), broadcast(kMinusInfinity), changed));
       least = min(least, added);
+      most = max(most, added);
     }
     scratch.hides[r] = reduce_max(broadcast(0.0f) - least) > -kHidingMask;
+    // A lane beside the keys that the row sees holds 0 and may keep a block that could be left out.
+    sees_one = sees_one || reduce_max(most) >= kHidingMask;
   }
+  return sees_one;
+}
+
+/// What the scores of a pass need before they are computed; false as score_bias().
+inline bool begin_changes(const AttendTile& tile, const TileScratch& scratch, const RowGroup& rows,
+                          int count) {
+  return tile.changes == nullptr || !tile.changes->biased || score_bias(tile, scratch, rows, count);
 }
 
 /// Whether attn_mask hides one of the keys of the block that row r of the pass otherwise sees.
@@ -102,12 +114,11 @@ inline bool hides_keys(const AttendTile& tile, const TileScratch& scratch, int r
   return tile.changes != nullptr && tile.changes->biased && scratch.hides[r] != 0;
 }
 
-/// Changes the scores of a block in octaves; the rows' maxima follow. Hidden keys are -Inf before
-/// and after.
+/// After begin_changes(): changes the scores of a block in octaves; the rows' maxima follow. Hidden
+/// keys are -Inf before and after.
 inline void change_scores(const AttendTile& tile, const TileScratch& scratch, const RowGroup& rows,
                           int count, float* block_max) {
   const ScoreChanges& changes = *tile.changes;
-  if (changes.biased) score_bias(tile, scratch, rows, count);
   const F32 huge = broadcast(std::numeric_limits<float>::max());
   const F32 lowest = broadcast(kLowestScore);
   const F32 hidden = broadcast(kMinusInfinity);
