@@ -279,11 +279,7 @@ Status validate_kv_attention(const KvCacheOptions& cache, int64_t sequences, con
                      cu_seqlens_q[i - 1], " before it");
     }
     ATTN8_RETURN_IF_ERROR(check_outputs(outputs, shape, cache.head_dim));
-    ATTN8_RETURN_IF_ERROR(check_apart(outputs, "q", q));
-    if (outputs.lse.has_value() && overlap(outputs.out, *outputs.lse)) {
-      return invalid("lse overlaps out, wants memory of its own");
-    }
-    return {};
+    return validate_no_overlap(scores, outputs);
   });
 }
 

@@ -404,7 +404,7 @@ int call_kv_cache(ByteReader& bytes) {
                attn8_last_error());
         if (bytes.one_in(8)) params.causal_align = bytes.pick({1, 2, -1});
         if (bytes.one_in(8)) params.window_left = odd_number(bytes);
-        if (bytes.one_in(16)) params.reserved = 1;
+        if (bytes.one_in(8)) params.softcap = bytes.pick({5.0F, -1.0F, __builtin_inff()});
         const std::array<attn8_kv_sequence, 2> batch = {sequence, pick()};
         std::array<int32_t, 3> cu_seqlens_q = {0, static_cast<int32_t>(rows) / 2,
                                                static_cast<int32_t>(rows)};
