@@ -7,7 +7,7 @@ import ctypes
 import torch
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-MODES = {"accurate": 0, "paper": 1}
+MODES = {"accurate": 0, "paper": 1, "half": 2}
 GRANULARITIES = {"token": 0, "tensor": 1, "channel": 2}
 KERNELS = {"best": 0, "sm80": 1, "sm90": 2}
 
@@ -35,7 +35,7 @@ class Problem(ctypes.Structure):
             "smooth_k",
             "kernels",
         )
-    ]
+    ] + [("softcap", ctypes.c_float)]
 
 
 class Library:
@@ -45,8 +45,10 @@ class Library:
         self.lib = ctypes.CDLL(path)
         self.lib.attn8_gpu_plan.restype = ctypes.c_void_p
         self.lib.attn8_gpu_workspace_bytes.restype = ctypes.c_uint64
-        for name in ("free", "workspace_bytes", "kv_block"):
+        for name in ("free", "workspace_bytes", "kv_block", "cache_free"):
             getattr(self.lib, f"attn8_gpu_{name}").argtypes = [ctypes.c_void_p]
+        self.lib.attn8_gpu_cache.restype = ctypes.c_void_p
+        self.lib.attn8_gpu_cache_workspace.restype = ctypes.c_uint64
 
 
 class Attention:
@@ -65,6 +67,7 @@ class Attention:
         top_left=False,
         window=(-1, -1),
         smooth_k=True,
+        softcap=0.0,
         kernels="best",
         lse=False,
         out_dtype=None,
@@ -93,6 +96,7 @@ class Attention:
             window[1],
             smooth_k,
             KERNELS[kernels],
+            softcap,
         )
         error = ctypes.create_string_buffer(512)
         pointers = [
@@ -138,3 +142,69 @@ class Attention:
         self.pack()
         self.attend()
         return self.out
+
+
+class Pages(ctypes.Structure):
+    """Attn8GpuPages of library.cpp."""
+
+    _fields_ = [
+        (name, ctypes.c_int32)
+        for name in ("batch", "max_pages", "seqlen", "nheads", "head_dim", "dtype", "causal")
+    ] + [("block_table", ctypes.c_void_p), ("cache_seqlens", ctypes.c_void_p)]
+
+
+class Cache:
+    """A paged INT8 cache; tokens are dense [batch, seqlen, heads, head_dim], tables on the GPU."""
+
+    def __init__(self, library, nheads_k, head_dim, num_pages):
+        self.lib = library.lib
+        error = ctypes.create_string_buffer(512)
+        self.handle = self.lib.attn8_gpu_cache(nheads_k, head_dim, num_pages, error, 512)
+        if not self.handle:
+            raise RuntimeError(error.value.decode())
+
+    def __del__(self):
+        """Free the pages."""
+        if getattr(self, "handle", None):
+            self.lib.attn8_gpu_cache_free(self.handle)
+
+    def _call(self, function, tokens, table, seqlens, pointers, causal):
+        batch, seqlen, nheads, head_dim = tokens.shape
+        pages = Pages(
+            batch,
+            table.shape[1],
+            seqlen,
+            nheads,
+            head_dim,
+            DTYPES[tokens.dtype],
+            causal,
+            table.data_ptr(),
+            seqlens.data_ptr(),
+        )
+        bytes_needed = self.lib.attn8_gpu_cache_workspace(
+            ctypes.c_void_p(self.handle), ctypes.byref(pages)
+        )
+        if getattr(self, "workspace", None) is None or self.workspace.numel() < bytes_needed:
+            self.workspace = torch.empty(bytes_needed, dtype=torch.uint8, device=tokens.device)
+        error = ctypes.create_string_buffer(512)
+        code = function(
+            ctypes.c_void_p(self.handle),
+            ctypes.byref(pages),
+            *[ctypes.c_void_p(pointer) for pointer in pointers],
+            ctypes.c_void_p(self.workspace.data_ptr()),
+            ctypes.c_void_p(torch.cuda.current_stream().cuda_stream),
+            error,
+            512,
+        )
+        if code != 0:
+            raise RuntimeError(error.value.decode())
+
+    def append(self, k, v, table, seqlens):
+        """Append behind `seqlens`."""
+        pointers = (k.data_ptr(), v.data_ptr())
+        self._call(self.lib.attn8_gpu_cache_append, k, table, seqlens, pointers, False)
+
+    def attend(self, q, out, table, seqlens, causal=True):
+        """Attention over the first `seqlens` tokens."""
+        pointers = (q.data_ptr(), out.data_ptr())
+        self._call(self.lib.attn8_gpu_cache_attend, q, table, seqlens, pointers, causal)

@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 
 import torch
-from attn8_gpu import Attention, Library
+from attn8_gpu import Attention, Cache, Library
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import reference
@@ -338,8 +338,77 @@ def time_decode(library, head_dim, seqlen, batch, kernels):
     return row
 
 
+def time_options(library, head_dim, kernels, clock):
+    """Time what is done beside plain `accurate`, at 16k tokens, not causal."""
+    torch.manual_seed(head_dim)
+    q, k, v = inputs(1, HEADS[head_dim], HEADS[head_dim], TOTAL_TOKENS, TOTAL_TOKENS, head_dim)
+    tera = 4.0e-12 * HEADS[head_dim] * head_dim * TOTAL_TOKENS**2
+    row = {"head_dim": head_dim, "seqlen": TOTAL_TOKENS, "tera_operations": tera}
+    for name, options in (
+        ("accurate", {}),
+        ("accurate_softcap", {"softcap": 30.0}),
+        ("accurate_sm80", {"kernels": "sm80"}),
+        ("half", {"mode": "half"}),
+        ("half_softcap", {"mode": "half", "softcap": 30.0}),
+    ):
+        attention = Attention(library, q, k, v, **{"kernels": kernels, **options})
+        attention.run()
+        row[name] = measure(attention.attend, clock, 100.0)
+        row[name].update(kernel=attention.kernel, tops=tera / row[name]["ms"] * 1e3)
+    return row
+
+
+def print_options(row):
+    """One line of the table of options."""
+    text = f"options d{row['head_dim']:<3}"
+    for name, value in row.items():
+        if isinstance(value, dict):
+            text += f"  {name} {value['tops']:4.0f}"
+    print(text, flush=True)
+
+
+def time_pages(library, head_dim, seqlen, batch, kernels):
+    """Time decode from shuffled pages beside decode from contiguous keys, and appends."""
+    torch.manual_seed(seqlen)
+    q, k, v = inputs(batch, 32, 8, 1, seqlen, head_dim)
+    contiguous = Attention(library, q, k, v, kernels=kernels)
+    contiguous.run()
+    row = {"head_dim": head_dim, "seqlen_k": seqlen, "batch": batch}
+    row["contiguous"] = graph_ms(contiguous.attend)
+    per_sequence = seqlen // 256 + 1
+    cache = Cache(library, 8, head_dim, batch * per_sequence)
+    table = torch.randperm(batch * per_sequence, device="cuda", dtype=torch.int32)
+    table = table.reshape(batch, per_sequence)
+    q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))
+    empty = torch.zeros(batch, dtype=torch.int32, device="cuda")
+    full = empty + seqlen
+    out = torch.full_like(q, float("nan"))
+    row["append_all"] = graph_ms(lambda: cache.append(k, v, table, empty), calls=3, replays=5)
+    one = [x[:, :1].contiguous() for x in (k, v)]
+    row["append_one"] = graph_ms(lambda: cache.append(*one, table, full))
+    row["pages"] = graph_ms(lambda: cache.attend(q, out, table, full))
+    want = contiguous.out.transpose(1, 2)
+    row["rel_l2_to_contiguous"] = ((out - want).norm() / want.norm()).item()
+    return row
+
+
+def print_pages(row):
+    """One line of the table of pages."""
+    print(
+        f"pages d{row['head_dim']:<3} {row['seqlen_k']:>6} b{row['batch']:<3}"
+        f"  contiguous {row['contiguous']['ms'] * 1e3:7.1f} us"
+        f"  pages {row['pages']['ms'] * 1e3:7.1f} us"
+        f"  append one {row['append_one']['ms'] * 1e3:6.1f} us"
+        f"  all {row['append_all']['ms'] * 1e3:8.1f} us"
+        f"  rel_l2 between {row['rel_l2_to_contiguous']:.1e}",
+        flush=True,
+    )
+
+
 def graph_ms(call, calls=20, replays=30):
     """Median time of a call over replays of a CUDA graph of many: without launch gaps."""
+    # Another stream than the one that made the operands.
+    torch.cuda.synchronize()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         call()
@@ -393,6 +462,7 @@ def main():
     parser.add_argument("--skip-check", action="store_true")
     parser.add_argument("--skip-time", action="store_true")
     parser.add_argument("--skip-decode", action="store_true")
+    parser.add_argument("--skip-options", action="store_true")
     parser.add_argument("--kernels", default="best", choices=("best", "sm80", "sm90"))
     parser.add_argument("--lengths", default="1024,2048,4096,8192,16384,32768,65536,131072")
     parser.add_argument("--head-dims", default="64,128")
@@ -429,6 +499,16 @@ def main():
                 row = time_decode(library, head_dim, seqlen, batch, arguments.kernels)
                 result["decode"].append(row)
                 print_decode(row)
+    if not arguments.skip_options:
+        result["options"], result["pages"] = [], []
+        for head_dim in (int(x) for x in arguments.head_dims.split(",")):
+            result["options"].append(time_options(library, head_dim, arguments.kernels, clock))
+            print_options(result["options"][-1])
+            for seqlen, batch in ((4096, 1), (131072, 1), (4096, 32), (16384, 32)):
+                result["pages"].append(
+                    time_pages(library, head_dim, seqlen, batch, arguments.kernels)
+                )
+                print_pages(result["pages"][-1])
     result["seconds"] = time.time() - started
     if arguments.json:
         with open(arguments.json, "w", encoding="utf-8") as file:

@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "attn8/attention.hpp"
+#include "attn8/cuda_kv_cache.hpp"
 #include "cuda/backend.hpp"
 
 /// A C interface to the CUDA backend for benchmarks/gpu/bench.py, which owns the tensors and times
@@ -30,6 +31,33 @@ int report(const attn8::Status& status, char* error, int error_bytes) {
 
 }  // namespace
 
+/// Mirrored by Pages in attn8_gpu.py. Tokens are dense [batch, seqlen, heads, head_dim].
+extern "C" struct Attn8GpuPages {
+  int32_t batch, max_pages, seqlen, nheads, head_dim, dtype, causal;
+  void* block_table;    // int32 [batch, max_pages] on the device
+  void* cache_seqlens;  // int32 [batch] on the device
+};
+
+namespace {
+
+constexpr attn8::Device kDevice{attn8::DeviceType::kCuda, 0};
+
+attn8::CudaKvTables tables_of(const Attn8GpuPages& p) {
+  attn8::CudaKvTables tables;
+  tables.block_table = ConstTensorView(p.block_table, DType::kInt32, kDevice,
+                                       {p.batch, p.max_pages, 1, 1}, {p.max_pages, 1, 1, 1});
+  tables.cache_seqlens =
+      ConstTensorView(p.cache_seqlens, DType::kInt32, kDevice, {p.batch, 1, 1, 1}, {1, 1, 1, 1});
+  return tables;
+}
+
+ConstTensorView tokens_of(const Attn8GpuPages& p, const void* data) {
+  return attn8::bshd(data, static_cast<DType>(p.dtype), {p.batch, p.seqlen, p.nheads, p.head_dim},
+                     kDevice);
+}
+
+}  // namespace
+
 extern "C" {
 
 /// Mirrored by Problem in bench.py. Tensors are dense [batch, heads, seqlen, head_dim] (torch's
@@ -38,6 +66,7 @@ struct Attn8GpuProblem {
   int32_t batch, seqlen_q, seqlen_k, nheads_q, nheads_k, head_dim;
   int32_t dtype, out_dtype, mode, v_granularity;
   int32_t causal, top_left, window_left, window_right, smooth_k, kernels;
+  float softcap;
 };
 
 /// nullptr and a line in `error` when there is no plan. `lse` may be nullptr.
@@ -65,6 +94,7 @@ __attribute__((visibility("default"))) void* attn8_gpu_plan(const Attn8GpuProble
   options.mask.window_left = p->window_left;
   options.mask.window_right = p->window_right;
   options.smooth_k = p->smooth_k != 0;
+  options.softcap = p->softcap;
   auto plan = attn8::cuda::Plan::make(inputs, outputs, options, device.index,
                                       static_cast<attn8::cuda::Kernels>(p->kernels));
   if (!plan.ok()) {
@@ -96,7 +126,58 @@ __attribute__((visibility("default"))) int attn8_gpu_pack(const void* handle, vo
 __attribute__((visibility("default"))) int attn8_gpu_attend(const void* handle, void* workspace,
                                                             void* stream, char* error, int bytes) {
   const auto* h = static_cast<const PlanHandle*>(handle);
-  return report(h->plan.attend(h->outputs, workspace, stream), error, bytes);
+  return report(h->plan.attend(h->inputs, h->outputs, workspace, stream), error, bytes);
+}
+
+/// A paged cache.
+__attribute__((visibility("default"))) void* attn8_gpu_cache(int nheads_k, int head_dim,
+                                                             int num_pages, char* error,
+                                                             int bytes) {
+  auto cache =
+      attn8::CudaKvCache::make({.nheads_k = nheads_k, .head_dim = head_dim, .num_pages = num_pages},
+                               attn8::Context::cuda(0));
+  if (!cache.ok()) {
+    report(cache.status(), error, bytes);
+    return nullptr;
+  }
+  return new attn8::CudaKvCache(cache.value());
+}
+__attribute__((visibility("default"))) void attn8_gpu_cache_free(void* cache) {
+  delete static_cast<attn8::CudaKvCache*>(cache);
+}
+
+__attribute__((visibility("default"))) uint64_t attn8_gpu_cache_workspace(const void* cache,
+                                                                          const Attn8GpuPages* p) {
+  return static_cast<const attn8::CudaKvCache*>(cache)->workspace_bytes(
+      {p->batch, p->seqlen, p->nheads, p->head_dim}, tables_of(*p));
+}
+__attribute__((visibility("default"))) int attn8_gpu_cache_append(const void* cache,
+                                                                  const Attn8GpuPages* p, void* k,
+                                                                  void* v, void* workspace,
+                                                                  void* stream, char* error,
+                                                                  int bytes) {
+  const auto* c = static_cast<const attn8::CudaKvCache*>(cache);
+  const attn8::CudaKvTables tables = tables_of(*p);
+  const Extents shape = {p->batch, p->seqlen, p->nheads, p->head_dim};
+  return report(c->append(tokens_of(*p, k), tokens_of(*p, v), tables,
+                          {static_cast<std::byte*>(workspace), c->workspace_bytes(shape, tables)},
+                          attn8::Context::cuda(0, stream)),
+                error, bytes);
+}
+__attribute__((visibility("default"))) int attn8_gpu_cache_attend(const void* cache,
+                                                                  const Attn8GpuPages* p, void* q,
+                                                                  void* out, void* workspace,
+                                                                  void* stream, char* error,
+                                                                  int bytes) {
+  const auto* c = static_cast<const attn8::CudaKvCache*>(cache);
+  const attn8::CudaKvTables tables = tables_of(*p);
+  const Extents shape = {p->batch, p->seqlen, p->nheads, p->head_dim};
+  attn8::AttentionOutputs outputs;
+  outputs.out = attn8::bshd(out, static_cast<DType>(p->dtype), shape, kDevice);
+  return report(c->attend(tokens_of(*p, q), tables, outputs, {.mask = {.causal = p->causal != 0}},
+                          {static_cast<std::byte*>(workspace), c->workspace_bytes(shape, tables)},
+                          attn8::Context::cuda(0, stream)),
+                error, bytes);
 }
 
 }  // extern "C"

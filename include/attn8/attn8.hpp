@@ -5,6 +5,8 @@
 /// Umbrella of the C++ API.
 #include "attn8/attention.hpp"
 #include "attn8/context.hpp"
+#include "attn8/cuda.hpp"
+#include "attn8/cuda_kv_cache.hpp"
 #include "attn8/kv_cache.hpp"
 #include "attn8/merge.hpp"
 #include "attn8/quantize.hpp"

@@ -1,6 +1,7 @@
 // SPDX-FileCopyrightText: The attn8 authors
 // SPDX-License-Identifier: Apache-2.0
 #include "attn8/cuda.hpp"
+#include "attn8/cuda_kv_cache.hpp"
 #include "core/device_plan.hpp"
 #include "core/message.hpp"
 
@@ -37,6 +38,27 @@ Result<CudaMemory> CudaMemory::allocate(size_t, int32_t) noexcept { return not_b
 Status CudaMemory::upload(const void*) noexcept { return not_built(); }
 Status CudaMemory::download(void*) const noexcept { return not_built(); }
 Status cuda_synchronize(int32_t) noexcept { return not_built(); }
+
+struct CudaKvCache::State {
+  CudaKvCacheOptions options;
+};
+Result<CudaKvCache> CudaKvCache::make(const CudaKvCacheOptions&, const Context&) noexcept {
+  return not_built();
+}
+size_t CudaKvCache::workspace_bytes(const Extents&, const CudaKvTables&) const noexcept {
+  return 0;
+}
+Status CudaKvCache::append(const ConstTensorView&, const ConstTensorView&, const CudaKvTables&,
+                           std::span<std::byte>, const Context&) const noexcept {
+  return not_built();
+}
+Status CudaKvCache::attend(const ConstTensorView&, const CudaKvTables&, const AttentionOutputs&,
+                           const CudaKvAttentionOptions&, std::span<std::byte>,
+                           const Context&) const noexcept {
+  return not_built();
+}
+const CudaKvCacheOptions& CudaKvCache::options() const noexcept { return state_->options; }
+size_t CudaKvCache::bytes_per_page() const noexcept { return 0; }
 
 }  // namespace attn8
 

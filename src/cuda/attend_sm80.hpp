@@ -1,6 +1,8 @@
 // SPDX-FileCopyrightText: The attn8 authors
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
+#include <type_traits>
+
 #include "attend_careful.hpp"
 #include "online_softmax.hpp"
 
@@ -9,11 +11,13 @@
 /// block overlaps the arithmetic of this one.
 ///
 /// Shared memory, every tile at a multiple of 1024 bytes:
-///   Q [kRows][row_bytes] | K 2 stages [kKvBlock][row_bytes] | V^T 2 stages [head_dim][kKvBlock]
-///   | key constants 2 stages [kKvBlock / 16][2][16] floats | VisibleKeys
+///   Q [kRows][row_bytes] | K 2 stages [kKvBlock][row_bytes]
+///   | V 2 stages: V^T [head_dim][kKvBlock] codes, or [kKvBlock][head_dim] bfloat16
+///   | key constants 2 stages [kKvBlock / 16][2][16] floats | VisibleKeys, RowChanges
 namespace attn8::cuda {
 
-template <int kHeadDimIn, int kKvBlockIn, int kWarps, Weights kWeights>
+template <int kHeadDimIn, int kKvBlockIn, int kWarps, Weights kWeights,
+          Scores kScores = Scores::kPlain>
 struct AttendSm80 {
   static constexpr int kHeadDim = kHeadDimIn;
   static constexpr int kKvBlock = kKvBlockIn;
@@ -24,9 +28,11 @@ struct AttendSm80 {
 
   using QTile = SharedTile<kRows, kRowBytes>;
   using KTile = SharedTile<kKvBlock, kRowBytes>;
-  using VTile = SharedTile<kHeadDim, kKvBlock>;
-  using Softmax = OnlineSoftmax<kKvBlock, kWeights>;
-  static_assert(VTile::kSpan == kPanelKeys);
+  static constexpr bool kHalf = kWeights == Weights::kHalf;
+  using VTile =
+      std::conditional_t<kHalf, SharedTile<kKvBlock, 2 * kHeadDim>, SharedTile<kHeadDim, kKvBlock>>;
+  using Softmax = OnlineSoftmax<kKvBlock, kWeights, kScores>;
+  static_assert(kHalf ? kKvBlock == kHalfTileKeys : VTile::kSpan == kPanelKeys);
   static constexpr int kConstantBytes = kKvBlock / kKeyGroup * kKeyConstants * 4;
 
   static constexpr uint32_t kQ = 0;
@@ -34,7 +40,10 @@ struct AttendSm80 {
   static constexpr uint32_t kV = kK + kStages * KTile::kBytes;
   static constexpr uint32_t kConstants = kV + kStages * VTile::kBytes;
   static constexpr uint32_t kVisible = kConstants + kStages * kConstantBytes;
-  static constexpr uint32_t kSharedBytes = kVisible + kThreads * VisibleKeys::kBytes;
+  /// Of a thread: VisibleKeys, and RowChanges where there are any.
+  static constexpr int kRowStateBytes =
+      VisibleKeys::kBytes + (kScores != Scores::kPlain ? RowChanges::kBytes : 0);
+  static constexpr uint32_t kSharedBytes = kVisible + kThreads * kRowStateBytes;
 
   /// An accumulator that starts at the bits of 1.5 * 2^23 is, read as a float, that plus the sum:
   /// exact while |sum| <= 2^22. Scores reach 127^2 * head_dim, outputs 255 * 127 * kv_block.
@@ -56,31 +65,50 @@ struct AttendSm80 {
     }
   }
 
+  /// The keys of one head: of its image, or of its first in pages.
   struct Sources {
+    const AttendParams& p;
     const int8_t* k;
     const int8_t* v;
     const float* constants;
-    int64_t rows_k;
+    int batch;
+
+    ATTN8_DEVICE Sources(const AttendParams& params, int of_batch, int kv_head)
+        : p(params), batch(of_batch) {
+      const int64_t image =
+          p.block_table == nullptr ? static_cast<int64_t>(batch) * p.nheads_k + kv_head : kv_head;
+      k = p.k + image * p.rows_k * kRowBytes;
+      v = p.v + image * p.rows_k * (VTile::kBytes / kKvBlock);
+      constants = p.key_constants + image * p.rows_k * 2;
+    }
+
+    /// Elements before a block, of which a row has `row_elements` in its image, and `tile_elements`
+    /// in its tile's first panel. Constants alone where keys are not in pages.
+    ATTN8_DEVICE int64_t before(int block, int row_elements, int tile_elements) const {
+      if (p.block_table == nullptr) return static_cast<int64_t>(block) * (kKvBlock * tile_elements);
+      const KeyTile tile = KeyTile::of(p, batch, 0, static_cast<int64_t>(block) * kKvBlock);
+      return tile.image * p.rows_k * row_elements + tile.row * tile_elements;
+    }
   };
 
   static ATTN8_DEVICE void load_k(uint32_t shared, const Sources& from, int block) {
     const uint32_t stage = block % kStages;
-    const int64_t key = static_cast<int64_t>(block) * kKvBlock;
+    const int8_t* k = from.k + from.before(block, kRowBytes, KTile::kSpan);
     ATTN8_UNROLL
     for (int panel = 0; panel < KTile::kPanels; ++panel) {
-      copy<KTile::kPanelBytes>(
-          shared + kK + stage * KTile::kBytes + panel * KTile::kPanelBytes,
-          from.k + (static_cast<int64_t>(panel) * from.rows_k + key) * KTile::kSpan);
+      copy<KTile::kPanelBytes>(shared + kK + stage * KTile::kBytes + panel * KTile::kPanelBytes,
+                               k + static_cast<int64_t>(panel) * from.p.rows_k * KTile::kSpan);
     }
     copy<kConstantBytes>(shared + kConstants + stage * kConstantBytes,
-                         from.constants + key / kKeyGroup * kKeyConstants);
+                         from.constants + from.before(block, 2, 2));
     ptx::cp_commit();
   }
 
   static ATTN8_DEVICE void load_v(uint32_t shared, const Sources& from, int block) {
     const uint32_t stage = block % kStages;
+    constexpr int kBytes = VTile::kBytes / kKvBlock;
     copy<VTile::kBytes>(shared + kV + stage * VTile::kBytes,
-                        from.v + static_cast<int64_t>(block) * kKvBlock * kHeadDim);
+                        from.v + from.before(block, kBytes, kBytes));
     ptx::cp_commit();
   }
 
@@ -101,24 +129,25 @@ struct AttendSm80 {
     const uint32_t shared = ptx::smem_base();
     const int lane = ptx::thread_index() % 32;
     const int warp = ptx::thread_index() / 32;
-    // Last rows first: under a causal mask they have the most work.
-    const int block_row = ((p.seqlen_q + kRows - 1) / kRows - 1 - ptx::block_x()) * kRows;
     const int head = ptx::block_y() % p.nheads_q;
     const int batch = ptx::block_y() / p.nheads_q;
+    const Sequence sequence = Sequence::of(p, batch);
+    // Last rows first: under a causal mask they have the most work.
+    const int block_row = ((sequence.seqlen_q + kRows - 1) / kRows - 1 - ptx::block_x()) * kRows;
+    if (block_row < 0) return;
     const int row = block_row + warp * 16 + lane / 4;
-    const int64_t q_head = batch * p.nheads_q + head;
-    const int64_t kv_head = batch * p.nheads_k + head / (p.nheads_q / p.nheads_k);
-    const Sources from = {p.k + kv_head * p.rows_k * kRowBytes, p.v + kv_head * p.rows_k * kHeadDim,
-                          p.key_constants + kv_head * (p.rows_k / kKeyGroup) * kKeyConstants,
-                          p.rows_k};
+    const Sources from(p, batch, head / (p.nheads_q / p.nheads_k));
 
-    VisibleKeys::of(p, row).keep(visible_address(shared));
+    VisibleKeys::of(p, sequence, row).keep(row_address(shared));
+    if constexpr (kScores != Scores::kPlain) {
+      RowChanges::of(p, sequence, batch, head, row).keep(row_address(shared) + VisibleKeys::kBytes);
+    }
     State state;
     state.softmax.start();
     ATTN8_UNROLL
     for (int r = 0; r < 2; ++r) {
       state.softmax.score_scale[r] =
-          ptx::ld_global(p.q_scale + q_head * p.rows_q + row + 8 * r) * p.score_scale;
+          ptx::ld_global(p.q_scale + sequence.row_index(p, head, row + 8 * r)) * p.score_scale;
     }
     ATTN8_UNROLL
     for (int group = 0; group < kHeadDim / 8; ++group) {
@@ -126,14 +155,15 @@ struct AttendSm80 {
       for (int i = 0; i < 4; ++i) state.out[group][i] = 0;
     }
 
-    const BlockRange visited = visited_blocks<kKvBlock>(p, block_row, kRows);
+    const BlockRange visited = visited_blocks<kKvBlock>(p, sequence, block_row, kRows);
     if (visited.begin < visited.end) {
       ATTN8_UNROLL
       for (int panel = 0; panel < QTile::kPanels; ++panel) {
         copy<QTile::kPanelBytes>(
             shared + kQ + panel * QTile::kPanelBytes,
-            p.q + q_head * p.rows_q * kRowBytes +
-                (static_cast<int64_t>(panel) * p.rows_q + block_row) * QTile::kSpan);
+            p.q + (sequence.first_image + head) * p.rows_q * kRowBytes +
+                (static_cast<int64_t>(panel) * p.rows_q + sequence.first_row + block_row) *
+                    QTile::kSpan);
       }
       load_k(shared, from, visited.begin);
       load_v(shared, from, visited.begin);
@@ -160,9 +190,10 @@ struct AttendSm80 {
       ptx::cp_wait<0>();
     }
     state.softmax.add_quad();
-    const VisibleKeys visible = VisibleKeys::kept(visible_address(shared));
+    const VisibleKeys visible = VisibleKeys::kept(row_address(shared));
     if (ptx::any(!state.softmax.fits(0, visible) || !state.softmax.fits(1, visible))) {
-      attend_carefully<kHeadDim, kKvBlock, kWeights>(p, batch, head, block_row + warp * 16);
+      attend_carefully<kHeadDim, kKvBlock, kWeights, kScores>(p, batch, head,
+                                                              block_row + warp * 16);
     } else {
       store_rows<kHeadDim>(
           p, state.softmax, batch, head, row, [](int) { return 0.0f; },
@@ -219,13 +250,18 @@ struct AttendSm80 {
         }
       }
       state.softmax.template weights<0, kKvBlock / kKeyGroup, kMasked>(
-          visible_address(shared),
+          from.p.changes, row_address(shared),
           [&](int i) { return ptx::add(as_magic(products[i / 4][i % 4]), -kMagic); }, constants,
           block * kKvBlock, next_scale, p);
     }
 
-    uint32_t packed[kKvBlock / 32][4];  // [k32 steps][A fragment] codes of the weights
-    state.softmax.codes(p, packed);
+    // Codes of the weights: [k32 steps][A fragment], or bfloat16: [k16 steps][A fragment].
+    uint32_t packed[kKvBlock / (kHalf ? 16 : 32)][4];
+    if constexpr (kHalf) {
+      state.softmax.halves(p, packed);
+    } else {
+      state.softmax.codes(p, packed);
+    }
 
     // V of this block has landed; the barrier also ends all reads of the other V stage.
     ptx::cp_wait<1>();
@@ -236,6 +272,38 @@ struct AttendSm80 {
       ptx::cp_commit();
     }
 
+    if constexpr (kHalf) {
+      add_halves(v_tile, packed, state.out);
+    } else {
+      add_codes(v_tile, packed, state);
+    }
+  }
+
+  /// out += weights times V, in bfloat16.
+  static ATTN8_DEVICE void add_halves(uint32_t v_tile, const uint32_t (&packed)[kKvBlock / 16][4],
+                                      float (&out)[kHeadDim / 8][4]) {
+    const int lane = ptx::thread_index() % 32;
+    ATTN8_UNROLL
+    for (int step = 0; step < kKvBlock / 16; ++step) {
+      ATTN8_UNROLL
+      for (int columns = 0; columns < kHeadDim / 16; ++columns) {
+        // Transposed: rows of the matrices are keys, {0, 1} for 8 channels and {2, 3} for 8 more.
+        uint32_t b[4];
+        ptx::ldmatrix_x4_trans(
+            b, v_tile + VTile::offset(step * 16 + lane % 16, columns * 32 + lane / 16 * 16));
+        ATTN8_UNROLL
+        for (int half = 0; half < 2; ++half) {
+          const uint32_t keys[2] = {b[2 * half], b[2 * half + 1]};
+          ptx::mma_bf16(out[2 * columns + half], packed[step], keys);
+        }
+      }
+    }
+  }
+
+  /// out += codes times V codes, times the block's scale.
+  static ATTN8_DEVICE void add_codes(uint32_t v_tile, const uint32_t (&packed)[kKvBlock / 32][4],
+                                     State& state) {
+    const int lane = ptx::thread_index() % 32;
     ATTN8_UNROLL
     for (int columns = 0; columns < kHeadDim / 16; ++columns) {
       int products[2][4];  // [8-channel groups][C fragment]
@@ -266,9 +334,9 @@ struct AttendSm80 {
     }
   }
 
-  /// Of the thread's VisibleKeys.
-  static ATTN8_DEVICE uint32_t visible_address(uint32_t shared) {
-    return shared + kVisible + ptx::thread_index() * VisibleKeys::kBytes;
+  /// Of the thread's VisibleKeys and RowChanges.
+  static ATTN8_DEVICE uint32_t row_address(uint32_t shared) {
+    return shared + kVisible + ptx::thread_index() * kRowStateBytes;
   }
 
   static ATTN8_DEVICE float as_magic(int bits) {

@@ -10,10 +10,11 @@
 ///
 /// Shared memory, every tile at a multiple of 1024 bytes:
 ///   Q [128][row_bytes] | K stages [kKvBlock][row_bytes] | V^T stages [head_dim][kKvBlock]
-///   | key constants stages [kKvBlock / 16][2][16] floats | VisibleKeys of the consumers | barriers
+///   | key constants stages [kKvBlock / 16][2][16] floats | VisibleKeys and RowChanges of the
+///   consumers | barriers
 namespace attn8::cuda {
 
-template <int kHeadDimIn, int kKvBlockIn, Weights kWeights>
+template <int kHeadDimIn, int kKvBlockIn, Weights kWeights, Scores kScores = Scores::kPlain>
 struct AttendSm90 {
   static constexpr int kHeadDim = kHeadDimIn;
   static constexpr int kKvBlock = kKvBlockIn;
@@ -27,7 +28,7 @@ struct AttendSm90 {
   using QTile = SharedTile<kRows, kRowBytes>;
   using KTile = SharedTile<kKvBlock, kRowBytes>;
   using VTile = SharedTile<kHeadDim, kKvBlock>;
-  using Softmax = OnlineSoftmax<kKvBlock, kWeights>;
+  using Softmax = OnlineSoftmax<kKvBlock, kWeights, kScores>;
   static constexpr int kConstantBytes = kKvBlock / kKeyGroup * kKeyConstants * 4;
 
   // One wgmma covers 128 keys of the scores, so that half of a block's scores can be read while the
@@ -52,7 +53,10 @@ struct AttendSm90 {
   static constexpr uint32_t kV = kK + kStages * KTile::kBytes;
   static constexpr uint32_t kConstants = kV + kStages * VTile::kBytes;
   static constexpr uint32_t kVisible = kConstants + kStages * kConstantBytes;
-  static constexpr uint32_t kBarriers = kVisible + kConsumers * 128 * VisibleKeys::kBytes;
+  /// Of a thread: VisibleKeys, and RowChanges where there are any.
+  static constexpr int kRowStateBytes =
+      VisibleKeys::kBytes + (kScores != Scores::kPlain ? RowChanges::kBytes : 0);
+  static constexpr uint32_t kBarriers = kVisible + kConsumers * 128 * kRowStateBytes;
   static constexpr uint32_t kSharedBytes = kBarriers + 16 * (1 + 2 * kStages);
   static_assert(kSharedBytes <= 227 * 1024, "what a block of sm_90 may have");
 
@@ -72,10 +76,12 @@ struct AttendSm90 {
     const uint32_t shared = ptx::smem_base();
     const Barriers barriers(shared + kBarriers);
     const int warpgroup = ptx::shfl(ptx::thread_index() / 128, 0);
-    // Last rows first: under a causal mask they have the most work.
-    const int row = ((p.seqlen_q + kRows - 1) / kRows - 1 - ptx::block_x()) * kRows;
     const int head = ptx::block_y() % p.nheads_q;
     const int batch = ptx::block_y() / p.nheads_q;
+    // Last rows first: under a causal mask they have the most work.
+    const int row =
+        ((Sequence::of(p, batch).seqlen_q + kRows - 1) / kRows - 1 - ptx::block_x()) * kRows;
+    if (row < 0) return;
 
     if (ptx::thread_index() == 0) {
       ptx::mbar_init(barriers.q_full, 1);
@@ -101,19 +107,17 @@ struct AttendSm90 {
 
   static ATTN8_DEVICE void produce(const AttendParams& p, uint32_t shared, const Barriers& barriers,
                                    int batch, int head, int row) {
-    const int64_t q_head = batch * p.nheads_q + head;
-    const int64_t kv_head = batch * p.nheads_k + head / (p.nheads_q / p.nheads_k);
-    const int8_t* q = p.q + q_head * p.rows_q * kRowBytes;
-    const int8_t* k = p.k + kv_head * p.rows_k * kRowBytes;
-    const int8_t* v = p.v + kv_head * p.rows_k * kHeadDim;
-    const float* constants = p.key_constants + kv_head * (p.rows_k / kKeyGroup) * kKeyConstants;
+    const Sequence sequence = Sequence::of(p, batch);
+    const int kv_head = head / (p.nheads_q / p.nheads_k);
+    const int8_t* q = p.q + (sequence.first_image + head) * p.rows_q * kRowBytes;
 
-    const BlockRange blocks = visited_blocks<kKvBlock>(p, row, kRows);
+    const BlockRange blocks = visited_blocks<kKvBlock>(p, sequence, row, kRows);
     ptx::mbar_expect_tx(barriers.q_full, QTile::kBytes);
     for (int panel = 0; panel < QTile::kPanels; ++panel) {
-      ptx::bulk_load(shared + kQ + panel * QTile::kPanelBytes,
-                     q + (static_cast<int64_t>(panel) * p.rows_q + row) * QTile::kSpan,
-                     QTile::kPanelBytes, barriers.q_full);
+      ptx::bulk_load(
+          shared + kQ + panel * QTile::kPanelBytes,
+          q + (static_cast<int64_t>(panel) * p.rows_q + sequence.first_row + row) * QTile::kSpan,
+          QTile::kPanelBytes, barriers.q_full);
     }
     for (int block = blocks.begin; block < blocks.end; ++block) {
       const int n = block - blocks.begin;
@@ -121,18 +125,19 @@ struct AttendSm90 {
       const uint32_t parity = (n / kStages + 1) & 1;
       ptx::mbar_wait(barriers.k_empty + 8 * stage, parity);
       ptx::mbar_expect_tx(barriers.k_full + 8 * stage, KTile::kBytes + kConstantBytes);
-      const int64_t key = static_cast<int64_t>(block) * kKvBlock;
+      const KeyTile tile = KeyTile::of(p, batch, kv_head, static_cast<int64_t>(block) * kKvBlock);
+      const int8_t* k = p.k + tile.image * p.rows_k * kRowBytes;
+      const int64_t first_key = tile.image * p.rows_k + tile.row;
       for (int panel = 0; panel < KTile::kPanels; ++panel) {
         ptx::bulk_load(shared + kK + stage * KTile::kBytes + panel * KTile::kPanelBytes,
-                       k + (static_cast<int64_t>(panel) * p.rows_k + key) * KTile::kSpan,
+                       k + (static_cast<int64_t>(panel) * p.rows_k + tile.row) * KTile::kSpan,
                        KTile::kPanelBytes, barriers.k_full + 8 * stage);
       }
-      ptx::bulk_load(shared + kConstants + stage * kConstantBytes,
-                     constants + key / kKeyGroup * kKeyConstants, kConstantBytes,
-                     barriers.k_full + 8 * stage);
+      ptx::bulk_load(shared + kConstants + stage * kConstantBytes, p.key_constants + first_key * 2,
+                     kConstantBytes, barriers.k_full + 8 * stage);
       ptx::mbar_wait(barriers.v_empty + 8 * stage, parity);
       ptx::mbar_expect_tx(barriers.v_full + 8 * stage, VTile::kBytes);
-      ptx::bulk_load(shared + kV + stage * VTile::kBytes, v + key * kHeadDim, VTile::kBytes,
+      ptx::bulk_load(shared + kV + stage * VTile::kBytes, p.v + first_key * kHeadDim, VTile::kBytes,
                      barriers.v_full + 8 * stage);
     }
   }
@@ -148,22 +153,25 @@ struct AttendSm90 {
     const int warp = ptx::thread_index() / 32 % 4;
     const int warpgroup_row = block_row + consumer * kWarpgroupRows;
     const int row = warpgroup_row + warp * 16 + lane / 4;
-    VisibleKeys::of(p, row).keep(visible_address(shared));
+    const Sequence sequence = Sequence::of(p, batch);
+    VisibleKeys::of(p, sequence, row).keep(row_address(shared));
+    if constexpr (kScores != Scores::kPlain) {
+      RowChanges::of(p, sequence, batch, head, row).keep(row_address(shared) + VisibleKeys::kBytes);
+    }
 
     Softmax softmax;
     softmax.start();
     ATTN8_UNROLL
     for (int r = 0; r < 2; ++r) {
-      const int64_t q_head = batch * p.nheads_q + head;
       softmax.score_scale[r] =
-          ptx::ld_global(p.q_scale + q_head * p.rows_q + row + 8 * r) * p.score_scale;
+          ptx::ld_global(p.q_scale + sequence.row_index(p, head, row + 8 * r)) * p.score_scale;
     }
     float out[kHeadDim / 2];  // [16 rows of the warp, kHeadDim]
     ATTN8_UNROLL
     for (int i = 0; i < kHeadDim / 2; ++i) out[i] = 0;
 
-    const BlockRange visited = visited_blocks<kKvBlock>(p, block_row, kRows);
-    const BlockRange own = visited_blocks<kKvBlock>(p, warpgroup_row, kWarpgroupRows);
+    const BlockRange visited = visited_blocks<kKvBlock>(p, sequence, block_row, kRows);
+    const BlockRange own = visited_blocks<kKvBlock>(p, sequence, warpgroup_row, kWarpgroupRows);
     const int full_begin = clamp_to(own.full_begin, visited.begin, visited.end);
     const int full_end = clamp_to(own.full_end, full_begin, visited.end);
     ptx::mbar_wait(barriers.q_full, 0);
@@ -172,27 +180,28 @@ struct AttendSm90 {
     int masked_end = full_begin;
     while (true) {
       for (; block < masked_end; ++block) {
-        attend_block<true>(shared, barriers, block, visited, consumer, softmax, out);
+        attend_block<true>(p.changes, shared, barriers, block, visited, consumer, softmax, out);
       }
       if (block >= visited.end) break;
       for (; block < full_end; ++block) {
-        attend_block<false>(shared, barriers, block, visited, consumer, softmax, out);
+        attend_block<false>(p.changes, shared, barriers, block, visited, consumer, softmax, out);
       }
       masked_end = visited.end;
     }
     softmax.add_quad();
-    const VisibleKeys visible = VisibleKeys::kept(visible_address(shared));
+    const VisibleKeys visible = VisibleKeys::kept(row_address(shared));
     if (ptx::any(!softmax.fits(0, visible) || !softmax.fits(1, visible))) {
-      attend_carefully<kHeadDim, kKvBlock, kWeights>(p, batch, head, warpgroup_row + warp * 16);
+      attend_carefully<kHeadDim, kKvBlock, kWeights, kScores>(p, batch, head,
+                                                              warpgroup_row + warp * 16);
     } else {
       store_rows<kHeadDim>(
           p, softmax, batch, head, row, [](int) { return 0.0f; }, [&](int i) { return out[i]; });
     }
   }
 
-  /// Of the thread's VisibleKeys.
-  static ATTN8_DEVICE uint32_t visible_address(uint32_t shared) {
-    return shared + kVisible + (ptx::thread_index() - 128) * VisibleKeys::kBytes;
+  /// Of the thread's VisibleKeys and RowChanges.
+  static ATTN8_DEVICE uint32_t row_address(uint32_t shared) {
+    return shared + kVisible + (ptx::thread_index() - 128) * kRowStateBytes;
   }
 
   /// Consumer warpgroups take turns; named barrier 1 + consumer is the turn of one.
@@ -200,7 +209,8 @@ struct AttendSm90 {
   static ATTN8_DEVICE void give_turn(int consumer) { ptx::bar_arrive(1 + consumer, 256); }
 
   template <bool kMasked>
-  static ATTN8_DEVICE void attend_block(uint32_t shared, const Barriers& barriers, int block,
+  static ATTN8_DEVICE void attend_block(const ScoreChanges& changes, uint32_t shared,
+                                        const Barriers& barriers, int block,
                                         const BlockRange& visited, int consumer, Softmax& softmax,
                                         float (&out)[kHeadDim / 2]) {
     const uint32_t stage = (block - visited.begin) % kStages;
@@ -230,7 +240,7 @@ struct AttendSm90 {
       wait_turn(consumer);
       const auto weights = [&]<int kFirst, int kLast>() {
         softmax.template weights<kFirst, kLast, kMasked>(
-            visible_address(shared),
+            changes, row_address(shared),
             [&](int i) {
               return static_cast<float>(products[i / (kScoreColumns / 2)][i % (kScoreColumns / 2)]);
             },

@@ -11,20 +11,7 @@
 
 namespace attn8::cuda {
 
-#define ATTN8_CUDA_INSTANCE(name) AttendEntry name();
-#include "instances.inc"
-#undef ATTN8_CUDA_INSTANCE
-
 namespace {
-
-std::span<const AttendEntry> entries() {
-  static const AttendEntry table[] = {
-#define ATTN8_CUDA_INSTANCE(name) name(),
-#include "instances.inc"
-#undef ATTN8_CUDA_INSTANCE
-  };
-  return table;
-}
 
 /// For what an allocation of the host's throws.
 Status out_of_memory() noexcept { return {StatusCode::kOutOfMemory, {}}; }
@@ -41,47 +28,6 @@ std::string shape_text(const Extents& e) {
          ", " + std::to_string(e[3]) + "]";
 }
 
-Status check_memory(const void* data, const char* name, int device) {
-  cudaPointerAttributes attributes{};
-  const cudaError_t error = cudaPointerGetAttributes(&attributes, data);
-  if (error != cudaSuccess) {
-    cudaGetLastError();
-    return device_status(error, name);
-  }
-  if (attributes.type != cudaMemoryTypeDevice && attributes.type != cudaMemoryTypeManaged) {
-    return {StatusCode::kInvalidArgument, std::string(name) +
-                                              ".data is host memory, want memory of CUDA device " +
-                                              std::to_string(device)};
-  }
-  if (attributes.type == cudaMemoryTypeDevice && attributes.device != device) {
-    return {StatusCode::kInvalidArgument, std::string(name) + ".data is on CUDA device " +
-                                              std::to_string(attributes.device) + ", want " +
-                                              std::to_string(device)};
-  }
-  return {};
-}
-
-/// The strides and alignment that the kernels read with 16-byte (inputs) or paired (out) accesses.
-Status check_layout(const ConstTensorView& view, const char* name, int64_t multiple,
-                    uintptr_t alignment) {
-  if (view.shape[3] > 1 && view.strides[3] != 1) {
-    return unsupported(std::string(name) + ".strides[3]=" + std::to_string(view.strides[3]) +
-                       ", the CUDA kernels want 1");
-  }
-  for (int axis = 0; axis < 3; ++axis) {
-    if (view.shape[axis] > 1 && view.strides[axis] % multiple != 0) {
-      return unsupported(std::string(name) + ".strides[" + std::to_string(axis) +
-                         "]=" + std::to_string(view.strides[axis]) +
-                         ", the CUDA kernels want a multiple of " + std::to_string(multiple));
-    }
-  }
-  if (reinterpret_cast<uintptr_t>(view.data) % alignment != 0) {
-    return unsupported(std::string(name) + ".data is not aligned to " + std::to_string(alignment) +
-                       " bytes, which the CUDA kernels want");
-  }
-  return {};
-}
-
 Status check_input(const Operand& operand, const char* name, const Extents& shape, DType dtype,
                    int device) {
   const ConstTensorView& view = view_of(operand);
@@ -92,21 +38,76 @@ Status check_input(const Operand& operand, const char* name, const Extents& shap
                 std::string(to_string(dtype)) + shape_text(shape)};
   }
   if (shape[0] * shape[1] * shape[2] * shape[3] == 0) return {};
-  if (const Status status = check_layout(view, name, 8, 16); !status.ok()) return status;
   return check_memory(view.data, name, device);
 }
 
-int clamp_offset(int64_t offset) {
-  return static_cast<int>(std::clamp<int64_t>(offset, -kNoLimit, kNoLimit));
+/// The tensors beside q, k and v: those that the plan was made with, in device memory.
+Status check_others(const AttentionInputs& inputs, const Plan::State& s) {
+  if (InputsPresent::of(inputs) != s.inputs) {
+    return {StatusCode::kInvalidArgument,
+            "inputs do not have the optional tensors that the plan was made with"};
+  }
+  if (s.inputs.attn_mask && (inputs.attn_mask->dtype != s.mask_type ||
+                             (s.converts_mask() && inputs.attn_mask->shape != s.mask_shape))) {
+    return {StatusCode::kInvalidArgument,
+            "attn_mask is " + std::string(to_string(inputs.attn_mask->dtype)) +
+                shape_text(inputs.attn_mask->shape) + ", want what the plan was made for: " +
+                std::string(to_string(s.mask_type)) + shape_text(s.mask_shape)};
+  }
+  const std::pair<const std::optional<ConstTensorView>&, const char*> views[] = {
+      {inputs.attn_mask, "attn_mask"},
+      {inputs.alibi_slopes, "alibi_slopes"},
+      {inputs.sinks, "sinks"},
+      {inputs.seqlens_k, "seqlens_k"},
+      {inputs.leftpad_k, "leftpad_k"}};
+  for (const auto& [view, name] : views) {
+    if (!view.has_value() || view->data == nullptr) continue;
+    if (Status status = check_memory(view->data, name, s.device); !status.ok()) return status;
+  }
+  return {};
+}
+
+/// Stride of an axis that one element may stand for.
+int64_t broadcast_stride(const ConstTensorView& view, size_t axis) {
+  return view.shape[axis] == 1 ? 0 : view.strides[axis];
 }
 
 size_t aligned(size_t bytes) { return (bytes + 255) / 256 * 256; }
+
+ScoreChanges changes_of(const Plan::State& s, const AttentionInputs& inputs, char* workspace) {
+  const double log2e = 1.4426950408889634;
+  ScoreChanges changes{};
+  if (s.softcap != 0) {
+    changes.softcap = static_cast<float>(s.softcap * log2e);
+    changes.softcap_rate = static_cast<float>(2 / static_cast<double>(s.softcap));
+  }
+  changes.position_offset = s.position_offset;
+  if (inputs.alibi_slopes.has_value()) {
+    const ConstTensorView& slopes = *inputs.alibi_slopes;
+    changes.alibi_slopes = static_cast<const float*>(slopes.data);
+    changes.alibi_stride_batch = broadcast_stride(slopes, 0);
+    changes.alibi_stride_head = slopes.strides[2];
+  }
+  if (inputs.attn_mask.has_value()) {
+    ConstTensorView mask = *inputs.attn_mask;
+    if (s.converts_mask()) {
+      mask = bshd(static_cast<const void*>(workspace + s.workspace.attn_mask), DType::kFloat32,
+                  s.mask_shape, mask.device);
+    }
+    changes.attn_mask = static_cast<const float*>(mask.data);
+    changes.attn_mask_stride_batch = broadcast_stride(mask, 0);
+    changes.attn_mask_stride_row = broadcast_stride(mask, 1);
+    changes.attn_mask_stride_head = broadcast_stride(mask, 2);
+    changes.attn_mask_stride_key = broadcast_stride(mask, 3);
+  }
+  return changes;
+}
 
 Workspace lay_out(const Plan::State& s) {
   const auto q_heads = static_cast<size_t>(s.batch()) * s.kernel_heads();
   const auto kv_heads = static_cast<size_t>(s.batch()) * s.nheads_k();
   const size_t row_bytes = s.row_bytes();
-  const size_t packed_dim = packed_head_dim(s.head_dim());
+  const size_t packed_dim = s.packed_dim();
   const size_t chunks = (s.last_key - s.first_key + 255) / 256;
   Workspace w{};
   size_t at = 0;
@@ -117,7 +118,7 @@ Workspace lay_out(const Plan::State& s) {
   };
   w.q = take(q_heads * s.rows_q * row_bytes);
   w.k = take(kv_heads * s.rows_k * row_bytes);
-  w.v = take(kv_heads * s.rows_k * packed_dim);
+  w.v = take(kv_heads * s.rows_k * packed_dim * s.value_bytes());
   w.q_scale = take(q_heads * s.rows_q * 4);
   w.key_constants = take(kv_heads * s.rows_k * 2 * 4);
   w.v_scale = take(kv_heads * packed_dim * 4);
@@ -126,50 +127,18 @@ Workspace lay_out(const Plan::State& s) {
   w.token_scale = take(kv_heads * s.rows_k * 4);
   w.panel_scale = take(kv_heads * (s.rows_k / kPanelKeys) * 4);
   w.partial = take(kv_heads * chunks * row_bytes * 8);  // doubles
-  if (s.splits > 1) {
+  if (s.converts_mask()) {
+    w.attn_mask = take(
+        static_cast<size_t>(s.mask_shape[0] * s.mask_shape[1] * s.mask_shape[2] * s.mask_shape[3]) *
+        4);
+  }
+  if (s.division.splits > 1) {
     const size_t rows = static_cast<size_t>(s.batch()) * s.seqlen_q() * s.nheads_q();
-    w.split_out = take(s.splits * rows * s.head_dim() * 4);
-    w.split_lse = take(s.splits * rows * 4);
+    w.split_out = take(s.division.splits * rows * split_row_floats(s.head_dim_v()) * 4);
+    w.split_lse = take(s.division.splits * rows * 4);
   }
   w.bytes = at;
   return w;
-}
-
-/// Few queries leave most multiprocessors idle: heads that share keys are packed into one row tile,
-/// and the keys are divided among as many blocks of the grid as there is room for.
-void lay_out_grid(Plan::State& s, int multiprocessors) {
-  const int group = s.nheads_k() > 0 ? s.nheads_q() / s.nheads_k() : 1;
-  const bool fits = static_cast<int64_t>(s.seqlen_q()) * group <= s.entry->rows;
-  s.group = fits ? group : 1;
-  s.rows_q = static_cast<int>(round_up(s.kernel_rows(), kSequencePad));
-  s.splits = 1;
-  s.split_keys = 0;
-  // The codes of `paper` do not say how much a part counts.
-  if (s.entry->weights == Weights::kPaper) return;
-  const int64_t tiles = (s.kernel_rows() + s.entry->rows - 1) / s.entry->rows;
-  const int64_t blocks = tiles * s.batch() * s.kernel_heads();
-  if (blocks == 0) return;
-  const int key_blocks = (s.seqlen_k() + s.entry->kv_block - 1) / s.entry->kv_block;
-  const auto room = static_cast<int>(std::min<int64_t>(multiprocessors / blocks, key_blocks));
-  if (room < 2) return;
-  const int split_blocks = (key_blocks + room - 1) / room;
-  s.split_keys = split_blocks * s.entry->kv_block;
-  s.splits = (key_blocks + split_blocks - 1) / split_blocks;
-}
-
-Result<Kernels> kernels_of(int device) {
-  int major = 0;
-  const cudaError_t error =
-      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  if (error != cudaSuccess) return device_status(error, "cudaDeviceGetAttribute");
-  if (major < 8) {
-    return Status(StatusCode::kUnavailable, "device " + std::to_string(device) +
-                                                " has compute capability " + std::to_string(major) +
-                                                ".x, the CUDA kernels want 8.0 or later");
-  }
-  const bool has_sm90 = std::any_of(entries().begin(), entries().end(),
-                                    [](const AttendEntry& e) { return e.family == Family::kSm90; });
-  return major == 9 && has_sm90 ? Kernels::kSm90 : Kernels::kSm80;
 }
 
 }  // namespace
@@ -198,7 +167,7 @@ Status device_status(cudaError_t error, const char* what) {
 
 std::vector<std::string> kernel_images() {
   std::vector<std::string> names;
-  for (const AttendEntry& entry : entries()) names.emplace_back(entry.name);
+  for (const AttendEntry& entry : attend_entries()) names.emplace_back(entry.name);
   return names;
 }
 
@@ -252,8 +221,16 @@ Result<Plan> Plan::make(const AttentionInputs& inputs, const AttentionOutputs& o
   s.v_type = v.dtype;
   s.out_type = outputs.out.dtype;
   s.has_lse = outputs.lse.has_value();
-  if (v.shape != k.shape || k.shape[0] != q.shape[0] || k.shape[3] != q.shape[3] ||
-      outputs.out.shape != q.shape) {
+  s.v_shape = v.shape;
+  s.out_shape = {q.shape[0], q.shape[1], q.shape[2], v.shape[3]};
+  s.inputs = InputsPresent::of(inputs);
+  s.softcap = options.softcap;
+  if (s.inputs.attn_mask) {
+    s.mask_shape = inputs.attn_mask->shape;
+    s.mask_type = inputs.attn_mask->dtype;
+  }
+  if (Extents{v.shape[0], v.shape[1], v.shape[2], k.shape[3]} != k.shape ||
+      k.shape[0] != q.shape[0] || k.shape[3] != q.shape[3] || outputs.out.shape != s.out_shape) {
     return Status(StatusCode::kInvalidArgument,
                   "q " + shape_text(q.shape) + ", k " + shape_text(k.shape) + ", v " +
                       shape_text(v.shape) + " and out " + shape_text(outputs.out.shape) +
@@ -264,14 +241,16 @@ Result<Plan> Plan::make(const AttentionInputs& inputs, const AttentionOutputs& o
                   "k.shape[2]=" + std::to_string(k.shape[2]) +
                       " must divide q.shape[2]=" + std::to_string(q.shape[2]));
   }
-  if (q.shape[3] < 8 || q.shape[3] > 256 || q.shape[3] % 8 != 0) {
-    return unsupported("q.shape[3]=" + std::to_string(q.shape[3]) +
-                       ", the CUDA kernels want a head_dim that is a multiple of 8 up to 256");
+  for (const ConstTensorView* view : {&q, &v}) {
+    if (view->shape[3] >= 1 && view->shape[3] <= 256) continue;
+    return unsupported(std::string(view == &q ? "q" : "v") +
+                       ".shape[3]=" + std::to_string(view->shape[3]) +
+                       ", the CUDA kernels want a head_dim of 1 to 256");
   }
-  if (q.shape[1] > kNoLimit / 2 || k.shape[1] > kNoLimit / 2 || q.shape[0] * q.shape[2] > 65535) {
+  if (q.shape[1] > kNoLimit / 4 || k.shape[1] > kNoLimit / 4 || q.shape[0] * q.shape[2] > 65535) {
     return unsupported(
         "q " + shape_text(q.shape) +
-        ", the CUDA kernels want sequences up to 2^29 and batch * heads up to 65535");
+        ", the CUDA kernels want sequences up to 2^28 and batch * heads up to 65535");
   }
   if (!is_float(outputs.out.dtype)) {
     return Status(StatusCode::kInvalidArgument,
@@ -286,28 +265,52 @@ Result<Plan> Plan::make(const AttentionInputs& inputs, const AttentionOutputs& o
   Weights weights = Weights::kFolded;
   if (options.mode == Mode::kPaper) {
     weights = Weights::kPaper;
+  } else if (options.mode == Mode::kHalf) {
+    weights = Weights::kHalf;
   } else if (options.mode != Mode::kAccurate) {
     return unsupported("mode=" + std::string(to_string(options.mode)) +
-                       ", the CUDA backend has accurate and paper");
+                       ", the CUDA backend has accurate, half and paper");
   } else if (s.v_granularity == Granularity::kTensor || s.v_granularity == Granularity::kChannel) {
     weights = Weights::kPlain;
   } else if (s.v_granularity != Granularity::kToken) {
     return unsupported("v_granularity=" + std::string(to_string(s.v_granularity)) +
                        ", the CUDA backend has token, tensor and channel");
   }
+  const bool changed = options.softcap != 0 || s.inputs.attn_mask || s.inputs.alibi_slopes;
+  const Scores scores = s.inputs.attn_mask || s.inputs.alibi_slopes ? Scores::kBiased
+                        : options.softcap != 0                      ? Scores::kSoftcap
+                                                                    : Scores::kPlain;
+  if (changed && weights != Weights::kFolded && weights != Weights::kHalf) {
+    return unsupported(
+        "softcap, attn_mask and alibi_slopes with mode=" + std::string(to_string(options.mode)) +
+        " and v_granularity=" + std::string(to_string(s.v_granularity)) +
+        ", on CUDA they want half, or accurate with token");
+  }
   const auto* k_quantized = std::get_if<QuantizedView>(&inputs.k);
 
+  const bool own_lengths = s.inputs.seqlens_k || s.inputs.leftpad_k;
+  s.bottom_right = s.inputs.seqlens_k && options.mask.align == CausalAlign::kBottomRight;
   const int64_t shift =
-      options.mask.align == CausalAlign::kBottomRight ? k.shape[1] - q.shape[1] : 0;
-  int64_t right = options.mask.window_right;
-  if (options.mask.causal) right = right < 0 ? 0 : std::min<int64_t>(right, 0);
-  s.first_offset =
-      options.mask.window_left < 0 ? -kNoLimit : clamp_offset(shift - options.mask.window_left);
-  s.last_offset = right < 0 ? kNoLimit : clamp_offset(shift + right);
+      options.mask.q_offset - options.mask.k_offset +
+      (options.mask.align == CausalAlign::kBottomRight && !s.bottom_right ? k.shape[1] - q.shape[1]
+                                                                          : 0);
+  if (s.inputs.alibi_slopes && std::abs(shift) > kNoLimit / 4) {
+    return unsupported("mask.q_offset - mask.k_offset=" +
+                       std::to_string(options.mask.q_offset - options.mask.k_offset) +
+                       ", with alibi_slopes on CUDA at most 2^28 apart");
+  }
+  s.position_offset = s.inputs.alibi_slopes ? static_cast<int>(shift) : 0;
+  const MaskOffsets offsets = mask_offsets(options.mask, shift);
+  s.first_offset = offsets.first;
+  s.last_offset = offsets.last;
   const int64_t seqlen_k = k.shape[1];
   s.first_key = static_cast<int>(std::clamp<int64_t>(s.first_offset, 0, seqlen_k));
   s.last_key =
       static_cast<int>(std::clamp<int64_t>(q.shape[1] + s.last_offset, s.first_key, seqlen_k));
+  if (own_lengths) {
+    s.first_key = 0;
+    s.last_key = q.shape[1] > 0 ? static_cast<int>(seqlen_k) : 0;
+  }
   s.rows_k = static_cast<int>(round_up(seqlen_k, kSequencePad));
   s.has_mean = k_quantized != nullptr
                    ? k_quantized->mean.has_value()
@@ -317,14 +320,7 @@ Result<Plan> Plan::make(const AttentionInputs& inputs, const AttentionOutputs& o
 
   if (kernels == Kernels::kBest)
     kernels = info.value().family == "sm90a" ? Kernels::kSm90 : Kernels::kSm80;
-  const Family family = kernels == Kernels::kSm90 ? Family::kSm90 : Family::kSm80;
-  s.entry = nullptr;
-  for (const AttendEntry& entry : entries()) {
-    if (entry.family == family && entry.weights == weights &&
-        entry.head_dim == packed_head_dim(s.head_dim())) {
-      s.entry = &entry;
-    }
-  }
+  s.entry = find_entry(kernels, weights, scores, std::max(s.head_dim(), s.head_dim_v()));
   if (s.entry == nullptr) {
     return Status(StatusCode::kUnavailable,
                   "this build has no CUDA kernel for head_dim=" + std::to_string(q.shape[3]) +
@@ -334,26 +330,13 @@ Result<Plan> Plan::make(const AttentionInputs& inputs, const AttentionOutputs& o
     return unsupported("kv_block=" + std::to_string(options.kv_block) + ", " + s.entry->name +
                        " has " + std::to_string(s.entry->kv_block));
   }
-  int shared_limit = 0;
-  cudaError_t error =
-      cudaDeviceGetAttribute(&shared_limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, s.device);
-  if (error != cudaSuccess) return device_status(error, "cudaDeviceGetAttribute");
-  if (s.entry->shared_bytes > static_cast<size_t>(shared_limit)) {
-    return unsupported(std::string(s.entry->name) + " wants " +
-                       std::to_string(s.entry->shared_bytes) + " bytes of shared memory, " +
-                       info.value().name + " has " + std::to_string(shared_limit) + " per block");
-  }
-  lay_out_grid(s, info.value().multiprocessors);
+  s.division = divide(*s.entry, s.batch(), s.nheads_q(), s.nheads_k(), s.seqlen_q(), s.seqlen_k(),
+                      info.value().multiprocessors);
+  s.rows_q = static_cast<int>(round_up(s.seqlen_q() * s.division.group, kSequencePad));
   s.workspace = lay_out(s);
 
-  const DeviceGuard guard(s.device);
-  if (guard.error() != cudaSuccess) return device_status(guard.error(), "cudaSetDevice");
-  error = cudaFuncSetAttribute(s.entry->function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(s.entry->shared_bytes));
-  if (error != cudaSuccess) {
-    cudaGetLastError();
-    return device_status(error, s.entry->name);
-  }
+  if (Status status = make_ready(*s.entry, s.device, info.value().name); !status.ok())
+    return status;
   return Plan(std::move(state));
 } catch (...) {
   return out_of_memory();
@@ -369,7 +352,8 @@ Status Plan::pack(const AttentionInputs& inputs, void* workspace, void* stream) 
   if (guard.error() != cudaSuccess) return device_status(guard.error(), "cudaSetDevice");
   const Status checks[] = {check_input(inputs.q, "q", s.q_shape, s.q_type, s.device),
                            check_input(inputs.k, "k", s.k_shape, s.k_type, s.device),
-                           check_input(inputs.v, "v", s.k_shape, s.v_type, s.device)};
+                           check_input(inputs.v, "v", s.v_shape, s.v_type, s.device),
+                           check_others(inputs, s)};
   for (const Status& check : checks) {
     if (!check.ok()) return check;
   }
@@ -378,18 +362,17 @@ Status Plan::pack(const AttentionInputs& inputs, void* workspace, void* stream) 
   return out_of_memory();
 }
 
-Status Plan::attend(const AttentionOutputs& outputs, void* workspace, void* stream) const noexcept
-    try {
+Status Plan::attend(const AttentionInputs& inputs, const AttentionOutputs& outputs, void* workspace,
+                    void* stream) const noexcept try {
   const State& s = *state_;
   if (s.q_shape[0] * s.q_shape[1] * s.q_shape[2] == 0) return {};
   const DeviceGuard guard(s.device);
   if (guard.error() != cudaSuccess) return device_status(guard.error(), "cudaSetDevice");
   const ConstTensorView out(outputs.out);
-  if (out.shape != s.q_shape || out.dtype != s.out_type || outputs.lse.has_value() != s.has_lse) {
+  if (out.shape != s.out_shape || out.dtype != s.out_type || outputs.lse.has_value() != s.has_lse) {
     return {StatusCode::kInvalidArgument, "outputs differ from those the plan was made for"};
   }
-  const Status checks[] = {check_layout(out, "out", 2, 2 * dtype_bytes(out.dtype)),
-                           check_memory(out.data, "out", s.device),
+  const Status checks[] = {check_others(inputs, s), check_memory(out.data, "out", s.device),
                            s.has_lse ? check_memory(outputs.lse->data, "lse", s.device) : Status()};
   for (const Status& check : checks) {
     if (!check.ok()) return check;
@@ -403,64 +386,44 @@ Status Plan::attend(const AttentionOutputs& outputs, void* workspace, void* stre
   p.v = reinterpret_cast<int8_t*>(base + s.workspace.v);
   p.q_scale = floats_at(s.workspace.q_scale);
   p.key_constants = floats_at(s.workspace.key_constants);
-  p.v_scale = floats_at(s.workspace.v_scale);
-  p.lse_shift = s.has_mean && s.has_lse ? floats_at(s.workspace.lse_shift) : nullptr;
-  p.out = outputs.out.data;
-  p.out_stride_batch = out.strides[0];
-  p.out_stride_row = out.strides[1];
-  p.out_stride_head = out.strides[2];
+  p.v_scale = s.entry->weights == Weights::kHalf ? nullptr : floats_at(s.workspace.v_scale);
+  const float* shift = s.needs_shift() ? floats_at(s.workspace.lse_shift) : nullptr;
+  // With softcap it is part of the scores, and so of their LSE.
+  p.lse_shift = s.softcap == 0 ? shift : nullptr;
+  p.changes = changes_of(s, inputs, base);
+  p.changes.score_shift = s.softcap == 0 ? nullptr : shift;
+  if (s.inputs.sinks) {
+    p.sinks = static_cast<const float*>(inputs.sinks->data);
+    p.sinks_stride = inputs.sinks->strides[2];
+  }
+  if (s.inputs.seqlens_k) {
+    p.seqlens_k = static_cast<const int*>(inputs.seqlens_k->data);
+    p.seqlens_k_stride = inputs.seqlens_k->strides[0];
+  }
+  if (s.inputs.leftpad_k) {
+    p.leftpad_k = static_cast<const int*>(inputs.leftpad_k->data);
+    p.leftpad_k_stride = inputs.leftpad_k->strides[0];
+  }
+  set_out(p, out);
   if (s.has_lse) {
     p.lse = static_cast<float*>(outputs.lse->data);
     p.lse_stride_batch = outputs.lse->strides[0];
     p.lse_stride_row = outputs.lse->strides[1];
     p.lse_stride_head = outputs.lse->strides[2];
   }
-  p.out_type = out.dtype == DType::kFloat32   ? Element::kFloat32
-               : out.dtype == DType::kFloat16 ? Element::kFloat16
-                                              : Element::kBFloat16;
   p.nheads_q = s.nheads_q();
   p.nheads_k = s.nheads_k();
   p.rows_q = s.rows_q;
   p.rows_k = s.rows_k;
   p.seqlen_q = s.seqlen_q();
   p.seqlen_k = s.seqlen_k();
-  p.head_dim = s.head_dim();
   p.first_offset = s.first_offset;
   p.last_offset = s.last_offset;
-  p.group = s.group;
-  p.group_inverse = group_inverse_of(s.group);
-  p.split_keys = s.split_keys;
-  p.score_scale = static_cast<float>(static_cast<double>(s.softmax_scale) * 1.4426950408889634);
-
-  AttendParams kernel = p;
-  kernel.nheads_q = s.kernel_heads();
-  kernel.seqlen_q = s.kernel_rows();
-  if (s.splits > 1) {
-    const int64_t dim = s.head_dim();
-    const int64_t heads = s.nheads_q();
-    const int64_t rows = s.seqlen_q();
-    kernel.out = floats_at(s.workspace.split_out);
-    kernel.out_type = Element::kFloat32;
-    kernel.out_stride_head = dim;
-    kernel.out_stride_row = heads * dim;
-    kernel.out_stride_batch = rows * heads * dim;
-    kernel.out_stride_split = s.batch() * rows * heads * dim;
-    kernel.lse = floats_at(s.workspace.split_lse);
-    kernel.lse_stride_head = 1;
-    kernel.lse_stride_row = heads;
-    kernel.lse_stride_batch = rows * heads;
-    kernel.lse_stride_split = s.batch() * rows * heads;
-  }
-  const dim3 grid((s.kernel_rows() + s.entry->rows - 1) / s.entry->rows,
-                  s.batch() * s.kernel_heads(), s.splits);
-  void* arguments[] = {&kernel};
-  const auto cuda_stream = static_cast<cudaStream_t>(stream);
-  const cudaError_t error = cudaLaunchKernel(s.entry->function, grid, dim3(s.entry->threads),
-                                             arguments, s.entry->shared_bytes, cuda_stream);
-  if (error != cudaSuccess || s.splits == 1) return device_status(error, s.entry->name);
-  const MergeParams merge = {floats_at(s.workspace.split_out), floats_at(s.workspace.split_lse),
-                             s.splits, p};
-  return enqueue_merge(merge, s.batch(), cuda_stream);
+  p.bottom_right = s.bottom_right;
+  p.score_scale = score_scale_of(s.softmax_scale);
+  return enqueue_attend(*s.entry, p, s.division, s.batch(), s.batch(),
+                        floats_at(s.workspace.split_out), floats_at(s.workspace.split_lse),
+                        static_cast<cudaStream_t>(stream));
 } catch (...) {
   return out_of_memory();
 }
@@ -468,7 +431,7 @@ Status Plan::attend(const AttentionOutputs& outputs, void* workspace, void* stre
 Status Plan::run(const AttentionInputs& inputs, const AttentionOutputs& outputs, void* workspace,
                  void* stream) const noexcept {
   const Status status = pack(inputs, workspace, stream);
-  return status.ok() ? attend(outputs, workspace, stream) : status;
+  return status.ok() ? attend(inputs, outputs, workspace, stream) : status;
 }
 
 }  // namespace attn8::cuda

@@ -36,10 +36,10 @@ enum class Kernels : uint8_t { kBest, kSm80, kSm90 };
 /// A validated attention problem on one device. Immutable and cheap to copy; run() may be called
 /// from any thread.
 ///
-/// Tensors are on `device`; channels contiguous (stride 1), data 16-byte
-/// aligned, other strides multiples of 8 elements, head_dim a multiple of 8 up to 256. Modes
-/// kAccurate (V granularity kToken, kTensor or kChannel) and kPaper. kv_block is the kernel's: 0,
-/// or kv_block(). Everything else gives kUnsupported with the argument's name.
+/// Tensors are on `device`, any strides; rows of channels that are contiguous and 16-byte aligned
+/// are read faster. Modes kAccurate (V granularity kToken, kTensor or kChannel), kPaper and kHalf;
+/// softcap, attn_mask and alibi_slopes in kHalf, and in kAccurate with kToken. kv_block is the
+/// kernel's: 0, or kv_block(). Everything else gives kUnsupported with the argument's name.
 class Plan {
  public:
   static Result<Plan> make(const AttentionInputs& inputs, const AttentionOutputs& outputs,
@@ -60,7 +60,9 @@ class Plan {
 
   /// The two halves of run(): K and V that stay the same need packing once.
   Status pack(const AttentionInputs& inputs, void* workspace, void* stream) const noexcept;
-  Status attend(const AttentionOutputs& outputs, void* workspace, void* stream) const noexcept;
+  /// Of `inputs` attend() reads what is no operand.
+  Status attend(const AttentionInputs& inputs, const AttentionOutputs& outputs, void* workspace,
+                void* stream) const noexcept;
 
   struct State;  ///< private to the backend
 

@@ -10,12 +10,17 @@ option(ATTN8_CUDA_SM90A "Build the Hopper kernels (wgmma)" ON)
 
 set(ATTN8_CUDA_INSTANCE_DIR ${CMAKE_CURRENT_BINARY_DIR}/instances)
 set(ATTN8_CUDA_SM80_SOURCES)
+set(ATTN8_CUDA_EVERYWHERE_SOURCES)
 set(ATTN8_CUDA_SM90A_SOURCES)
 set(instance_lines "")
 
-# attn8_cuda_instance(<family> <weights> <head_dim> <kernel type> <least blocks per multiprocessor>)
-macro(attn8_cuda_instance family weights head_dim kernel min_blocks)
+# attn8_cuda_instance(<family> <weights> <scores> <head_dim> <kernel type without the last two>
+#                     <least blocks per multiprocessor>)
+macro(attn8_cuda_instance family weights scores head_dim kernel min_blocks)
   string(TOLOWER ${weights} weights_name)
+  if(NOT ${scores} STREQUAL Plain)
+    string(TOLOWER ${weights_name}_${scores} weights_name)
+  endif()
   set(name attend_${weights_name}_${family}_d${head_dim})
   string(REPLACE "sm" "kSm" family_enumerator ${family})
   set(source ${ATTN8_CUDA_INSTANCE_DIR}/${name}.cu)
@@ -24,31 +29,53 @@ macro(attn8_cuda_instance family weights head_dim kernel min_blocks)
 #include \"launch.hpp\"
 namespace attn8::cuda {
 AttendEntry ${name}() {
-  return attend_entry<${kernel}, ${min_blocks}>(\"${name}\", Family::${family_enumerator}, Weights::k${weights});
+  return attend_entry<${kernel}, Weights::k${weights}, Scores::k${scores}>, ${min_blocks}>(
+      \"${name}\", Family::${family_enumerator}, Weights::k${weights}, Scores::k${scores});
 }
 }  // namespace attn8::cuda
 ")
   if(${family} STREQUAL sm90)
     list(APPEND ATTN8_CUDA_SM90A_SOURCES ${source})
+  elseif(NOT ${has_sm90})
+    list(APPEND ATTN8_CUDA_EVERYWHERE_SOURCES ${source})
   else()
     list(APPEND ATTN8_CUDA_SM80_SOURCES ${source})
   endif()
   string(APPEND instance_lines "ATTN8_CUDA_INSTANCE(${name})\n")
 endmacro()
 
-foreach(weights Folded Plain Paper)
+# What few callers need has one width less, and what Hopper has no kernel for runs the others there.
+foreach(kernel Folded.Plain Plain.Plain Paper.Plain Folded.Softcap Folded.Biased Half.Plain
+               Half.Softcap Half.Biased)
+  string(REPLACE "." ";" kernel ${kernel})
+  list(GET kernel 0 weights)
+  list(GET kernel 1 scores)
+  set(kv_block 128)
+  set(dims 128 256)
+  set(has_sm90 ${ATTN8_CUDA_SM90A})
+  if(${weights} STREQUAL Half)
+    set(kv_block 64)
+    set(has_sm90 OFF)
+  elseif(${scores} STREQUAL Biased)
+    set(has_sm90 OFF)
+  elseif(${scores} STREQUAL Plain)
+    set(dims 96 128 256)
+  endif()
   # Head dim 64 leaves room for two blocks per multiprocessor.
-  attn8_cuda_instance(sm80 ${weights} 64 "AttendSm80<64, 128, 4, Weights::k${weights}>" 2)
-  foreach(head_dim 96 128 256)
-    attn8_cuda_instance(sm80 ${weights} ${head_dim}
-                        "AttendSm80<${head_dim}, 128, 8, Weights::k${weights}>" 1)
+  attn8_cuda_instance(sm80 ${weights} ${scores} 64 "AttendSm80<64, ${kv_block}, 4" 2)
+  foreach(head_dim ${dims})
+    attn8_cuda_instance(sm80 ${weights} ${scores} ${head_dim}
+                        "AttendSm80<${head_dim}, ${kv_block}, 8" 1)
   endforeach()
-  if(ATTN8_CUDA_SM90A)
-    foreach(head_dim 64 96 128)
-      attn8_cuda_instance(sm90 ${weights} ${head_dim}
-                          "AttendSm90<${head_dim}, 256, Weights::k${weights}>" 1)
+  if(has_sm90)
+    foreach(head_dim 64 ${dims})
+      set(kv_block 256)
+      if(head_dim EQUAL 256)
+        set(kv_block 128)
+      endif()
+      attn8_cuda_instance(sm90 ${weights} ${scores} ${head_dim}
+                          "AttendSm90<${head_dim}, ${kv_block}" 1)
     endforeach()
-    attn8_cuda_instance(sm90 ${weights} 256 "AttendSm90<256, 128, Weights::k${weights}>" 1)
   endif()
 endforeach()
 file(CONFIGURE OUTPUT ${ATTN8_CUDA_INSTANCE_DIR}/instances.inc CONTENT "${instance_lines}")

@@ -12,9 +12,10 @@ namespace attn8::cuda {
 enum class Family : int32_t { kSm80, kSm90 };
 
 struct AttendEntry {
-  const char* name;  ///< "attend_<weights>_<family>_d<head_dim>"
+  const char* name;  ///< "attend_<weights>[_<scores>]_<family>_d<head_dim>"
   Family family;
   Weights weights;
+  Scores scores;
   int head_dim;  ///< packed_head_dim of what it computes
   int kv_block;
   int rows;  ///< query rows per block
@@ -31,10 +32,11 @@ __global__ void __launch_bounds__(Kernel::kThreads, kMinBlocks)
 }
 
 template <class Kernel, int kMinBlocks>
-AttendEntry attend_entry(const char* name, Family family, Weights weights) {
+AttendEntry attend_entry(const char* name, Family family, Weights weights, Scores scores) {
   return {name,
           family,
           weights,
+          scores,
           Kernel::kHeadDim,
           Kernel::kKvBlock,
           Kernel::kRows,

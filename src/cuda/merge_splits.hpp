@@ -7,8 +7,11 @@
 /// how much it counts.
 namespace attn8::cuda {
 
+/// Floats of a row of a part: whole pairs.
+ATTN8_HOST_DEVICE constexpr int split_row_floats(int head_dim) { return head_dim + head_dim % 2; }
+
 struct MergeParams {
-  const float* out;  ///< [splits][batch][seqlen_q][nheads_q][head_dim]
+  const float* out;  ///< [splits][batch][seqlen_q][nheads_q][split_row_floats()]
   const float* lse;  ///< [splits][batch][seqlen_q][nheads_q]
   int splits;
   AttendParams result;  ///< out, lse and their strides; lengths and heads are the caller's
@@ -40,6 +43,11 @@ struct MergeSplits {
       sum += ptx::ex2((ptx::ld_global(p.lse + split * rows + row) - reference) * log2e);
     }
     const float factor = sum == 0 ? 0.0f : 1.0f / sum;
+    const int row_floats = split_row_floats(r.head_dim);
+    float lse = sum == 0 ? -INFINITY : reference + logf(sum);
+    float kept = 1;
+    if (r.sinks != nullptr)
+      kept = beside_sink(ptx::ld_global(r.sinks + head * r.sinks_stride), &lse);
     const int64_t target =
         batch * r.out_stride_batch + query * r.out_stride_row + head * r.out_stride_head;
     for (int column = ptx::thread_index() % 32 * 2; column < r.head_dim; column += 64) {
@@ -49,16 +57,16 @@ struct MergeSplits {
         const float weight =
             ptx::ex2((ptx::ld_global(p.lse + split * rows + row) - reference) * log2e);
         const float2 part = ptx::ld_global(
-            reinterpret_cast<const float2*>(p.out + (split * rows + row) * r.head_dim + column));
+            reinterpret_cast<const float2*>(p.out + (split * rows + row) * row_floats + column));
         low = ptx::fma(part.x, weight, low);
         high = ptx::fma(part.y, weight, high);
       }
-      store_pair(r, target, column, low * factor, high * factor);
+      store_pair(r, target, column, low * factor * kept, high * factor * kept);
     }
     if (r.lse != nullptr && ptx::thread_index() % 32 == 0) {
       ptx::st_global(
           r.lse + batch * r.lse_stride_batch + query * r.lse_stride_row + head * r.lse_stride_head,
-          sum == 0 ? -INFINITY : reference + logf(sum));
+          lse);
     }
   }
 };

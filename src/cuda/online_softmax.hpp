@@ -5,8 +5,7 @@
 #include <cmath>
 #include <cstdint>
 
-#include "params.hpp"
-#include "ptx.hpp"
+#include "sequences.hpp"
 
 /// The CUDA softmax: integer products of one key block in, 8-bit weights and the factor of the
 /// block out. Both kernel families use it; docs/numerics.md defines what it computes.
@@ -29,81 +28,6 @@ inline constexpr float kSmallestSum = 0x1p-60f;
 
 /// Adding 2^23 to x in [0, 255] leaves round-half-even(x) in the low byte.
 inline constexpr float kRoundToByte = 8388608.0f;
-
-/// Query of a row of the kernel.
-ATTN8_DEVICE int query_of(const AttendParams& p, int row) {
-  return p.group == 1 ? row : row * p.group_inverse >> 16;
-}
-
-/// Keys that a thread's two rows see, `row` and `row + 8` of the kernel, in this z of the grid. A
-/// thread keeps them in 16 bytes of shared memory of its own: registers are for the blocks that
-/// need no mask.
-struct VisibleKeys {
-  static constexpr int kBytes = 16;
-  int first[2];
-  uint32_t count[2];
-
-  static ATTN8_DEVICE VisibleKeys of(const AttendParams& p, int row) {
-    VisibleKeys keys;
-    ATTN8_UNROLL
-    for (int r = 0; r < 2; ++r) {
-      const int query = query_of(p, row + 8 * r);
-      const int lowest = query + p.first_offset;
-      const int highest = query + p.last_offset;
-      int begin = lowest > 0 ? lowest : 0;
-      int end = highest < p.seqlen_k ? highest + 1 : p.seqlen_k;
-      if (p.split_keys > 0) {
-        const int split_begin = ptx::block_z() * p.split_keys;
-        begin = begin > split_begin ? begin : split_begin;
-        end = end < split_begin + p.split_keys ? end : split_begin + p.split_keys;
-      }
-      keys.first[r] = begin;
-      keys.count[r] = end > begin ? static_cast<uint32_t>(end - begin) : 0;
-    }
-    return keys;
-  }
-  static ATTN8_DEVICE VisibleKeys kept(uint32_t address) {
-    const int4 x = ptx::ld_shared<int4>(address);
-    return {{x.x, x.y}, {static_cast<uint32_t>(x.z), static_cast<uint32_t>(x.w)}};
-  }
-  ATTN8_DEVICE void keep(uint32_t address) const {
-    ptx::st_shared(
-        address, int4{first[0], first[1], static_cast<int>(count[0]), static_cast<int>(count[1])});
-  }
-  ATTN8_DEVICE bool sees(int r, int key) const {
-    return static_cast<uint32_t>(key - first[r]) < count[r];
-  }
-};
-
-/// Key blocks that rows [row, row + rows) of the call visit in this z of the grid, in order:
-/// [begin, end); those in [full_begin, full_end) are seen whole by every row and need no mask.
-struct BlockRange {
-  int begin, full_begin, full_end, end;
-};
-
-ATTN8_DEVICE int clamp_to(int x, int low, int high) { return x < low ? low : x > high ? high : x; }
-
-template <int kKvBlock>
-ATTN8_DEVICE BlockRange visited_blocks(const AttendParams& p, int row, int rows) {
-  const int first = query_of(p, row);
-  const int last = query_of(p, (row + rows < p.seqlen_q ? row + rows : p.seqlen_q) - 1);
-  BlockRange range;
-  range.begin = clamp_to(first + p.first_offset, 0, p.seqlen_k) / kKvBlock;
-  const int end_key = clamp_to(last + p.last_offset + 1, 0, p.seqlen_k);
-  range.end = (end_key + kKvBlock - 1) / kKvBlock;
-  if (p.split_keys > 0) {
-    const int blocks = p.split_keys / kKvBlock;
-    const int split_begin = ptx::block_z() * blocks;
-    range.begin = range.begin > split_begin ? range.begin : split_begin;
-    range.end = range.end < split_begin + blocks ? range.end : split_begin + blocks;
-  }
-  range.end = range.end > range.begin ? range.end : range.begin;
-  const int first_full = clamp_to(last + p.first_offset, 0, p.seqlen_k);
-  const int end_full = clamp_to(first + p.last_offset + 1, 0, p.seqlen_k);
-  range.full_begin = clamp_to((first_full + kKvBlock - 1) / kKvBlock, range.begin, range.end);
-  range.full_end = clamp_to(end_full / kKvBlock, range.full_begin, range.end);
-  return range;
-}
 
 /// A key group's constants, of the thread's four keys.
 template <Weights kWeights>
@@ -130,8 +54,81 @@ ATTN8_DEVICE int key_column(int group, int e) {
   return group * kKeyGroup + (e >> 2) * 8 + ptx::thread_index() % 4 * 2 + (e & 1);
 }
 
+/// What is done to the scores of a thread's two rows. Kept in shared memory of the
+/// thread's own, as VisibleKeys are.
+struct RowChanges {
+  static constexpr int kBytes = 48;
+  float shift[2];   // log2 units, before softcap
+  float slope[2];   // log2 units per key
+  int position[2];  // of the query, among the keys
+  int2 mask_at[2];  // attn_mask of key 0: low and high half of an element offset
+  static constexpr float kLog2E = 1.4426950408889634f;
+
+  static ATTN8_DEVICE RowChanges of(const AttendParams& p, const Sequence& sequence, int batch,
+                                    int head, int row) {
+    RowChanges changes = {};
+    ATTN8_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      if (row + 8 * r >= sequence.seqlen_q) continue;
+      const int query = query_of(p, row + 8 * r);
+      const int query_head = query_head_of(p, head, row + 8 * r);
+      changes.position[r] = query + sequence.position_offset;
+      if (p.changes.attn_mask != nullptr) {
+        const int64_t at = batch * p.changes.attn_mask_stride_batch +
+                           query * p.changes.attn_mask_stride_row +
+                           query_head * p.changes.attn_mask_stride_head;
+        changes.mask_at[r] = {static_cast<int>(at), static_cast<int>(at >> 32)};
+      }
+      if (p.changes.score_shift != nullptr) {
+        changes.shift[r] = kLog2E * ptx::ld_global(p.changes.score_shift +
+                                                   sequence.row_index(p, head, row + 8 * r));
+      }
+      if (p.changes.alibi_slopes != nullptr) {
+        changes.slope[r] =
+            kLog2E * ptx::ld_global(p.changes.alibi_slopes + batch * p.changes.alibi_stride_batch +
+                                    query_head * p.changes.alibi_stride_head);
+      }
+    }
+    return changes;
+  }
+  static ATTN8_DEVICE RowChanges kept(uint32_t address) {
+    const float4 x = ptx::ld_shared<float4>(address);
+    const int2 y = ptx::ld_shared<int2>(address + 16);
+    const int4 z = ptx::ld_shared<int4>(address + 32);
+    return {{x.x, x.y}, {x.z, x.w}, {y.x, y.y}, {{z.x, z.y}, {z.z, z.w}}};
+  }
+  ATTN8_DEVICE void keep(uint32_t address) const {
+    ptx::st_shared(address, float4{shift[0], shift[1], slope[0], slope[1]});
+    ptx::st_shared(address + 16, int2{position[0], position[1]});
+    ptx::st_shared(address + 32, int4{mask_at[0].x, mask_at[0].y, mask_at[1].x, mask_at[1].y});
+  }
+
+  /// Score t of row r and a key; attn_mask of one that is not visible stays unread.
+  template <Scores kScores>
+  ATTN8_DEVICE float apply(const ScoreChanges& changes, float t, int r, int key,
+                           bool visible) const {
+    if (kScores == Scores::kSoftcap || changes.softcap != 0) {
+      // tanh(x) = 1 - 2 / (e^2x + 1): off by a few float roundings of softcap, however small x is.
+      const float power = ptx::ex2(ptx::mul(ptx::add(t, shift[r]), changes.softcap_rate));
+      t = ptx::fma(-2 * changes.softcap, ptx::rcp(ptx::add(power, 1.0f)), changes.softcap);
+    }
+    if constexpr (kScores == Scores::kBiased) {
+      if (changes.attn_mask != nullptr && visible) {
+        const int64_t at = (static_cast<int64_t>(mask_at[r].y) << 32 |
+                            static_cast<int64_t>(static_cast<uint32_t>(mask_at[r].x))) +
+                           key * changes.attn_mask_stride_key;
+        const float added = ptx::ld_global(changes.attn_mask + at);
+        t = added <= kHidingScore ? -INFINITY : ptx::fma(added, kLog2E, t);
+      }
+      const int distance = key < position[r] ? position[r] - key : key - position[r];
+      t = ptx::fma(-slope[r], static_cast<float>(distance), t);
+    }
+    return t;
+  }
+};
+
 /// Softmax of two rows over the key blocks of one head.
-template <int kKvBlock, Weights kWeights>
+template <int kKvBlock, Weights kWeights, Scores kScores>
 struct OnlineSoftmax {
   static constexpr int kElements = kKvBlock / 2;  // 2 rows x kKvBlock / 4 keys per thread
   static constexpr float kLevels = kWeights == Weights::kPaper ? 127.0f : 255.0f;
@@ -162,7 +159,8 @@ struct OnlineSoftmax {
   }
 
   /// Weights p of key groups [kFirst, kLast) of the block, their sums going to block_sum.
-  ///   visible_address  of the thread's VisibleKeys
+  ///   changes          not read by Scores::kPlain
+  ///   row_address      of the thread's VisibleKeys, and its RowChanges after them
   ///   product(i)       integer product of element i of the block, as a float
   ///   constants        shared address of the block's [kKvBlock / 16][2][16] key constants
   ///   first_key        of the block
@@ -170,10 +168,15 @@ struct OnlineSoftmax {
   /// An exponential takes some 40 cycles and a warp waits for whole batches of them, so each
   /// group's are used while the next group's are being computed.
   template <int kFirst, int kLast, bool kMasked, class Product>
-  ATTN8_DEVICE void weights(uint32_t visible_address, const Product& product, uint32_t constants,
-                            int first_key, float4& next_scale, float (&p)[kElements]) {
+  ATTN8_DEVICE void weights(const ScoreChanges& changes, uint32_t row_address,
+                            const Product& product, uint32_t constants, int first_key,
+                            float4& next_scale, float (&p)[kElements]) {
     VisibleKeys visible = {};
-    if constexpr (kMasked) visible = VisibleKeys::kept(visible_address);
+    RowChanges row_changes = {};
+    if constexpr (kMasked) visible = VisibleKeys::kept(row_address);
+    if constexpr (kScores != Scores::kPlain) {
+      row_changes = RowChanges::kept(row_address + VisibleKeys::kBytes);
+    }
     Constants now = {};
     Constants previous = {};
     ATTN8_UNROLL
@@ -189,9 +192,12 @@ struct OnlineSoftmax {
         const int r = e >> 1 & 1;
         if (group < kLast) {
           float score = now.score(product(group * 8 + e), score_scale[r], e);
-          if constexpr (kMasked) {
-            if (!visible.sees(r, first_key + key_column(group, e))) score = -INFINITY;
+          [[maybe_unused]] const int key = first_key + key_column(group, e);
+          const bool sees = !kMasked || visible.sees(r, key);
+          if constexpr (kScores != Scores::kPlain) {
+            score = row_changes.apply<kScores>(changes, score, r, key, sees);
           }
+          if (!sees) score = -INFINITY;
           p[group * 8 + e] = ptx::ex2(score);
         }
         if (group > kFirst) {
@@ -274,6 +280,16 @@ struct OnlineSoftmax {
     add_codes(block_codes);
   }
 
+  /// Weights to bfloat16: `packed` receives them as A fragments of k16 steps.
+  ATTN8_DEVICE void halves(const float (&p)[kElements], uint32_t (&packed)[kKvBlock / 16][4]) {
+    ATTN8_UNROLL
+    for (int i = 0; i < kElements / 2; ++i) {
+      packed[i / 4][i % 4] = ptx::pack_bfloat162(p[2 * i], p[2 * i + 1]);
+    }
+    ATTN8_UNROLL
+    for (int r = 0; r < 2; ++r) sum[r] += block_sum[r];
+  }
+
   /// After the last block: adds up the quad. Collective over the quad.
   ATTN8_DEVICE void add_quad() {
     ATTN8_UNROLL
@@ -305,20 +321,41 @@ struct OnlineSoftmax {
   }
 };
 
-/// Writes a thread's part of 8-column group `group` of row `row`: columns 8 group + 2 thread +
-/// 0, 1.
+/// Writes channels `column`, which is even, and column + 1 of a row.
 ATTN8_DEVICE void store_pair(const AttendParams& p, int64_t row_offset, int column, float low,
                              float high) {
   if (column >= p.head_dim) return;
+  const int64_t at = row_offset + column * p.out_stride_channel;
+  const bool both = column + 1 < p.head_dim;
   if (p.out_type == Element::kFloat32) {
-    ptx::st_global(reinterpret_cast<float2*>(static_cast<float*>(p.out) + row_offset + column),
-                   float2{low, high});
-  } else {
-    const uint32_t pair = p.out_type == Element::kFloat16 ? ptx::pack_half2(low, high)
-                                                          : ptx::pack_bfloat162(low, high);
-    ptx::st_global(reinterpret_cast<uint32_t*>(static_cast<uint16_t*>(p.out) + row_offset + column),
-                   pair);
+    float* out = static_cast<float*>(p.out) + at;
+    if (p.out_pairs && both) {
+      ptx::st_global(reinterpret_cast<float2*>(out), float2{low, high});
+    } else {
+      ptx::st_global(out, low);
+      if (both) ptx::st_global(out + p.out_stride_channel, high);
+    }
+    return;
   }
+  const uint32_t pair =
+      p.out_type == Element::kFloat16 ? ptx::pack_half2(low, high) : ptx::pack_bfloat162(low, high);
+  uint16_t* out = static_cast<uint16_t*>(p.out) + at;
+  if (p.out_pairs && both) {
+    ptx::st_global(reinterpret_cast<uint32_t*>(out), pair);
+  } else {
+    ptx::st_global(out, static_cast<uint16_t>(pair));
+    if (both) ptx::st_global(out + p.out_stride_channel, static_cast<uint16_t>(pair >> 16));
+  }
+}
+
+/// How much of a row's softmax its keys keep beside a sink, whose score joins the LSE.
+ATTN8_DEVICE float beside_sink(float sink, float* lse) {
+  const float larger = *lse > sink ? *lse : sink;
+  const float all =
+      larger == -INFINITY ? larger : larger + logf(expf(*lse - larger) + expf(sink - larger));
+  const float kept = all == -INFINITY ? 0.0f : expf(*lse - all);
+  *lse = all;
+  return kept;
 }
 
 /// Normalizes a thread's two rows and writes them.
@@ -328,33 +365,42 @@ ATTN8_DEVICE void store_pair(const AttendParams& p, int64_t row_offset, int colu
 template <int kHeadDim, class Softmax, class Reference, class Value>
 ATTN8_DEVICE void store_rows(const AttendParams& p, const Softmax& softmax, int batch, int head,
                              int row, const Reference& reference, const Value& value) {
+  const Sequence sequence = Sequence::of(p, batch);
   const int thread = ptx::thread_index() % 4;
   const int kv_head = head / (p.nheads_q / p.nheads_k);
-  const float* v_scale = p.v_scale + static_cast<int64_t>(batch * p.nheads_k + kv_head) * kHeadDim;
+  const float* v_scale =
+      p.v_scale == nullptr
+          ? nullptr
+          : p.v_scale + static_cast<int64_t>(batch * p.nheads_k + kv_head) * kHeadDim;
   ATTN8_UNROLL
   for (int r = 0; r < 2; ++r) {
     const int r_row = row + 8 * r;
     float lse;
-    const float factor = softmax.normalize(r, reference(r), &lse);
-    if (r_row >= p.seqlen_q) continue;
-    const int query = query_of(p, r_row);
-    const int query_head = head * p.group + r_row - query * p.group;
-    const int64_t row_offset = ptx::block_z() * p.out_stride_split + batch * p.out_stride_batch +
-                               query * p.out_stride_row + query_head * p.out_stride_head;
+    float factor = softmax.normalize(r, reference(r), &lse);
+    if (r_row >= sequence.seqlen_q) continue;
+    const int64_t query = sequence.first_query + query_of(p, r_row);
+    const int query_head = query_head_of(p, head, r_row);
+    if (p.lse_shift != nullptr) {
+      lse += ptx::ld_global(p.lse_shift + sequence.row_index(p, head, r_row));
+    }
+    if (p.sinks != nullptr)
+      factor *= beside_sink(ptx::ld_global(p.sinks + query_head * p.sinks_stride), &lse);
+    const int64_t row_offset = ptx::block_z() * p.out_stride_split +
+                               sequence.batch * p.out_stride_batch + query * p.out_stride_row +
+                               query_head * p.out_stride_head;
     ATTN8_UNROLL
     for (int group = 0; group < kHeadDim / 8; ++group) {
       const int column = group * 8 + thread * 2;
-      const float2 scale = ptx::ld_global(reinterpret_cast<const float2*>(v_scale + column));
+      const float2 scale = v_scale == nullptr
+                               ? float2{1, 1}
+                               : ptx::ld_global(reinterpret_cast<const float2*>(v_scale + column));
       store_pair(p, row_offset, column, value(group * 4 + 2 * r) * (factor * scale.x),
                  value(group * 4 + 2 * r + 1) * (factor * scale.y));
     }
     if (p.lse != nullptr && thread == 0) {
-      if (p.lse_shift != nullptr) {
-        lse += ptx::ld_global(p.lse_shift +
-                              static_cast<int64_t>(batch * p.nheads_q + head) * p.rows_q + r_row);
-      }
-      ptx::st_global(p.lse + ptx::block_z() * p.lse_stride_split + batch * p.lse_stride_batch +
-                         query * p.lse_stride_row + query_head * p.lse_stride_head,
+      ptx::st_global(p.lse + ptx::block_z() * p.lse_stride_split +
+                         sequence.batch * p.lse_stride_batch + query * p.lse_stride_row +
+                         query_head * p.lse_stride_head,
                      lse);
     }
   }

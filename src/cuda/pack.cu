@@ -11,9 +11,10 @@ __global__ void __launch_bounds__(Kernel::kThreads)
   Kernel::run(params);
 }
 
-__global__ void __launch_bounds__(FoldV::kThreads)
-    fold_kernel(const __grid_constant__ PackVParams params, int packed_dim) {
-  FoldV::run(params, packed_dim);
+template <class Kernel>
+__global__ void __launch_bounds__(Kernel::kThreads)
+    pack_dim_kernel(const __grid_constant__ PackVParams params, int packed_dim) {
+  Kernel::run(params, packed_dim);
 }
 
 __global__ void __launch_bounds__(MergeSplits::kThreads)
@@ -38,6 +39,35 @@ __global__ void gather_kernel(const __grid_constant__ GatherParams p) {
       channel < p.head_dim
           ? p.source[batch * p.stride_batch + head * p.stride_head + channel * p.stride_channel]
           : 0.0f;
+}
+
+/// result[i] = what an element of attn_mask adds to a score; 0 hides where it is a bool.
+struct MaskParams {
+  const void* source;
+  DType type;
+  int64_t shape[4], strides[4];
+  int64_t count;
+  float* result;
+};
+__global__ void mask_kernel(const __grid_constant__ MaskParams p) {
+  const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < p.count;
+       i += step) {
+    int64_t offset = 0;
+    int64_t rest = i;
+    for (int axis = 3; axis >= 0; --axis) {
+      offset += rest % p.shape[axis] * p.strides[axis];
+      rest /= p.shape[axis];
+    }
+    float added;
+    if (p.type == DType::kBool) {
+      added = static_cast<const uint8_t*>(p.source)[offset] != 0 ? 0.0f : -INFINITY;
+    } else {
+      const uint32_t bits = static_cast<const uint16_t*>(p.source)[offset];
+      added = p.type == DType::kFloat16 ? ptx::half_to_float(bits) : ptx::bfloat16_to_float(bits);
+    }
+    p.result[i] = added;
+  }
 }
 
 template <class Kernel, class Params>
@@ -75,27 +105,6 @@ void for_head_dim(int packed_dim, const Visit& visit) {
   for_row_bytes(packed_dim, visit);
 }
 
-SourceTensor source_of(const Operand& operand) {
-  SourceTensor x{};
-  const auto* quantized = std::get_if<QuantizedView>(&operand);
-  const ConstTensorView& view =
-      quantized != nullptr ? quantized->codes : *std::get_if<ConstTensorView>(&operand);
-  x.data = view.data;
-  x.stride_batch = view.strides[0];
-  x.stride_row = view.strides[1];
-  x.stride_head = view.strides[2];
-  x.seqlen = static_cast<int>(view.shape[1]);
-  x.nheads = static_cast<int>(view.shape[2]);
-  x.head_dim = static_cast<int>(view.shape[3]);
-  if (quantized != nullptr && quantized->spec.granularity == Granularity::kToken) {
-    x.scale = static_cast<const float*>(quantized->scale.data);
-    x.scale_stride_batch = quantized->scale.strides[0];
-    x.scale_stride_row = quantized->scale.strides[1];
-    x.scale_stride_head = quantized->scale.strides[2];
-  }
-  return x;
-}
-
 void gather(const ConstTensorView& view, int head_dim, int packed, float* result,
             cudaStream_t stream) {
   const GatherParams params{static_cast<const float*>(view.data),
@@ -110,7 +119,64 @@ void gather(const ConstTensorView& view, int head_dim, int packed, float* result
       params);
 }
 
+VisibleTokens visible_tokens(const Plan::State& s, const AttentionInputs& inputs) {
+  VisibleTokens visible{};
+  visible.first = s.first_key;
+  visible.last = s.last_key;
+  if (s.inputs.seqlens_k) {
+    visible.seqlens_k = static_cast<const int*>(inputs.seqlens_k->data);
+    visible.seqlens_k_stride = inputs.seqlens_k->strides[0];
+  }
+  if (s.inputs.leftpad_k) {
+    visible.leftpad_k = static_cast<const int*>(inputs.leftpad_k->data);
+    visible.leftpad_k_stride = inputs.leftpad_k->strides[0];
+  }
+  visible.seqlen_q = s.seqlen_q();
+  visible.seqlen_k = s.seqlen_k();
+  visible.first_offset = s.first_offset;
+  visible.last_offset = s.last_offset;
+  visible.bottom_right = s.bottom_right;
+  return visible;
+}
+
 }  // namespace
+
+SourceTensor source_of(const Operand& operand) {
+  SourceTensor x{};
+  const auto* quantized = std::get_if<QuantizedView>(&operand);
+  const ConstTensorView& view =
+      quantized != nullptr ? quantized->codes : *std::get_if<ConstTensorView>(&operand);
+  x.data = view.data;
+  x.stride_batch = view.strides[0];
+  x.stride_row = view.strides[1];
+  x.stride_head = view.strides[2];
+  x.stride_channel = view.strides[3];
+  x.seqlen = static_cast<int>(view.shape[1]);
+  x.nheads = static_cast<int>(view.shape[2]);
+  x.head_dim = static_cast<int>(view.shape[3]);
+  x.vectors = view.strides[3] == 1 && view.shape[3] % 8 == 0 &&
+              reinterpret_cast<uintptr_t>(view.data) % 16 == 0;
+  for (size_t axis = 0; axis < 3; ++axis) {
+    x.vectors = x.vectors && (view.shape[axis] == 1 || view.strides[axis] % 8 == 0);
+  }
+  if (quantized != nullptr && quantized->spec.granularity == Granularity::kToken) {
+    x.scale = static_cast<const float*>(quantized->scale.data);
+    x.scale_stride_batch = quantized->scale.strides[0];
+    x.scale_stride_row = quantized->scale.strides[1];
+    x.scale_stride_head = quantized->scale.strides[2];
+  }
+  return x;
+}
+
+void enqueue_query_rows(const RowsParams& params, DType dtype, int row_bytes, int64_t queries,
+                        int64_t heads, cudaStream_t stream) {
+  for_row_bytes(row_bytes, [&](auto bytes) {
+    for_source(dtype, [&](auto source) {
+      using Rows = QuantizeRows<source(), bytes(), true>;
+      launch<Rows>(params, (queries + Rows::kBlockTokens - 1) / Rows::kBlockTokens, heads, stream);
+    });
+  });
+}
 
 Status enqueue_pack(const Plan::State& s, const AttentionInputs& inputs, char* workspace,
                     cudaStream_t stream) {
@@ -118,11 +184,28 @@ Status enqueue_pack(const Plan::State& s, const AttentionInputs& inputs, char* w
   const auto floats_at = [&](size_t offset) { return reinterpret_cast<float*>(at(offset)); };
   const int64_t q_heads = static_cast<int64_t>(s.batch()) * s.nheads_q();
   const int64_t kv_heads = static_cast<int64_t>(s.batch()) * s.nheads_k();
-  const int packed_dim = packed_head_dim(s.head_dim());
+  const int packed_dim = s.packed_dim();
+  const VisibleTokens visible = visible_tokens(s, inputs);
   const SourceTensor q = source_of(inputs.q);
   const SourceTensor k = source_of(inputs.k);
   const SourceTensor v = source_of(inputs.v);
   const int chunks = (s.last_key - s.first_key + 255) / 256;
+
+  if (s.converts_mask()) {
+    const ConstTensorView& mask = *inputs.attn_mask;
+    MaskParams params{};
+    params.source = mask.data;
+    params.type = mask.dtype;
+    params.count = 1;
+    for (size_t axis = 0; axis < 4; ++axis) {
+      params.shape[axis] = mask.shape[axis];
+      params.strides[axis] = mask.strides[axis];
+      params.count *= mask.shape[axis];
+    }
+    params.result = floats_at(s.workspace.attn_mask);
+    const int64_t blocks = std::min<int64_t>((params.count + 255) / 256, 4096);
+    if (blocks > 0) mask_kernel<<<static_cast<unsigned>(blocks), 256, 0, stream>>>(params);
+  }
 
   if (s.has_mean) {
     if (s.k_type == DType::kInt8) {
@@ -130,8 +213,7 @@ Status enqueue_pack(const Plan::State& s, const AttentionInputs& inputs, char* w
              floats_at(s.workspace.k_mean), stream);
     } else {
       const StatisticsParams params{k,
-                                    s.first_key,
-                                    s.last_key,
+                                    visible,
                                     at(s.workspace.partial),
                                     chunks,
                                     floats_at(s.workspace.k_mean),
@@ -157,11 +239,11 @@ Status enqueue_pack(const Plan::State& s, const AttentionInputs& inputs, char* w
   q_rows.codes = reinterpret_cast<int8_t*>(at(s.workspace.q));
   q_rows.rows = s.rows_q;
   q_rows.q_scale = floats_at(s.workspace.q_scale);
-  if (s.has_mean && s.has_lse) {
+  if (s.needs_shift()) {
     q_rows.mean = floats_at(s.workspace.k_mean);
     q_rows.lse_shift = floats_at(s.workspace.lse_shift);
   }
-  q_rows.group = s.group;
+  q_rows.group = s.division.group;
   k_rows.group = 1;
   q_rows.heads_per_mean = s.nheads_k() > 0 ? s.nheads_q() / s.nheads_k() : 1;
   q_rows.mean_channels = s.row_bytes();
@@ -171,37 +253,47 @@ Status enqueue_pack(const Plan::State& s, const AttentionInputs& inputs, char* w
       using Rows = QuantizeRows<source(), row_bytes(), false>;
       launch<Rows>(k_rows, s.rows_k / Rows::kBlockTokens, kv_heads, stream);
     });
-    for_source(s.q_type, [&](auto source) {
-      using Rows = QuantizeRows<source(), row_bytes(), true>;
-      // Queries whose rows fill the packed length, padding included.
-      const int queries = (s.rows_q + s.group - 1) / s.group;
-      launch<Rows>(q_rows, (queries + Rows::kBlockTokens - 1) / Rows::kBlockTokens, q_heads,
-                   stream);
-    });
   });
+  // Queries whose rows fill the packed length, padding included.
+  const int queries = (s.rows_q + s.division.group - 1) / s.division.group;
+  enqueue_query_rows(q_rows, s.q_type, s.row_bytes(), queries, q_heads, stream);
 
   PackVParams pack{};
   pack.x = v;
   pack.codes = reinterpret_cast<int8_t*>(at(s.workspace.v));
   pack.rows = s.rows_k;
-  pack.first = s.first_key;
-  pack.last = s.last_key;
+  pack.visible = visible;
   pack.scale = floats_at(s.workspace.v_scale);
   pack.v_scale = floats_at(s.workspace.v_scale);
   pack.token_scale = floats_at(s.workspace.token_scale);
   pack.panel_scale = floats_at(s.workspace.panel_scale);
   pack.key_constants = floats_at(s.workspace.key_constants);
   pack.kv_block = s.entry->kv_block;
+  if (s.entry->weights == Weights::kHalf) {
+    for_source(s.v_type, [&](auto source) {
+      const int64_t threads = static_cast<int64_t>(s.rows_k) * (packed_dim / 8);
+      const int64_t blocks =
+          (threads + PackHalfV<source()>::kThreads - 1) / PackHalfV<source()>::kThreads;
+      if (blocks == 0 || kv_heads == 0) return;
+      pack_dim_kernel<PackHalfV<source()>>
+          <<<dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(kv_heads)),
+             PackHalfV<source()>::kThreads, 0, stream>>>(pack, packed_dim);
+    });
+    return device_status(cudaGetLastError(), "launching the quantize kernels");
+  }
   const bool per_token = s.v_granularity == Granularity::kToken;
   if (!per_token) {
     if (s.v_type == DType::kInt8) {
-      gather(std::get_if<QuantizedView>(&inputs.v)->scale, s.head_dim(), packed_dim,
+      gather(std::get_if<QuantizedView>(&inputs.v)->scale, s.head_dim_v(), packed_dim,
              floats_at(s.workspace.v_scale), stream);
     } else {
-      const StatisticsParams params{v,          s.first_key,
-                                    s.last_key, at(s.workspace.partial),
-                                    chunks,     floats_at(s.workspace.v_scale),
-                                    packed_dim, s.v_granularity == Granularity::kTensor};
+      const StatisticsParams params{v,
+                                    visible,
+                                    at(s.workspace.partial),
+                                    chunks,
+                                    floats_at(s.workspace.v_scale),
+                                    packed_dim,
+                                    s.v_granularity == Granularity::kTensor};
       for_source(s.v_type, [&](auto source) {
         launch<ChannelStatistics<source(), Statistic::kMagnitude>>(params, chunks, kv_heads,
                                                                    stream);
@@ -220,9 +312,9 @@ Status enqueue_pack(const Plan::State& s, const AttentionInputs& inputs, char* w
     });
   });
   if (per_token && s.rows_k > 0 && kv_heads > 0) {
-    fold_kernel<<<dim3(static_cast<unsigned>(s.rows_k / pack.kv_block),
-                       static_cast<unsigned>(kv_heads)),
-                  FoldV::kThreads, FoldV::kSharedBytes, stream>>>(pack, packed_dim);
+    pack_dim_kernel<FoldV>
+        <<<dim3(static_cast<unsigned>(s.rows_k / pack.kv_block), static_cast<unsigned>(kv_heads)),
+           FoldV::kThreads, FoldV::kSharedBytes, stream>>>(pack, packed_dim);
   }
   if (s.rows_k == 0) {
     // No key: the outputs are 0 times these scales.

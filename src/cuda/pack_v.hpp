@@ -10,7 +10,7 @@ struct PackVParams {
   SourceTensor x;
   int8_t* codes;  ///< [batch * nheads] images of `rows` keys
   int rows;
-  int first, last;       ///< keys [first, last) are visible to a query
+  VisibleTokens visible;
   const float* scale;    ///< per tensor or channel: [batch * nheads][packed_head_dim]; else nullptr
   float* token_scale;    ///< per token: [batch * nheads][rows]; 0 for tokens of zeros and padding
   float* panel_scale;    ///< per token: [batch * nheads][rows / 128] largest visible finite scale
@@ -86,7 +86,7 @@ struct PackV {
       ATTN8_UNROLL
       for (int c = 0; c < 8; ++c) values[i][c] = 0;
       if (key[i] < p.x.seqlen && lane * 8 < p.x.head_dim) {
-        load8<kSource>(p.x, p.x.offset(batch, key[i], head) + lane * 8, values[i]);
+        load8<kSource>(p.x, p.x.offset(batch, key[i], head), lane, values[i]);
       }
     }
     float scale[8];
@@ -146,7 +146,8 @@ struct PackV {
         (kSource != Source::kCodes && scale == 1.0f && ptx::as_float(magnitude) < 0.5f)) {
       if (known == known) known = 0;
     }
-    if (key >= p.first && key < p.last) largest = ptx::max(largest, known);
+    const VisibleTokens::Range visible = p.visible.of(batch);
+    if (key >= visible.first && key < visible.last) largest = ptx::max(largest, known);
     if (lane == 0) {
       ptx::st_global(p.token_scale + static_cast<int64_t>(ptx::block_y()) * p.rows + key, known);
     }
@@ -171,6 +172,47 @@ struct PackV {
               swizzle(static_cast<uint32_t>(channel % 8 * kPanelKeys + word * 4), kPanelKeys)),
           codes);
     }
+  }
+};
+
+/// V for `half`: rounded to bfloat16, in the image of packed_v_half_offset(). One thread per eight
+/// channels of a key. A token with a value that is not finite there has zeros, and a scale of NaN
+/// for its key, so that the rows that see it become NaN and no others.
+template <Source kSource>
+struct PackHalfV {
+  static constexpr int kThreads = 256;
+  static constexpr uint32_t kSharedBytes = 0;
+
+  static ATTN8_DEVICE void run(const PackVParams& p, int packed_dim) {
+    const int lanes = packed_dim / 8;
+    const int item = ptx::block_x() * kThreads + ptx::thread_index();
+    const int key = item / lanes;
+    const int lane = item % lanes;
+    if (key >= p.rows) return;
+    const int64_t image = ptx::block_y();
+    float values[8] = {};
+    if (key < p.x.seqlen && lane * 8 < p.x.head_dim) {
+      const int head = ptx::block_y() % p.x.nheads;
+      const int batch = ptx::block_y() / p.x.nheads;
+      load8<kSource>(p.x, p.x.offset(batch, key, head), lane, values);
+    }
+    uint32_t pairs[4];
+    bool finite = true;
+    ATTN8_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      pairs[i] = ptx::pack_bfloat162(values[2 * i], values[2 * i + 1]);
+      finite = finite && magnitude_bits(ptx::bfloat16_to_float(pairs[i] & 0xFFFF)) < kNotFinite &&
+               magnitude_bits(ptx::as_float(pairs[i] & 0xFFFF0000u)) < kNotFinite;
+    }
+    if (!finite) {
+      ATTN8_UNROLL
+      for (int i = 0; i < 4; ++i) pairs[i] = 0;
+      ptx::st_global(p.key_constants + image * p.rows * 2 + key_constant_offset(key, 0),
+                     ptx::as_float(0x7FC00000u));
+    }
+    ptx::st_global(reinterpret_cast<uint4*>(p.codes + image * p.rows * packed_dim * 2 +
+                                            packed_v_half_offset(packed_dim, key, lane * 8)),
+                   uint4{pairs[0], pairs[1], pairs[2], pairs[3]});
   }
 };
 
@@ -212,15 +254,22 @@ struct FoldV {
     const int key = ptx::block_x() * p.kv_block + ptx::thread_index();
     const bool inside = ptx::thread_index() < p.kv_block && key < p.rows;
     const float scale = inside ? ptx::ld_global(p.token_scale + head * p.rows + key) : 0.0f;
-    const bool visible = inside && key >= p.first && key < p.last;
+    const VisibleTokens::Range range = p.visible.of(static_cast<int>(head) / p.x.nheads);
+    const bool visible = inside && key >= range.first && key < range.last;
     const float smallest_ratio = ptx::as_float(0x0D800000u);  // 2^-100
     float ratio = scale / reference;
     float largest = block_maximum(visible ? ratio : 0.0f);
     if (largest == 0) largest = 1;
     if (scale == 0) ratio = largest * 0x1p-20f;
-    if (ratio < smallest_ratio) ratio = smallest_ratio;
+    // A token that is not finite counts through its key's scale, which the mask can hide: 0 times a
+    // ratio of NaN would reach rows that do not see it.
+    const bool finite = ratio == ratio;
+    if (!(ratio >= smallest_ratio)) ratio = smallest_ratio;
     if (inside) {
       float* constants = p.key_constants + head * p.rows * 2;
+      if (!finite) {
+        ptx::st_global(constants + key_constant_offset(key, 0), ptx::as_float(0x7FC00000u));
+      }
       ptx::st_global(constants + key_constant_offset(key, 1), ratio);
     }
     if (ptx::block_x() == 0 && ptx::thread_index() < packed_dim) {

@@ -243,14 +243,17 @@ ATTN8_MMA_INT8_FROM(mma_s8_from, "s8")
 ATTN8_MMA_INT8_FROM(mma_u8_from, "u8")
 #undef ATTN8_MMA_INT8_FROM
 
-/// d += a b in float16 with float32 sums, 16 x 8 x 16.
-ATTN8_DEVICE void mma_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
-      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
+/// d += a b in float16 (mma_f16) or bfloat16 (mma_bf16) with float32 sums, 16 x 8 x 16.
+#define ATTN8_MMA_16BIT(name, type)                                                     \
+  ATTN8_DEVICE void name(float(&d)[4], const uint32_t(&a)[4], const uint32_t(&b)[2]) {  \
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                 \
+                 ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                       \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));   \
+  }
+ATTN8_MMA_16BIT(mma_f16, "f16")
+ATTN8_MMA_16BIT(mma_bf16, "bf16")
+#undef ATTN8_MMA_16BIT
 
 // ---- mbarrier, TMA (sm_90) ----------------------------------------------------------------------
 

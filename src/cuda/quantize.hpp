@@ -10,19 +10,21 @@
 #include "ptx.hpp"
 
 /// From float tensors (or codes that were quantized before) to the packed form of params.hpp, the
-/// rules of docs/numerics.md. Memory-bound: 16-byte loads, several in flight, each input read once
-/// (K twice when it is smoothed, V twice when its scale is not per token).
+/// rules of docs/numerics.md. Memory-bound: 16-byte loads where strides allow them, several in
+/// flight, each input read once (K twice when it is smoothed, V twice when its scale is not per
+/// token).
 ///
 /// Order of launches: ChannelStatistics and FinishStatistics of K (mean) and V (scales), then
 /// QuantizeRows of K and Q, PackV and FoldV (pack_v.hpp).
 namespace attn8::cuda {
 
-/// A [batch, seqlen, nheads, head_dim] tensor on the device; channels contiguous, rows at multiples
-/// of 8 elements from a 16-byte aligned start, head_dim a multiple of 8.
+/// A [batch, seqlen, nheads, head_dim] tensor on the device, any strides.
 struct SourceTensor {
   const void* data;
-  int64_t stride_batch, stride_row, stride_head;  // elements
-  const float* scale;                             // of codes: one per token; else nullptr
+  int64_t stride_batch, stride_row, stride_head, stride_channel;  // elements
+  bool vectors;  // channels contiguous, rows at multiples of 8 elements from a 16-byte aligned
+                 // start, head_dim a multiple of 8
+  const float* scale;  // of codes: one per token; else nullptr
   int64_t scale_stride_batch, scale_stride_row, scale_stride_head;
   int seqlen, nheads, head_dim;
 
@@ -65,9 +67,34 @@ ATTN8_DEVICE void load_floats(const float* source, float (&values)[8]) {
   }
 }
 
-/// Eight channels from `offset` on, as floats (codes as integers).
+/// The element at `offset` as a float.
 template <Source kSource>
-ATTN8_DEVICE void load8(const SourceTensor& x, int64_t offset, float (&values)[8]) {
+ATTN8_DEVICE float load_element(const SourceTensor& x, int64_t offset) {
+  if constexpr (kSource == Source::kFloat32) {
+    return ptx::ld_global(static_cast<const float*>(x.data) + offset);
+  } else if constexpr (kSource == Source::kCodes) {
+    return static_cast<float>(ptx::ld_global(static_cast<const int8_t*>(x.data) + offset));
+  } else {
+    const uint32_t bits = ptx::ld_global(static_cast<const uint16_t*>(x.data) + offset);
+    return kSource == Source::kFloat16 ? ptx::half_to_float(bits) : ptx::bfloat16_to_float(bits);
+  }
+}
+
+/// Channels [8 lane, 8 lane + 8) of the row at `offset`, as floats (codes as integers); zeros past
+/// head_dim.
+template <Source kSource>
+ATTN8_DEVICE void load8(const SourceTensor& x, int64_t offset, int lane, float (&values)[8]) {
+  if (!x.vectors) {
+    ATTN8_UNROLL
+    for (int c = 0; c < 8; ++c) {
+      const int channel = lane * 8 + c;
+      values[c] = channel < x.head_dim
+                      ? load_element<kSource>(x, offset + channel * x.stride_channel)
+                      : 0.0f;
+    }
+    return;
+  }
+  offset += lane * 8;
   if constexpr (kSource == Source::kFloat32) {
     load_floats(static_cast<const float*>(x.data) + offset, values);
   } else if constexpr (kSource == Source::kCodes) {
@@ -128,9 +155,38 @@ ATTN8_DEVICE uint32_t pack_bytes(uint32_t a, uint32_t b, uint32_t c, uint32_t d)
 
 // ---- Statistics over tokens ---------------------------------------------------------------------
 
+/// The tokens that some query sees: [first, last), where sequences have lengths of their own those
+/// of first_offset and so on in AttendParams.
+struct VisibleTokens {
+  int first, last;
+  const int* seqlens_k;
+  const int* leftpad_k;
+  int64_t seqlens_k_stride, leftpad_k_stride;
+  int seqlen_q, seqlen_k, first_offset, last_offset;
+  bool bottom_right;
+
+  struct Range {
+    int first, last;
+  };
+  ATTN8_DEVICE Range of(int batch) const {
+    if (seqlens_k == nullptr && leftpad_k == nullptr) return {first, last};
+    int end = seqlen_k;
+    int begin = 0;
+    if (seqlens_k != nullptr) {
+      end = clamp_to(ptx::ld_global(seqlens_k + batch * seqlens_k_stride), 0, seqlen_k);
+    }
+    if (leftpad_k != nullptr) {
+      begin = clamp_to(ptx::ld_global(leftpad_k + batch * leftpad_k_stride), 0, end);
+    }
+    const int shift = bottom_right ? end - seqlen_q : 0;
+    begin = clamp_to(first_offset + shift, begin, end);
+    return {begin, clamp_to(seqlen_q + last_offset + shift, begin, end)};
+  }
+};
+
 struct StatisticsParams {
   SourceTensor x;
-  int first, last;  ///< tokens [first, last) count
+  VisibleTokens visible;
   /// [batch * nheads][chunks][packed] partial results: sums (double) or magnitude bits (uint32)
   void* partial;
   int chunks;
@@ -165,8 +221,9 @@ struct ChannelStatistics {
     const int slot = ptx::thread_index() / lanes;
     const int head = ptx::block_y() % p.x.nheads;
     const int batch = ptx::block_y() / p.x.nheads;
-    const int begin = p.first + ptx::block_x() * kChunk;
-    const int end = begin + kChunk < p.last ? begin + kChunk : p.last;
+    const VisibleTokens::Range visible = p.visible.of(batch);
+    const int begin = visible.first + ptx::block_x() * kChunk;
+    const int end = begin + kChunk < visible.last ? begin + kChunk : visible.last;
 
     Partial sums[8] = {};
     if (slot < tokens && lane * 8 < p.x.head_dim) {
@@ -177,7 +234,7 @@ struct ChannelStatistics {
           ATTN8_UNROLL
           for (int i = 0; i < 8; ++i) values[u][i] = 0;
           if (row + u * tokens < end) {
-            load8<kSource>(p.x, p.x.offset(batch, row + u * tokens, head) + lane * 8, values[u]);
+            load8<kSource>(p.x, p.x.offset(batch, row + u * tokens, head), lane, values[u]);
           }
         }
         ATTN8_UNROLL
@@ -243,7 +300,9 @@ struct FinishStatistics {
     }
     float result = 0;
     if constexpr (kStatistic == Statistic::kSum) {
-      result = static_cast<float>(total / static_cast<double>(p.last - p.first));
+      const VisibleTokens::Range visible = p.visible.of(static_cast<int>(head) / p.x.nheads);
+      result = static_cast<float>(total / static_cast<double>(visible.last - visible.first));
+      if (magnitude_bits(result) >= kNotFinite) result = 0;
     } else {
       if (p.per_tensor) {
         const uint32_t shared = ptx::smem_base();
@@ -274,6 +333,13 @@ struct RowsParams {
   float* lse_shift;  ///< Q: [batch * nheads][rows] or nullptr
   float softmax_scale;
   int group;  ///< Q: heads that share an image, rows interleaved (see AttendParams); else 1
+  /// Q of a ragged batch: [batch + 1]; `x` is a batch of one, an image has all its sequences.
+  const int* cu_seqlens;
+  /// Q over a cache: the mean of sequence b is that of page mean_pages[b * mean_pages_stride], and
+  /// bad[b] makes its rows NaN; or nullptr.
+  const int* mean_pages;
+  int64_t mean_pages_stride;
+  const int* bad;
 };
 
 /// One row of kRowBytes codes per kRowBytes / 8 threads.
@@ -289,28 +355,53 @@ struct QuantizeRows {
     const int head = ptx::block_y() % p.x.nheads;
     const int batch = ptx::block_y() / p.x.nheads;
     const int row = ptx::block_x() * kBlockTokens + ptx::thread_index() / kLanes;
+    Place place = {batch, row, row < p.x.seqlen, ptx::block_y() / p.group,
+                   static_cast<int64_t>(row) * p.group + ptx::block_y() % p.group};
+    bool stored = place.image_row < p.rows;
+    if constexpr (kQuery) {
+      if (p.cu_seqlens != nullptr) {
+        const int first = ptx::ld_global(p.cu_seqlens + batch);
+        place = {0, first + row, row < ptx::ld_global(p.cu_seqlens + batch + 1) - first,
+                 head / p.group,
+                 ragged_row(static_cast<int64_t>(first) * p.group, batch) +
+                     static_cast<int64_t>(row) * p.group + head % p.group};
+        stored = place.inside;
+      }
+    }
 
     float values[8] = {};
     float mean[8] = {};
     if (lane * 8 < p.x.head_dim) {
-      if (row < p.x.seqlen) {
-        load8<kSource>(p.x, p.x.offset(batch, row, head) + lane * 8, values);
+      if (place.inside) {
+        load8<kSource>(p.x, p.x.offset(place.batch, place.token, head), lane, values);
       }
       if (p.mean != nullptr) {
-        const int64_t mean_head = ptx::block_y() / p.heads_per_mean;
+        int64_t mean_head = ptx::block_y() / p.heads_per_mean;
+        if (kQuery && p.mean_pages != nullptr) {
+          const int64_t page = ptx::ld_global(p.mean_pages + batch * p.mean_pages_stride);
+          mean_head = page * (p.x.nheads / p.heads_per_mean) + head / p.heads_per_mean;
+        }
         load_floats(p.mean + mean_head * p.mean_channels + lane * 8, mean);
       }
     }
-    quantize_row(p, values, mean, batch, head, row, lane);
+    quantize_row(p, values, mean, place, stored, batch, head, lane);
   }
 
+  /// Where a row comes from and goes to.
+  struct Place {
+    int batch, token;  // of the source
+    bool inside;       // whether there is such a row
+    int64_t image, image_row;
+  };
+
   static ATTN8_DEVICE void quantize_row(const RowsParams& p, float (&x)[8], const float (&mean)[8],
-                                        int batch, int head, int row, int lane) {
-    const bool inside = row < p.x.seqlen;
+                                        const Place& place, bool stored, int batch, int head,
+                                        int lane) {
+    const bool inside = place.inside;
     float scale = 0;
     float shift = 0;
     if constexpr (kSource == Source::kCodes) {
-      if (inside) scale = p.x.token_scale(batch, row, head);
+      if (inside) scale = p.x.token_scale(place.batch, place.token, head);
     } else {
       uint32_t magnitude = 0;
       ATTN8_UNROLL
@@ -342,9 +433,9 @@ struct QuantizeRows {
       code[i] = kSource == Source::kCodes ? static_cast<uint32_t>(static_cast<int>(x[i]))
                                           : code_bits(x[i], scale, inverse);
     }
-    const int64_t image = ptx::block_y() / p.group;
-    const int64_t image_row = static_cast<int64_t>(row) * p.group + ptx::block_y() % p.group;
-    if (image_row >= p.rows) return;
+    if (!stored) return;
+    const int64_t image = place.image;
+    const int64_t image_row = place.image_row;
     ptx::st_global(
         reinterpret_cast<uint2*>(p.codes + image * p.rows * kRowBytes +
                                  packed_row_offset(p.rows, kRowBytes, image_row, lane * 8)),
@@ -353,12 +444,15 @@ struct QuantizeRows {
     if (lane != 0) return;
     if (!inside) scale = 0;
     if constexpr (kQuery) {
+      if (p.bad != nullptr && ptx::ld_global(p.bad + batch) != 0) {
+        scale = ptx::as_float(0x7FC00000u);
+      }
       const int64_t head_row = image * p.rows + image_row;
       ptx::st_global(p.q_scale + head_row, scale);
       if (p.lse_shift != nullptr) ptx::st_global(p.lse_shift + head_row, shift * p.softmax_scale);
     } else {
       const int64_t constants = static_cast<int64_t>(ptx::block_y()) * p.rows * 2;
-      ptx::st_global(p.key_constants + constants + key_constant_offset(row, 0), scale);
+      ptx::st_global(p.key_constants + constants + key_constant_offset(image_row, 0), scale);
     }
   }
 };

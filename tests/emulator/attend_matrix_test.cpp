@@ -57,8 +57,8 @@ void check(const Shape& shape, Weights weights, Async async, unsigned seed) {
   const Inputs inputs = random_inputs(shape, seed);
   const Quantized quantized =
       quantize(inputs, weights, weights != Weights::kPaper, Kernel::kKvBlock);
-  const Packed packed = pack(inputs, quantized);
-  const Expected want = expected(shape, quantized, weights, Kernel::kKvBlock);
+  const Packed packed = pack(inputs, quantized, weights);
+  const Expected want = expected(shape, quantized, packed, weights, Kernel::kKvBlock);
   std::vector<float> out;
   std::vector<float> lse;
   const AttendParams params = attend_params(shape, packed, out, lse);
@@ -74,6 +74,8 @@ void check(const Shape& shape, Weights weights, Async async, unsigned seed) {
                     buffer("key_constants", packed.key_constants),
                     buffer("v_scale", packed.v_scale),
                     buffer("lse_shift", packed.lse_shift),
+                    buffer("slopes", packed.slopes),
+                    buffer("sinks", packed.sinks),
                     buffer("out", out, true),
                     buffer("lse", lse, true)};
   const int tiles = (shape.seqlen_q + Kernel::kRows - 1) / Kernel::kRows;
@@ -86,15 +88,11 @@ void check(const Shape& shape, Weights weights, Async async, unsigned seed) {
     ASSERT_LE(std::fabs(out[i] - want.out[i]), want.bound[i]) << "out[" << i << "]=" << out[i];
   }
   for (size_t row = 0; row < lse.size(); ++row) {
-    const size_t heads = static_cast<size_t>(shape.nheads_q);
-    const size_t queries = static_cast<size_t>(shape.seqlen_q);
-    const size_t head = row / (queries * heads) * heads + row % heads;
-    const size_t packed_row = head * static_cast<size_t>(packed.rows_q) + row / heads % queries;
     // A row without a key has an LSE of -inf.
     if (std::isinf(want.lse[row])) {
       ASSERT_EQ(lse[row], -INFINITY) << row;
     } else {
-      const double expect = want.lse[row] + packed.lse_shift[packed_row];
+      const double expect = want.lse[row] + expected_shift(shape, packed, row);
       ASSERT_NEAR(lse[row], expect, 2e-5 * (1 + std::fabs(expect))) << row;
     }
   }

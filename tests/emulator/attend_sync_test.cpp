@@ -26,8 +26,8 @@ class Mutant {
       : shape_(shape),
         inputs_(random_inputs(shape, 29)),
         quantized_(quantize(inputs_, weights, weights != Weights::kPaper, Kernel::kKvBlock)),
-        packed_(pack(inputs_, quantized_)),
-        expected_(expected(shape, quantized_, weights, Kernel::kKvBlock)) {}
+        packed_(pack(inputs_, quantized_, weights)),
+        expected_(expected(shape, quantized_, packed_, weights, Kernel::kKvBlock)) {}
 
   /// "ok", "wrong result" or the emulator's error.
   std::string run(const SyncSite& skip, Async async, uint64_t seed) {

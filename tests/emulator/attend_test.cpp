@@ -43,12 +43,18 @@ emulator::Report run_kernel(const AttendParams& params, const Shape& shape, Asyn
                          ? 1
                          : (key_blocks + division.split_blocks - 1) / division.split_blocks;
   const int rows = shape.batch * shape.seqlen_q * shape.nheads_q;
-  std::vector<float> out(static_cast<size_t>(splits) * rows * shape.head_dim, NAN);
+  const int row_floats = shape.head_dim + shape.head_dim % 2;
+  std::vector<float> out(static_cast<size_t>(splits) * rows * row_floats, NAN);
   std::vector<float> lse(static_cast<size_t>(splits) * rows, NAN);
   if (splits > 1) {
+    kernel.sinks = nullptr;  // beside all parts, not each
     kernel.out = out.data();
+    kernel.out_pairs = true;
     kernel.lse = lse.data();
-    kernel.out_stride_split = static_cast<int64_t>(rows) * shape.head_dim;
+    kernel.out_stride_head = row_floats;
+    kernel.out_stride_row = static_cast<int64_t>(shape.nheads_q) * row_floats;
+    kernel.out_stride_batch = kernel.out_stride_row * shape.seqlen_q;
+    kernel.out_stride_split = static_cast<int64_t>(rows) * row_floats;
     kernel.lse_stride_split = rows;
   }
   const int tiles = (kernel.seqlen_q + Kernel::kRows - 1) / Kernel::kRows;
@@ -72,8 +78,9 @@ void check(const Shape& shape, Weights weights, Async async, float q_size = 1.0f
   const Inputs inputs = random_inputs(shape, 17, q_size);
   const bool smooth = weights != Weights::kPaper;
   const Quantized quantized = quantize(inputs, weights, smooth, Kernel::kKvBlock);
-  const Packed packed = pack(inputs, quantized, division.group);
-  const Expected want = expected(shape, quantized, weights, Kernel::kKvBlock);
+  const Packed packed = pack(inputs, quantized, weights, division.group);
+  const Expected want =
+      expected(shape, quantized, packed, weights, Kernel::kKvBlock, division.group);
   std::vector<float> out;
   std::vector<float> lse;
   const AttendParams params = attend_params(shape, packed, out, lse);
@@ -84,15 +91,8 @@ void check(const Shape& shape, Weights weights, Async async, float q_size = 1.0f
     ASSERT_LE(std::fabs(out[i] - want.out[i]), want.bound[i])
         << "element " << i << ": got " << out[i] << ", want " << want.out[i];
   }
-  const auto q_row = [&](size_t row) {
-    const size_t group = static_cast<size_t>(division.group);
-    const size_t batch = row / (static_cast<size_t>(shape.seqlen_q) * shape.nheads_q);
-    const size_t head = batch * shape.nheads_q + row % shape.nheads_q;
-    const size_t query = row / shape.nheads_q % shape.seqlen_q;
-    return head / group * packed.rows_q + query * group + head % group;
-  };
   for (size_t row = 0; row < lse.size(); ++row) {
-    const double expect = want.lse[row] + packed.lse_shift[q_row(row)];
+    const double expect = want.lse[row] + expected_shift(shape, packed, row, division.group);
     if (std::isinf(want.lse[row])) {
       EXPECT_EQ(lse[row], -INFINITY);
     } else {
@@ -189,6 +189,108 @@ TEST(AttendSm90, DividedHeadsAndKeys) {
   check_divisions<AttendSm90<64, 256, Weights::kFolded>>(64);
 }
 
+/// Weights and V in bfloat16.
+TEST(AttendSm80, Half) {
+  using Kernel = AttendSm80<64, 64, 4, Weights::kHalf>;
+  for (const Shape& shape : {kOdd, kCausal, kWindow}) check_all<Kernel>(shape, Weights::kHalf);
+  check<Kernel>(kCausal, Weights::kHalf, Async::kRandom, 100.0f);
+  check<Kernel>(kWindow, Weights::kHalf, Async::kRandom, 3000.0f);
+  check<AttendSm80<96, 64, 8, Weights::kHalf>>(with_dim(kCausal, 90), Weights::kHalf,
+                                               Async::kRandom);
+  check<AttendSm80<128, 64, 8, Weights::kHalf>>(with_dim(kOdd, 121), Weights::kHalf,
+                                                Async::kRandom);
+  check<AttendSm80<256, 64, 8, Weights::kHalf>>(with_dim(kOdd, 256), Weights::kHalf,
+                                                Async::kRandom);
+}
+
+/// What is done to scores: softcap, ALiBi, both; sinks; offsets of the positions.
+template <class Kernel>
+void check_changes(Weights weights) {
+  Shape shape = {1, 4, 2, 70, 333, 61, true, false, -1, -1};
+  shape.sinks = true;
+  shape.q_offset = -9;
+  const auto check_one = [&](float softcap, bool alibi, float q_size, const Division& division) {
+    shape.softcap = softcap;
+    shape.alibi = alibi;
+    check<Kernel>(shape, weights, Async::kRandom, q_size, division);
+  };
+  check_one(20.0f, false, 1.0f, {});
+  check_one(0, true, 1.0f, {});
+  check_one(5.0f, true, 30.0f, {});
+  shape.causal = false;
+  shape.window_left = 40;
+  shape.window_right = 25;
+  check_one(50.0f, true, 3000.0f, {});
+  shape.attn_mask = true;
+  check_one(20.0f, false, 1.0f, {});
+  shape.seqlen_q = 3;
+  shape.window_left = 280;
+  shape.q_offset = 11;
+  check_one(20.0f, true, 1.0f, {2, 1});
+  shape = {3, 2, 1, 20, 300, 64, true, false, -1, -1};
+  shape.attn_mask = true;
+  shape.sinks = true;
+  shape.seqlens_k = {300, 5, 130};
+  shape.leftpad_k = {140, 0, 129};
+  check_one(0, true, 1.0f, {});
+}
+TEST(AttendSm80, ChangedScores) {
+  check_changes<AttendSm80<64, 128, 4, Weights::kFolded, Scores::kBiased>>(Weights::kFolded);
+  check_changes<AttendSm80<64, 64, 4, Weights::kHalf, Scores::kBiased>>(Weights::kHalf);
+}
+/// The kernels that know softcap alone.
+template <class Kernel>
+void check_softcap(Weights weights) {
+  Shape shape = {1, 4, 2, 70, 333, 61, true, false, -1, -1};
+  shape.softcap = 20.0f;
+  check<Kernel>(shape, weights, Async::kRandom);
+  shape.softcap = 50.0f;
+  shape.sinks = true;
+  check<Kernel>(shape, weights, Async::kRandom, 100.0f);
+  shape.seqlen_q = 3;
+  check<Kernel>(shape, weights, Async::kRandom, 1.0f, {2, 1});
+}
+TEST(AttendSm80, Softcap) {
+  check_softcap<AttendSm80<64, 128, 4, Weights::kFolded, Scores::kSoftcap>>(Weights::kFolded);
+  check_softcap<AttendSm80<64, 64, 4, Weights::kHalf, Scores::kSoftcap>>(Weights::kHalf);
+}
+TEST(AttendSm90, Softcap) {
+  check_softcap<AttendSm90<64, 256, Weights::kFolded, Scores::kSoftcap>>(Weights::kFolded);
+}
+
+/// Sequences that are padded to one length, with keys that do not count at either end.
+template <class Kernel>
+void check_lengths(Weights weights) {
+  Shape shape = {4, 2, 1, 40, 520, 64, true, false, -1, -1};
+  shape.seqlens_k = {520, 0, 37, 300};
+  check<Kernel>(shape, weights, Async::kRandom);
+  shape.leftpad_k = {257, 0, 36, 300};
+  check<Kernel>(shape, weights, Async::kRandom, 1.0f, {2, 1});
+  shape.window_left = 20;
+  shape.q_offset = -3;
+  check<Kernel>(shape, weights, Async::kRandom, 100.0f);
+  shape.causal = false;
+  shape.top_left = true;
+  check<Kernel>(shape, weights, Async::kRandom);
+}
+TEST(AttendSm80, Lengths) {
+  check_lengths<AttendSm80<64, 128, 4, Weights::kFolded>>(Weights::kFolded);
+}
+TEST(AttendSm90, Lengths) {
+  check_lengths<AttendSm90<64, 256, Weights::kFolded>>(Weights::kFolded);
+}
+
+/// Sinks and offsets with the kernels that leave scores alone.
+TEST(AttendSm80, SinksAndOffsets) {
+  Shape shape = {2, 4, 2, 9, 200, 64, true, false, -1, -1};
+  shape.sinks = true;
+  shape.q_offset = -5;
+  check<AttendSm80<64, 128, 4, Weights::kFolded>>(shape, Weights::kFolded, Async::kRandom, 1.0f,
+                                                  {2, 1});
+  check<AttendSm80<64, 128, 4, Weights::kPaper>>(shape, Weights::kPaper, Async::kRandom);
+  check<AttendSm90<64, 256, Weights::kPlain>>(shape, Weights::kPlain, Async::kRandom);
+}
+
 /// The quantize and pack kernels against plain loops: codes and scales are equal.
 void check_pack(const Shape& shape, Weights weights, bool smooth_k, int kv_block, int group = 1) {
   Inputs inputs = random_inputs(shape, 23);
@@ -196,8 +298,8 @@ void check_pack(const Shape& shape, Weights weights, bool smooth_k, int kv_block
   const size_t row = static_cast<size_t>(shape.nheads_k) * shape.head_dim;
   for (int d = 0; d < shape.head_dim; ++d) inputs.v[3 * row + d] = 0;
   const Quantized quantized = quantize(inputs, weights, smooth_k, kv_block);
-  const Packed want = pack(inputs, quantized, group);
-  Packed got = pack(inputs, quantized, group);
+  const Packed want = pack(inputs, quantized, weights, group);
+  Packed got = pack(inputs, quantized, weights, group);
   std::fill(got.q.begin(), got.q.end(), int8_t{99});
   std::fill(got.k.begin(), got.k.end(), int8_t{99});
   std::fill(got.v.begin(), got.v.end(), int8_t{99});
@@ -209,7 +311,7 @@ void check_pack(const Shape& shape, Weights weights, bool smooth_k, int kv_block
   EXPECT_EQ(got.q_scale, want.q_scale);
   const int dim = packed_head_dim(shape.head_dim);
   for (size_t i = 0; i < want.v_scale.size(); ++i) {
-    if (static_cast<int>(i) % dim < shape.head_dim) {
+    if (static_cast<int>(i) % dim < shape.head_dim && weights != Weights::kHalf) {
       EXPECT_EQ(got.v_scale[i], want.v_scale[i]) << i;
     }
   }
@@ -236,6 +338,14 @@ TEST(Quantize, PacksAsPlainLoops) {
   check_pack({1, 1, 1, 3, 20, 256, false, false, -1, -1}, Weights::kFolded, true, 128);
   check_pack({2, 6, 2, 41, 70, 64, true, false, -1, -1}, Weights::kFolded, true, 128, 3);
   check_pack({1, 4, 2, 1, 90, 128, true, false, -1, -1}, Weights::kFolded, true, 128, 2);
+  Shape padded = {3, 2, 1, 20, 300, 64, true, false, 90, -1};
+  padded.seqlens_k = {300, 0, 37};
+  padded.leftpad_k = {280, 0, 5};
+  check_pack(padded, Weights::kFolded, true, 128);
+  check_pack({1, 2, 1, 5, 130, 91, false, false, -1, -1}, Weights::kFolded, true, 128);
+  check_pack({1, 2, 2, 7, 70, 61, true, false, -1, -1}, Weights::kPlain, true, 128);
+  check_pack({1, 2, 1, 5, 130, 90, false, false, -1, -1}, Weights::kHalf, true, 64);
+  check_pack({1, 1, 1, 5, 65, 249, false, false, -1, -1}, Weights::kHalf, true, 64);
 }
 
 }  // namespace

@@ -32,7 +32,7 @@ void sync_warp();
 void barrier(int id, int threads, bool wait);  ///< threads 0: the whole block
 
 // mma.sync. Operands are registers as bytes; see src/cuda/layout.hpp.
-enum class Product : uint8_t { kS8S8, kU8S8, kF16F16 };
+enum class Product : uint8_t { kS8S8, kU8S8, kF16F16, kBF16BF16 };
 void mma(Product product, void* d, const uint32_t* a, const uint32_t* b);
 void ldmatrix_x4(uint32_t* r, uint32_t address, bool transpose);
 

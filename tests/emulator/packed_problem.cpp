@@ -34,24 +34,32 @@ float magnitude(float a, float b) {
 
 }  // namespace
 
+float Shape::added(int head, int row, int key) {
+  if ((row * 7 + key * 3 + head * 5) % 5 == 0) return -INFINITY;
+  return 0.25f * static_cast<float>((row + 2 * key + head) % 7) - 0.5f;
+}
+int Shape::position_offset(int b) const {
+  return q_offset + (top_left ? 0 : seqlen_of(b) - seqlen_q);
+}
 int Shape::first_offset() const {
-  return window_left < 0 ? -kNoLimit : (top_left ? 0 : seqlen_k - seqlen_q) - window_left;
+  return window_left < 0 ? -kNoLimit : position_offset() - window_left;
 }
 int Shape::last_offset() const {
   const int right = causal ? 0 : window_right;
-  return right < 0 ? kNoLimit : (top_left ? 0 : seqlen_k - seqlen_q) + right;
+  return right < 0 ? kNoLimit : position_offset() + right;
 }
-bool Shape::sees(int row, int key) const {
-  const int p = row + (top_left ? 0 : seqlen_k - seqlen_q);
-  return key < seqlen_k && (!causal || key <= p) && (window_left < 0 || key >= p - window_left) &&
+bool Shape::sees(int row, int key, int b) const {
+  const int p = row + position_offset(b);
+  return key < seqlen_of(b) && key >= leftpad_of(b) && (!causal || key <= p) &&
+         (window_left < 0 || key >= p - window_left) &&
          (window_right < 0 || key <= p + window_right);
 }
-std::pair<int, int> Shape::visible_keys() const {
+std::pair<int, int> Shape::visible_keys(int b) const {
   int first = seqlen_k;
   int last = 0;
   for (int i = 0; i < seqlen_q; ++i) {
     for (int j = 0; j < seqlen_k; ++j) {
-      if (!sees(i, j)) continue;
+      if (!sees(i, j, b)) continue;
       first = std::min(first, j);
       last = std::max(last, j + 1);
     }
@@ -80,11 +88,14 @@ Inputs random_inputs(const Shape& s, unsigned seed, float q_size) {
 Quantized quantize(const Inputs& inputs, Weights weights, bool smooth_k, int kv_block) {
   const Shape& s = inputs.shape;
   const int dim = s.head_dim;
-  const auto [first, last] = s.visible_keys();
   Quantized z;
   z.q.resize(inputs.q.size());
   z.k.resize(inputs.k.size());
   z.v.resize(inputs.v.size());
+  z.v_half.resize(inputs.v.size());
+  for (size_t i = 0; i < inputs.v.size(); ++i) {
+    z.v_half[i] = emulator::bfloat16_bits(value_of(inputs.v[i]));
+  }
   z.q_scale.resize(inputs.q.size() / dim);
   z.k_scale.resize(inputs.k.size() / dim);
   z.v_token_scale.assign(inputs.v.size() / dim, 0.0f);
@@ -100,6 +111,7 @@ Quantized quantize(const Inputs& inputs, Weights weights, bool smooth_k, int kv_
     }
   }
   for (int b = 0; b < s.batch; ++b) {
+    const auto [first, last] = s.visible_keys(b);
     for (int h = 0; h < s.nheads_k; ++h) {
       const auto token_of = [&](int j) {
         return (static_cast<size_t>(b) * s.seqlen_k + j) * s.nheads_k + h;
@@ -139,7 +151,9 @@ Quantized quantize(const Inputs& inputs, Weights weights, bool smooth_k, int kv_
         std::fill(channel.begin(), channel.end(), all);
       }
       for (int d = 0; d < dim; ++d) {
-        z.v_scale[head + d] = weights == Weights::kFolded ? reference : scale_of(channel[d]);
+        z.v_scale[head + d] = weights == Weights::kFolded ? reference
+                              : weights == Weights::kHalf ? 1.0f
+                                                          : scale_of(channel[d]);
       }
       for (int j = 0; j < s.seqlen_k; ++j) {
         const size_t token = token_of(j);
@@ -147,6 +161,7 @@ Quantized quantize(const Inputs& inputs, Weights weights, bool smooth_k, int kv_
           const float scale = weights != Weights::kFolded      ? z.v_scale[head + d]
                               : z.v_token_scale[token] == 0.0f ? 1.0f
                                                                : z.v_token_scale[token];
+          if (weights == Weights::kHalf) continue;
           z.v[token * dim + d] = code_of(value_of(inputs.v[token * dim + d]), scale);
         }
         if (weights != Weights::kFolded) continue;
@@ -167,7 +182,7 @@ Quantized quantize(const Inputs& inputs, Weights weights, bool smooth_k, int kv_
   return z;
 }
 
-Packed pack(const Inputs& inputs, const Quantized& z, int group) {
+Packed pack(const Inputs& inputs, const Quantized& z, Weights weights, int group) {
   const Shape& s = inputs.shape;
   const int dim = s.head_dim;
   const int row_bytes = packed_row_bytes(dim);
@@ -180,7 +195,8 @@ Packed pack(const Inputs& inputs, const Quantized& z, int group) {
   const int64_t q_images = q_heads / group;
   p.q.assign(q_images * p.rows_q * row_bytes, 0);
   p.k.assign(kv_heads * p.rows_k * row_bytes, 0);
-  p.v.assign(kv_heads * p.rows_k * packed_dim, 0);
+  const bool half = weights == Weights::kHalf;
+  p.v.assign(kv_heads * p.rows_k * packed_dim * (half ? 2 : 1), 0);
   p.q_scale.assign(q_images * p.rows_q, 0.0f);
   p.lse_shift.assign(q_images * p.rows_q, 0.0f);
   p.key_constants.assign(kv_heads * p.rows_k * 2, 0.0f);
@@ -214,12 +230,49 @@ Packed pack(const Inputs& inputs, const Quantized& z, int group) {
       for (int d = 0; d < dim; ++d) {
         p.k[head * p.rows_k * row_bytes + packed_row_offset(p.rows_k, row_bytes, j, d)] =
             z.k[token * dim + d];
-        p.v[head * p.rows_k * packed_dim + packed_v_offset(packed_dim, j, d)] =
-            z.v[token * dim + d];
+        if (half) {
+          int8_t* value =
+              &p.v[head * p.rows_k * packed_dim * 2 + packed_v_half_offset(packed_dim, j, d)];
+          value[0] = static_cast<int8_t>(z.v_half[token * dim + d] & 0xFF);
+          value[1] = static_cast<int8_t>(z.v_half[token * dim + d] >> 8);
+        } else {
+          p.v[head * p.rows_k * packed_dim + packed_v_offset(packed_dim, j, d)] =
+              z.v[token * dim + d];
+        }
       }
     }
   }
+  for (int i = 0; i < s.seqlen_q && s.attn_mask; ++i) {
+    for (int h = 0; h < s.nheads_q; ++h) {
+      for (int j = 0; j < s.seqlen_k; ++j) {
+        p.attn_mask.push_back(Shape::added(h, i, j));
+      }
+    }
+  }
+  for (int h = 0; h < s.nheads_q; ++h) {
+    p.slopes.push_back(Shape::slope(h));
+    p.sinks.push_back(Shape::sink(h));
+  }
   return p;
+}
+
+namespace {
+
+/// Where row `row` of the inputs' order lies in the packed images.
+size_t packed_row(const Shape& s, const Packed& packed, size_t row, int group) {
+  const auto heads = static_cast<size_t>(s.nheads_q);
+  const auto queries = static_cast<size_t>(s.seqlen_q);
+  const auto shared = static_cast<size_t>(group);
+  const size_t head = row / (queries * heads) * heads + row % heads;
+  const size_t query = row / heads % queries;
+  return head / shared * static_cast<size_t>(packed.rows_q) + query * shared + head % shared;
+}
+
+}  // namespace
+
+double expected_shift(const Shape& s, const Packed& packed, size_t row, int group) {
+  if (s.softcap != 0) return 0;  // it is in the scores
+  return packed.lse_shift[packed_row(s, packed, row, group)];
 }
 
 namespace {
@@ -238,10 +291,18 @@ template <int kRowBytes, int kPackedDim>
 std::string pack_of_dim(const Inputs& inputs, Weights weights, bool smooth_k, int kv_block,
                         emulator::Async async, Packed& p, int group) {
   const Shape& s = inputs.shape;
-  const auto [first, last] = s.visible_keys();
+  int first = s.seqlen_k;
+  int last = 0;
+  for (int b = 0; b < s.batch; ++b) {
+    first = std::min(first, s.visible_keys(b).first);
+    last = std::max(last, s.visible_keys(b).second);
+  }
+  first = std::min(first, last);
   const auto source = [&](const std::vector<uint16_t>& data, int seqlen, int nheads) {
     SourceTensor x{};
     x.data = data.data();
+    x.stride_channel = 1;
+    x.vectors = s.head_dim % 8 == 0;
     x.stride_head = s.head_dim;
     x.stride_row = static_cast<int64_t>(nheads) * s.head_dim;
     x.stride_batch = x.stride_row * seqlen;
@@ -250,6 +311,21 @@ std::string pack_of_dim(const Inputs& inputs, Weights weights, bool smooth_k, in
     x.head_dim = s.head_dim;
     return x;
   };
+  VisibleTokens visible{};
+  visible.first = first;
+  visible.last = last;
+  if (!s.seqlens_k.empty() || !s.leftpad_k.empty()) {
+    const bool own = !s.seqlens_k.empty();
+    visible.seqlens_k = own ? s.seqlens_k.data() : nullptr;
+    visible.leftpad_k = s.leftpad_k.empty() ? nullptr : s.leftpad_k.data();
+    visible.seqlens_k_stride = visible.leftpad_k_stride = 1;
+    visible.seqlen_q = s.seqlen_q;
+    visible.seqlen_k = s.seqlen_k;
+    visible.bottom_right = own && !s.top_left;
+    const int counted = visible.bottom_right ? s.position_offset() - s.q_offset : 0;
+    visible.first_offset = s.first_offset() - counted;
+    visible.last_offset = s.last_offset() - counted;
+  }
   const int kv_heads = s.batch * s.nheads_k;
   const int chunks = (last - first + 255) / 256;
   std::vector<float> mean(static_cast<size_t>(kv_heads) * kRowBytes);
@@ -260,8 +336,7 @@ std::string pack_of_dim(const Inputs& inputs, Weights weights, bool smooth_k, in
   };
   if (smooth_k && first < last) {
     const StatisticsParams params{source(inputs.k, s.seqlen_k, s.nheads_k),
-                                  first,
-                                  last,
+                                  visible,
                                   sums.data(),
                                   chunks,
                                   mean.data(),
@@ -304,25 +379,31 @@ std::string pack_of_dim(const Inputs& inputs, Weights weights, bool smooth_k, in
   v.x = source(inputs.v, s.seqlen_k, s.nheads_k);
   v.codes = p.v.data();
   v.rows = p.rows_k;
-  v.first = first;
-  v.last = last;
+  v.visible = visible;
   v.scale = p.v_scale.data();
   v.token_scale = token_scale.data();
   v.panel_scale = panel_scale.data();
   v.v_scale = p.v_scale.data();
   v.key_constants = p.key_constants.data();
   v.kv_block = kv_block;
-  if (weights == Weights::kFolded) {
+  if (weights == Weights::kHalf) {
+    using V = PackHalfV<Source::kFloat16>;
+    const int blocks = (p.rows_k * (kPackedDim / 8) + V::kThreads - 1) / V::kThreads;
+    keep(launch<V>(async, blocks, kv_heads, [&] { V::run(v, kPackedDim); }));
+  } else if (weights == Weights::kFolded) {
     using V = PackV<Source::kFloat16, kPackedDim, true>;
     keep(launch<V>(async, p.rows_k / kPanelKeys, kv_heads, [&] { V::run(v); }));
     keep(launch<FoldV>(async, p.rows_k / kv_block, kv_heads, [&] { FoldV::run(v, kPackedDim); }));
   } else {
     std::vector<uint32_t> magnitudes(static_cast<size_t>(kv_heads) * kPackedDim *
                                      std::max(chunks, 1));
-    const StatisticsParams params{v.x,        first,
-                                  last,       magnitudes.data(),
-                                  chunks,     p.v_scale.data(),
-                                  kPackedDim, weights == Weights::kPaper};
+    const StatisticsParams params{v.x,
+                                  visible,
+                                  magnitudes.data(),
+                                  chunks,
+                                  p.v_scale.data(),
+                                  kPackedDim,
+                                  weights == Weights::kPaper};
     using Magnitude = ChannelStatistics<Source::kFloat16, Statistic::kMagnitude>;
     if (chunks > 0) {
       keep(launch<Magnitude>(async, chunks, kv_heads, [&] { Magnitude::run(params); }));
@@ -360,11 +441,38 @@ AttendParams attend_params(const Shape& s, const Packed& packed, std::vector<flo
   p.q_scale = packed.q_scale.data();
   p.key_constants = packed.key_constants.data();
   p.v_scale = packed.v_scale.data();
-  p.lse_shift = packed.lse_shift.data();
+  p.lse_shift = s.softcap != 0 ? nullptr : packed.lse_shift.data();
+  p.changes = {};
+  if (s.softcap != 0) {
+    p.changes.softcap = s.softcap * 1.4426950408889634f;
+    p.changes.softcap_rate = 2 / s.softcap;
+    p.changes.score_shift = packed.lse_shift.data();
+  }
+  p.changes.alibi_slopes = s.alibi ? packed.slopes.data() : nullptr;
+  p.changes.alibi_stride_head = 1;
+  p.changes.attn_mask_stride_key = 1;
+  p.changes.attn_mask_stride_head = s.seqlen_k;
+  p.changes.attn_mask_stride_row = static_cast<int64_t>(s.seqlen_k) * s.nheads_q;
+  p.changes.attn_mask = s.attn_mask ? packed.attn_mask.data() : nullptr;
+  p.changes.position_offset = s.position_offset();
+  p.sinks_stride = 1;
+  if (!s.seqlens_k.empty()) {
+    p.seqlens_k = s.seqlens_k.data();
+    p.seqlens_k_stride = 1;
+    p.bottom_right = !s.top_left;
+    p.changes.position_offset = s.q_offset;
+  }
+  if (!s.leftpad_k.empty()) {
+    p.leftpad_k = s.leftpad_k.data();
+    p.leftpad_k_stride = 1;
+  }
+  p.sinks = s.sinks ? packed.sinks.data() : nullptr;
   out.assign(static_cast<size_t>(s.batch) * s.seqlen_q * s.nheads_q * s.head_dim, NAN);
   lse.assign(out.size() / s.head_dim, NAN);
   p.out = out.data();
   p.lse = lse.data();
+  p.out_stride_channel = 1;
+  p.out_pairs = s.head_dim % 2 == 0;
   p.out_stride_head = s.head_dim;
   p.out_stride_row = static_cast<int64_t>(s.nheads_q) * s.head_dim;
   p.out_stride_batch = p.out_stride_row * s.seqlen_q;
@@ -378,15 +486,52 @@ AttendParams attend_params(const Shape& s, const Packed& packed, std::vector<flo
   p.seqlen_q = s.seqlen_q;
   p.seqlen_k = s.seqlen_k;
   p.head_dim = s.head_dim;
-  p.first_offset = s.first_offset();
-  p.last_offset = s.last_offset();
+  const int counted = p.bottom_right ? s.position_offset() - s.q_offset : 0;
+  p.first_offset = s.first_offset() - counted;
+  p.last_offset = s.last_offset() - counted;
   p.group = 1;
+  p.group_inverse = group_inverse_of(1);
   p.out_type = Element::kFloat32;
   p.score_scale = static_cast<float>(1.4426950408889634 / std::sqrt(double(s.head_dim)));
   return p;
 }
 
-Expected expected(const Shape& s, const Quantized& z, Weights weights, int kv_block) {
+namespace {
+
+/// Log2 units: what a score becomes, and how far float32 may be off.
+struct Changed {
+  double t, error;
+};
+Changed change(const Shape& s, double t, double shift, int b, int head, int row, int key) {
+  const double log2e = 1.4426950408889634;
+  // A float32 score is off by half an ulp per operation, 3 operations, and so is its weight.
+  double error = 1e-6 + 2e-7 * std::fabs(t);
+  if (s.softcap != 0) {
+    const double cap = s.softcap * log2e;
+    t = cap * std::tanh((t + shift * log2e) / cap);
+    error += 1e-6 * cap + 2e-7 * std::fabs(shift);
+  }
+  if (s.attn_mask) {
+    t += Shape::added(head, row, key) * log2e;
+    error += 2e-7 * std::fabs(t);
+  }
+  if (s.alibi) {
+    const double bias = Shape::slope(head) * log2e * std::abs(row + s.position_offset(b) - key);
+    t -= bias;
+    error += 2e-7 * (bias + std::fabs(t));
+  }
+  return {t, error};
+}
+
+double bfloat16_of(double x) {
+  return std::bit_cast<float>(uint32_t{emulator::bfloat16_bits(static_cast<float>(x))} << 16);
+}
+
+}  // namespace
+
+Expected expected(const Shape& s, const Quantized& z, const Packed& packed, Weights weights,
+                  int kv_block, int group) {
+  const bool half = weights == Weights::kHalf;
   const int dim = s.head_dim;
   const double levels = weights == Weights::kPaper ? 127 : 255;
   const double score_scale = static_cast<float>(1.4426950408889634 / std::sqrt(double(dim)));
@@ -395,6 +540,7 @@ Expected expected(const Shape& s, const Quantized& z, Weights weights, int kv_bl
   e.bound.assign(z.q.size(), 0.0);
   e.lse.assign(z.q_scale.size(), -INFINITY);
   std::vector<double> t(kv_block);
+  std::vector<double> t_error(kv_block);
   std::vector<double> block(dim);
   std::vector<double> slack(dim);
   for (size_t row = 0; row < z.q_scale.size(); ++row) {
@@ -413,18 +559,23 @@ Expected expected(const Shape& s, const Quantized& z, Weights weights, int kv_bl
       for (int j = begin; j < end; ++j) {
         const size_t token = (static_cast<size_t>(b) * s.seqlen_k + j) * s.nheads_k + kv;
         t[j - begin] = -INFINITY;
-        if (!s.sees(i, j)) continue;
+        if (!s.sees(i, j, b)) continue;
         int product = 0;
         for (int d = 0; d < dim; ++d) product += z.q[row * dim + d] * z.k[token * dim + d];
-        t[j - begin] =
-            static_cast<double>(product) * z.k_scale[token] * z.q_scale[row] * score_scale +
-            std::log2(static_cast<double>(z.ratio[token]));
+        const double shift = packed.lse_shift[packed_row(s, packed, row, group)];
+        const Changed changed = change(
+            s, static_cast<double>(product) * z.k_scale[token] * z.q_scale[row] * score_scale,
+            shift, b, h, i, j);
+        const double log2_ratio = std::log2(static_cast<double>(z.ratio[token]));
+        t[j - begin] = changed.t + log2_ratio;
+        t_error[j - begin] = changed.error + 2e-7 * std::fabs(log2_ratio);
         m_block = std::max(m_block, t[j - begin]);
       }
       if (m_block == -INFINITY) continue;
+      if (half) m_block = std::ceil(m_block);  // weights are relative to powers of two
       const double m_new = std::max(maximum, m_block);
       const double a = std::exp2(maximum - m_new);
-      const double m_used = weights == Weights::kPaper ? m_new : m_block;
+      const double m_used = weights == Weights::kPaper || half ? m_new : m_block;
       const double factor = std::exp2(m_used - m_new);
       std::fill(block.begin(), block.end(), 0.0);
       std::fill(slack.begin(), slack.end(), 0.0);
@@ -433,11 +584,23 @@ Expected expected(const Shape& s, const Quantized& z, Weights weights, int kv_bl
       for (int j = begin; j < end; ++j) {
         const size_t token = (static_cast<size_t>(b) * s.seqlen_k + j) * s.nheads_k + kv;
         const double weight = std::exp2(t[j - begin] - m_used);
+        const double error = weight == 0 ? 0 : t_error[j - begin];
+        if (half) {
+          const double code = bfloat16_of(weight);
+          const double flip = std::max(std::fabs(bfloat16_of(weight * (1 + error)) - code),
+                                       std::fabs(bfloat16_of(weight * (1 - error)) - code));
+          block_sum += weight;
+          for (int d = 0; d < dim; ++d) {
+            const double v = std::bit_cast<float>(uint32_t{z.v_half[token * dim + d]} << 16);
+            block[d] += code * v;
+            // Sums of products in float32, in an order of the hardware's.
+            slack[d] += (flip + (error + 1e-5) * code) * std::fabs(v);
+          }
+          continue;
+        }
         const double code = std::nearbyint(levels * weight);
         block_sum += weight / z.ratio[token];
         block_codes += code;
-        // A float32 score is off by half an ulp per operation, 3 operations, and so is its weight.
-        const double error = weight == 0 ? 0 : 1e-6 + 2e-7 * std::fabs(t[j - begin]);
         const double off = levels * weight * error;
         const bool near = std::fabs(levels * weight - std::floor(levels * weight) - 0.5) < off;
         for (int d = 0; d < dim; ++d) {
@@ -455,16 +618,26 @@ Expected expected(const Shape& s, const Quantized& z, Weights weights, int kv_bl
       code_sum = a * code_sum + factor * block_codes;
       maximum = m_new;
     }
-    if (maximum == -INFINITY) continue;
-    const double normalizer = weights == Weights::kPaper ? code_sum : levels * sum;
-    double shift = 0;
+    if (maximum == -INFINITY) {
+      if (s.sinks) e.lse[row] = Shape::sink(h) - expected_shift(s, packed, row, group);
+      continue;
+    }
+    const double normalizer = weights == Weights::kPaper ? code_sum : half ? sum : levels * sum;
+    // The LSE without what smoothing took away, which a sink is beside.
+    double lse = std::log(sum) + maximum * std::log(2.0);
+    double kept = 1;
+    if (s.sinks) {
+      const double whole = lse + expected_shift(s, packed, row, group);
+      kept = 1 / (1 + std::exp(Shape::sink(h) - whole));
+      lse += std::log1p(std::exp(Shape::sink(h) - whole));
+    }
     for (int d = 0; d < dim; ++d) {
       const double scale = z.v_scale[(static_cast<size_t>(b) * s.nheads_k + kv) * dim + d];
-      e.out[row * dim + d] = out[d] / normalizer * scale;
+      e.out[row * dim + d] = kept * out[d] / normalizer * scale;
       e.bound[row * dim + d] =
           (bound[d] / normalizer + 4e-6 * std::fabs(out[d]) / normalizer) * scale + 1e-30;
     }
-    e.lse[row] = std::log(sum) + maximum * std::log(2.0) + shift;
+    e.lse[row] = lse;
   }
   return e;
 }

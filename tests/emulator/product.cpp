@@ -32,18 +32,19 @@ void multiply_elements(int m, int n, int k, const Element* a, const Element* b, 
 void multiply(Product product, int m, int n, const uint8_t* a, const uint8_t* b, uint32_t* d) {
   constexpr int kMaxRows = 64;
   constexpr int kMaxColumns = 256;
-  if (product == Product::kF16F16) {
+  if (is_16_bit(product)) {
+    const auto value = [product](const uint8_t* bytes) {
+      const auto bits = static_cast<uint16_t>(bytes[0] | bytes[1] << 8);
+      return product == Product::kF16F16 ? half_value(bits)
+                                         : std::bit_cast<float>(uint32_t{bits} << 16);
+    };
     constexpr int kK = kProductBytes / 2;
     float a_values[kMaxRows * kK];
     float b_values[kMaxColumns * kK];
-    for (int i = 0; i < m * kK; ++i) {
-      a_values[i] = half_value(static_cast<uint16_t>(a[2 * i] | a[2 * i + 1] << 8));
-    }
-    for (int i = 0; i < n * kK; ++i) {
-      b_values[i] = half_value(static_cast<uint16_t>(b[2 * i] | b[2 * i + 1] << 8));
-    }
-    // Sums of 16 products of halves are exact in double. The hardware keeps fewer bits; how many is
-    // not documented, so results agree to float32 rounding only.
+    for (int i = 0; i < m * kK; ++i) a_values[i] = value(a + 2 * i);
+    for (int i = 0; i < n * kK; ++i) b_values[i] = value(b + 2 * i);
+    // Sums of 16 products of halves are exact in double, those of bfloat16 nearly. The hardware
+    // keeps fewer bits; how many is not documented, so results agree to float32 rounding only.
     multiply_elements<float, double>(m, n, kK, a_values, b_values, d);
     return;
   }
@@ -57,7 +58,7 @@ void multiply(Product product, int m, int n, const uint8_t* a, const uint8_t* b,
 }
 
 uint32_t accumulate(Product product, uint32_t accumulator, uint32_t value) {
-  if (product != Product::kF16F16) return accumulator + value;
+  if (!is_16_bit(product)) return accumulator + value;
   return std::bit_cast<uint32_t>(std::bit_cast<float>(accumulator) + std::bit_cast<float>(value));
 }
 
@@ -67,6 +68,8 @@ const char* mma_name(Product product) {
       return "mma.s8.s8";
     case Product::kU8S8:
       return "mma.u8.s8";
+    case Product::kBF16BF16:
+      return "mma.bf16.bf16";
     case Product::kF16F16:
       break;
   }
@@ -79,6 +82,8 @@ const char* wgmma_name(Product product) {
       return "wgmma.s8.s8";
     case Product::kU8S8:
       return "wgmma.u8.s8";
+    case Product::kBF16BF16:
+      return "wgmma.bf16.bf16";
     case Product::kF16F16:
       break;
   }

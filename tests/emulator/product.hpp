@@ -11,6 +11,11 @@ namespace attn8::emulator {
 /// Bytes of k that one instruction consumes: 32 of 8 bits or 16 of 16.
 inline constexpr int kProductBytes = 32;
 
+/// Whether elements have 16 bits and sums are floats; otherwise 8 bits and integers.
+inline bool is_16_bit(Product product) {
+  return product == Product::kF16F16 || product == Product::kBF16BF16;
+}
+
 /// a [m][32 bytes], b [n][32 bytes] -> d [m][n], as bits of int32 or float32.
 void multiply(Product product, int m, int n, const uint8_t* a, const uint8_t* b, uint32_t* d);
 

@@ -175,6 +175,9 @@ ATTN8_DEVICE void mma_u8_from(int (&d)[4], const uint32_t (&a)[4], const uint32_
 ATTN8_DEVICE void mma_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   emulator::mma(emulator::Product::kF16F16, d, a, b);
 }
+ATTN8_DEVICE void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  emulator::mma(emulator::Product::kBF16BF16, d, a, b);
+}
 
 using TensorMap = emulator::TensorMap;
 ATTN8_DEVICE void mbar_init(uint32_t barrier, uint32_t count) {
