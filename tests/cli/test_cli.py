@@ -313,7 +313,8 @@ def test_score_changes(tmp_path: Path) -> None:
     line = refuse(2, "run", *flags, "--sinks", tmp_path / "q.npy")
     assert "has 4 axes of float32, want 1 of float32" in line
     line = refuse(2, "run", *flags, "--bias", tmp_path / "sinks.npy")
-    assert "--bias" in line and "has 1 axes of float32, want 4" in line
+    assert "--bias" in line
+    assert "has 1 axes of float32, want 4" in line
     np.save(tmp_path / "bias.npy", bias[:, :3])
     assert "attn_mask.shape got" in refuse(2, "run", *flags, "--bias", tmp_path / "bias.npy")
 
@@ -359,7 +360,8 @@ def test_info() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["", "info", "run", "bench", "verify", "paper", "study", "report", "soak", "calibrate"]
+    "command",
+    ["", "info", "run", "bench", "verify", "paper", "study", "report", "soak", "calibrate"],
 )
 def test_help(command: str) -> None:
     text = succeed(*([command] if command else []), "--help")
