@@ -139,6 +139,40 @@ TEST_P(RowsOf, WithWhatHasNoScale) {
   }
 }
 
+/// Rounded to bfloat16 as float_to_bfloat16() does, whole rows at a time or not.
+TEST_P(RowsOf, StoredAsBfloat16) {
+  const KernelTable& table = *find_kernel_table(GetParam());
+  std::mt19937 random(9);
+  for (const bool with_nan : {false, true}) {
+    for (const int64_t stride : {1, 2}) {
+      for (const int n : {1, 16, 40, 128}) {
+        std::vector<float> x(static_cast<size_t>(n));
+        for (float& value : x) {
+          // Any bits but those of a NaN, many of them halfway between two bfloat16.
+          const uint32_t bits =
+              static_cast<uint32_t>(random()) & (random() % 2 == 0 ? ~0u : ~0x7fffu);
+          value =
+              std::bit_cast<float>((bits & 0x7fffffffu) > 0x7f800000u ? bits & ~0x40000000u : bits);
+        }
+        if (with_nan) x[static_cast<size_t>(n / 2)] = std::bit_cast<float>(0xffffffffu);
+        std::vector<uint16_t> out(static_cast<size_t>(n * stride));
+        table.store_row(x.data(), n, DType::kBFloat16, stride, out.data());
+        for (int i = 0; i < n; ++i) {
+          const uint16_t got = out[i * stride];
+          if (std::isnan(x[i])) {
+            EXPECT_GT(got & 0x7fff, 0x7f80) << n;
+            continue;
+          }
+          const uint32_t bits = std::bit_cast<uint32_t>(x[i]);
+          const uint32_t rest = bits & 0xffff;
+          const uint32_t up = rest > 0x8000 || (rest == 0x8000 && (bits >> 16 & 1) != 0) ? 1 : 0;
+          EXPECT_EQ(got, (bits >> 16) + up) << x[i];
+        }
+      }
+    }
+  }
+}
+
 TEST_P(RowsOf, AddedInOrder) {
   const KernelTable& table = *find_kernel_table(GetParam());
   for (const DType dtype : kTypes) {

@@ -30,6 +30,18 @@ inline void load_row(const void* src, DType dtype, int64_t stride, int n, float*
   }
 }
 
+inline uint32_t row_max_abs_bits(const float* x, int n) {
+  I32 largest = zero_i32();
+  int i = 0;
+  for (; i + 16 <= n; i += 16) largest = max_abs_bits(largest, load(x + i));
+  uint32_t bits = reduce_max_u32(largest);
+  for (; i < n; ++i) {
+    const uint32_t one = std::bit_cast<uint32_t>(x[i]) & 0x7fffffffu;
+    bits = one > bits ? one : bits;
+  }
+  return bits;
+}
+
 inline void store_row(const float* x, int n, DType dtype, int64_t stride, void* dst) {
   if (dtype == DType::kFloat32) {
     auto* p = static_cast<float*>(dst);
@@ -42,7 +54,13 @@ inline void store_row(const float* x, int n, DType dtype, int64_t stride, void* 
   }
   auto* p = static_cast<uint16_t*>(dst);
   if (dtype == DType::kBFloat16) {
-    for (int i = 0; i < n; ++i) p[i * stride] = float_to_bfloat16(x[i]);
+    int i = 0;
+    if (stride == 1 && row_max_abs_bits(x, n) <= kInfBits) {  // store_bfloat16() takes no NaN
+      for (; i + 16 <= n; i += 16) {
+        store_bfloat16<false>(reinterpret_cast<std::byte*>(p + i), load(x + i));
+      }
+    }
+    for (; i < n; ++i) p[i * stride] = float_to_bfloat16(x[i]);
     return;
   }
   int i = 0;
@@ -50,18 +68,6 @@ inline void store_row(const float* x, int n, DType dtype, int64_t stride, void* 
     for (; i + 16 <= n; i += 16) store_float16(p + i, load(x + i));
   }
   for (; i < n; ++i) p[i * stride] = float_to_float16(x[i]);
-}
-
-inline uint32_t row_max_abs_bits(const float* x, int n) {
-  I32 largest = zero_i32();
-  int i = 0;
-  for (; i + 16 <= n; i += 16) largest = max_abs_bits(largest, load(x + i));
-  uint32_t bits = reduce_max_u32(largest);
-  for (; i < n; ++i) {
-    const uint32_t one = std::bit_cast<uint32_t>(x[i]) & 0x7fffffffu;
-    bits = one > bits ? one : bits;
-  }
-  return bits;
 }
 
 inline void row_max_abs_bits_each(const float* x, int n, uint32_t* bits) {
