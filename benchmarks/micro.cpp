@@ -5,11 +5,14 @@
 // machine, one thread. For speed against the machine's peak, see `attn8 bench`.
 #include <benchmark/benchmark.h>
 
+#include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <cstddef>
 #include <new>
 #include <optional>
 #include <random>
+#include <span>
 #include <string>
 #include <variant>
 #include <vector>
@@ -101,9 +104,18 @@ void attend(benchmark::State& state, attn8::Isa isa, attn8::Mode mode, bool caus
   state.counters["gops"] = 4e-6 * pairs * static_cast<double>(shape[3]) * runs / attention_ms;
 }
 
-/// One query per query head against a long sequence, from the pages of a cache or from what a plan
-/// packed; the time of the attention alone, in both cases right after K and V were packed.
-void decode(benchmark::State& state, attn8::Isa isa, bool paged) {
+double median(std::vector<double> values) {
+  std::sort(values.begin(), values.end());
+  return values.empty() ? 0 : values[values.size() / 2];
+}
+
+double seconds_since(std::chrono::steady_clock::time_point start) {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+/// One query per query head against a long sequence, by turns from the pages of a cache (the time)
+/// and from what a plan packed; the attention alone, in both cases right after K and V were packed.
+void decode(benchmark::State& state, attn8::Isa isa) {
   constexpr int64_t kHeadsK = 8;
   constexpr int64_t kHeadDim = 128;
   const Extents q_shape = {1, 1, state.range(1) * kHeadsK, kHeadDim};
@@ -112,44 +124,100 @@ void decode(benchmark::State& state, attn8::Isa isa, bool paged) {
   const std::vector<float> k = normal_tensor(k_shape, 2);
   const std::vector<float> v = normal_tensor(k_shape, 3);
   std::vector<float> out(q.size());
-  const attn8::AttentionInputs inputs = {.q = attn8::bshd(q.data(), DType::kFloat32, q_shape),
-                                         .k = attn8::bshd(k.data(), DType::kFloat32, k_shape),
-                                         .v = attn8::bshd(v.data(), DType::kFloat32, k_shape)};
+  const attn8::ConstTensorView k_view = attn8::bshd(k.data(), DType::kFloat32, k_shape);
+  const attn8::ConstTensorView v_view = attn8::bshd(v.data(), DType::kFloat32, k_shape);
+  const attn8::AttentionInputs inputs = {
+      .q = attn8::bshd(q.data(), DType::kFloat32, q_shape), .k = k_view, .v = v_view};
   const attn8::AttentionOutputs outputs = {.out =
                                                attn8::bshd(out.data(), DType::kFloat32, q_shape)};
   const attn8::Context context = attn8::Context::with_isa(isa);
+  auto cache = attn8::KvCache::make(
+      {.nheads_k = kHeadsK, .head_dim = kHeadDim, .max_pages = state.range(0) / 256 + 1});
+  const auto sequence = cache.value().create();
+  const std::vector<int32_t> cu_seqlens_q = {0, 1};
+  const auto plan = attn8::AttentionPlan::make(inputs, outputs, {}, context);
+  const size_t bytes = plan.value().workspace_bytes();
+  auto* workspace = static_cast<std::byte*>(::operator new(bytes, kWorkspaceAlignment));
+  std::vector<double> contiguous;
+  std::vector<double> ratios;
   attn8::Status status;
-  if (paged) {
-    auto cache = attn8::KvCache::make(
-        {.nheads_k = kHeadsK, .head_dim = kHeadDim, .max_pages = state.range(0) / 256 + 1});
-    const auto sequence = cache.value().create();
-    const std::vector<int32_t> cu_seqlens_q = {0, 1};
-    for (auto _ : state) {
-      status = cache.value().truncate(sequence.value(), 0);
-      if (!status.ok()) break;
-      status = cache.value().append(sequence.value(), std::get<attn8::ConstTensorView>(inputs.k),
-                                    std::get<attn8::ConstTensorView>(inputs.v), context);
-      if (!status.ok()) break;
-      const auto start = std::chrono::steady_clock::now();
-      status = cache.value().attend({&sequence.value(), 1}, inputs.q, cu_seqlens_q, outputs, {},
-                                    context);
-      const std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - start;
-      state.SetIterationTime(elapsed.count());
-      if (!status.ok()) break;
-    }
-  } else {
-    const auto plan = attn8::AttentionPlan::make(inputs, outputs, {}, context);
-    const size_t bytes = plan.value().workspace_bytes();
-    auto* workspace = static_cast<std::byte*>(::operator new(bytes, kWorkspaceAlignment));
+  for (auto _ : state) {
+    status = cache.value().truncate(sequence.value(), 0);
+    if (!status.ok()) break;
+    status = cache.value().append(sequence.value(), k_view, v_view, context);
+    if (!status.ok()) break;
+    const auto start = std::chrono::steady_clock::now();
+    status =
+        cache.value().attend({&sequence.value(), 1}, inputs.q, cu_seqlens_q, outputs, {}, context);
+    if (!status.ok()) break;
+    const double pages = seconds_since(start);
+    state.SetIterationTime(pages);
     attn8::RunTimes times;
-    for (auto _ : state) {
-      status = plan.value().run(inputs, outputs, {workspace, bytes}, &times);
-      state.SetIterationTime(times.attention_ms / 1e3);
-      if (!status.ok()) break;
+    status = plan.value().run(inputs, outputs, {workspace, bytes}, &times);
+    if (!status.ok()) break;
+    contiguous.push_back(times.attention_ms * 1e3);
+    ratios.push_back(pages * 1e6 / contiguous.back());
+  }
+  ::operator delete(workspace, kWorkspaceAlignment);
+  if (!status.ok()) state.SkipWithError(status.message().c_str());
+  state.counters["contiguous_us"] = median(contiguous);
+  state.counters["ratio"] = median(ratios);
+}
+
+/// A decode step of 32 sequences of 17 to 8192 tokens: all in one call on two threads (the time),
+/// by turns with one after the other on one thread. ratio: of the first to half of the second.
+void ragged(benchmark::State& state, attn8::Isa isa) {
+  constexpr int64_t kHeadsK = 8;
+  constexpr int64_t kHeadDim = 128;
+  constexpr int kSequences = 32;
+  auto cache =
+      attn8::KvCache::make({.nheads_k = kHeadsK, .head_dim = kHeadDim, .max_pages = 1024}).value();
+  const attn8::Context one = attn8::Context::with_isa(isa, 1);
+  const attn8::Context two = attn8::Context::with_isa(isa, 2);
+  std::vector<attn8::KvSequence> sequences;
+  std::vector<int32_t> cu_seqlens_q = {0};
+  attn8::Status status;
+  for (int i = 0; i < kSequences; ++i) {
+    const double share = static_cast<double>(i) / (kSequences - 1);
+    const auto length = static_cast<int64_t>(std::llround(17 * std::pow(8192.0 / 17, share)));
+    const Extents shape = {1, length, kHeadsK, kHeadDim};
+    const std::vector<float> k = normal_tensor(shape, 2);
+    const attn8::ConstTensorView view = attn8::bshd(k.data(), DType::kFloat32, shape);
+    sequences.push_back(cache.create().value());
+    if (status.ok()) status = cache.append(sequences.back(), view, view, one);
+    cu_seqlens_q.push_back(i + 1);
+  }
+  const Extents q_shape = {1, kSequences, 4 * kHeadsK, kHeadDim};
+  const std::vector<float> q = normal_tensor(q_shape, 1);
+  std::vector<float> out(q.size());
+  const attn8::ConstTensorView q_view = attn8::bshd(q.data(), DType::kFloat32, q_shape);
+  const attn8::TensorView out_view = attn8::bshd(out.data(), DType::kFloat32, q_shape);
+  std::vector<double> separate;
+  std::vector<double> ratios;
+  for (auto _ : state) {
+    if (!status.ok()) break;
+    auto start = std::chrono::steady_clock::now();
+    status = cache.attend(sequences, q_view, cu_seqlens_q, {out_view}, {}, two);
+    const double together = seconds_since(start);
+    state.SetIterationTime(together);
+    double sum = 0;
+    for (int64_t i = 0; i < kSequences && status.ok(); ++i) {
+      attn8::ConstTensorView q_row = q_view;
+      attn8::TensorView out_row = out_view;
+      q_row.shape[1] = out_row.shape[1] = 1;
+      q_row.data = q.data() + i * q_view.strides[1];
+      out_row.data = out.data() + i * out_view.strides[1];
+      start = std::chrono::steady_clock::now();
+      status = cache.attend({&sequences[static_cast<size_t>(i)], 1}, q_row,
+                            std::span(cu_seqlens_q).first(2), {out_row}, {}, one);
+      sum += seconds_since(start);
     }
-    ::operator delete(workspace, kWorkspaceAlignment);
+    separate.push_back(sum * 1e6);
+    ratios.push_back(together / (sum / 2));
   }
   if (!status.ok()) state.SkipWithError(status.message().c_str());
+  state.counters["separate_us"] = median(separate);
+  state.counters["ratio"] = median(ratios);
 }
 
 /// Appends one token to a sequence of a cache, from a page boundary on.
@@ -187,13 +255,13 @@ void register_all() {
     add_quantize("quantize_token_smooth", Granularity::kToken, Mean::kCompute);
     add_quantize("quantize_tensor", Granularity::kTensor, Mean::kNone);
     add_quantize("quantize_channel", Granularity::kChannel, Mean::kNone);
-    for (const bool paged : {false, true}) {
-      const std::string name = (paged ? "decode_pages" : "decode_contiguous") + suffix;
-      benchmark::RegisterBenchmark(name.c_str(), decode, isa, paged)
-          ->ArgsProduct({{4096, 32768}, {1, 4}})
-          ->UseManualTime()
-          ->Unit(benchmark::kMicrosecond);
-    }
+    benchmark::RegisterBenchmark(("decode" + suffix).c_str(), decode, isa)
+        ->ArgsProduct({{4096, 32768}, {1, 4}})
+        ->UseManualTime()
+        ->Unit(benchmark::kMicrosecond);
+    benchmark::RegisterBenchmark(("ragged" + suffix).c_str(), ragged, isa)
+        ->UseManualTime()
+        ->Unit(benchmark::kMicrosecond);
     benchmark::RegisterBenchmark(("append_token" + suffix).c_str(), append, isa)
         ->Unit(benchmark::kMicrosecond);
     for (const Mode mode : {Mode::kAccurate, Mode::kPaper, Mode::kHalf, Mode::kExact}) {

@@ -16,6 +16,7 @@
 #include "flags.hpp"
 #include "measure.hpp"
 #include "npy.hpp"
+#include "policy.hpp"
 #include "safetensors.hpp"
 #include "table.hpp"
 
@@ -24,6 +25,8 @@ namespace {
 
 struct RunFlags {
   std::string q, k, v, qkv, entry, out, lse;
+  std::string policy;
+  int64_t layer = 0;
   std::string mode = "accurate";
   std::string layout = "bshd";
   OptionFlags options;
@@ -87,6 +90,16 @@ void require_finite(const char* name, const HostTensor& x) {
   }
 }
 
+/// What the policy says of the layer; empty without one.
+std::vector<Mode> read_head_modes(const RunFlags& flags, int64_t nheads_k) {
+  if (flags.policy.empty()) return {};
+  if (flags.mode != to_string(Mode::kAccurate)) {
+    fail(StatusCode::kInvalidArgument,
+         fmt::format("--policy: got --mode {} beside it, want accurate", flags.mode));
+  }
+  return read_policy("--policy", flags.policy).modes(flags.layer, nheads_k);
+}
+
 void run(const RunFlags& flags) {
   require_operand_flags(flags);
   const Layout layout = parse_layout(flags.layout);
@@ -105,6 +118,8 @@ void run(const RunFlags& flags) {
   }
 
   const Qkv qkv = read_operands(flags, layout);
+  const std::vector<Mode> head_modes = read_head_modes(flags, qkv.k.shape()[2]);
+  options.head_modes = head_modes;
   if (!on_cpu && !flags.allow_nonfinite) {
     require_finite("q", qkv.q);
     require_finite("k", qkv.k);
@@ -125,6 +140,9 @@ void run(const RunFlags& flags) {
                                    {"shape", qkv.shape().list()},
                                    {"quantize_ms", times.quantize_ms},
                                    {"attention_ms", times.attention_ms}};
+  if (!head_modes.empty()) {
+    for (const Mode mode : head_modes) report["head_modes"].push_back(to_string(mode));
+  }
   if (flags.check) {
     const Sample sample = Sample::spread(qkv.shape(), flags.rows, INT64_MAX);
     const auto exact = exact_rows(qkv, options, sample, context.threads);
@@ -173,6 +191,13 @@ void add_run(CLI::App& root) {
       ->capture_default_str();
   command.add_option("--layout", flags->layout, "Axis order of the files: bshd or bhsd")
       ->type_name("NAME")
+      ->capture_default_str();
+  command
+      .add_option("--policy", flags->policy, "Modes of the heads, as attn8 calibrate writes them")
+      ->type_name("FILE");
+  command.add_option("--layer", flags->layer, "The layer of --policy that the tensors are of")
+      ->check(whole_number(0))
+      ->type_name("N")
       ->capture_default_str();
   flags->options.add(command);
   flags->context.add(command);

@@ -52,6 +52,7 @@ int run_command_line(int argc, const char* const* argv) {
     add_study(root);
     add_report(root);
     add_soak(root);
+    add_calibrate(root);
     require_command(root, argc, argv);
     root.parse(argc, argv);
     return 0;

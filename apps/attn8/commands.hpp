@@ -14,6 +14,7 @@ void add_paper(CLI::App& root);
 void add_study(CLI::App& root);
 void add_report(CLI::App& root);
 void add_soak(CLI::App& root);
+void add_calibrate(CLI::App& root);
 
 /// The whole command line: parses, runs, prints every failure as one line on stderr, and returns
 /// the exit status.

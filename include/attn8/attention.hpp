@@ -62,6 +62,9 @@ enum class Fp8Format : uint8_t {
 
 struct AttentionOptions {
   Mode mode = Mode::kAccurate;
+  /// Mode of each kv head and of the query heads that read it, in place of `mode`; empty, or
+  /// [nheads_k]. Copied by AttentionPlan::make(). docs/precision.md.
+  std::span<const Mode> head_modes = {};
   std::optional<float> softmax_scale = std::nullopt;  ///< finite; nullopt: 1/sqrt(head_dim)
   Mask mask = {};
   /// Keys per block of the online softmax: a multiple of 64 in [64, 512]; 0: default_kv_block().
@@ -115,7 +118,7 @@ struct AttentionInputs {
 };
 
 /// out [batch, seqlen_q, nheads_q, head_dim_v], float32, float16 or bfloat16, any strides, may not
-///     overlap an input. A row with no visible key is 0.
+///     overlap an input (run() refuses what does). A row with no visible key is 0.
 /// lse [batch, seqlen_q, nheads_q, 1] float32, any strides: natural logarithm of the softmax
 ///     denominator; of a row with no visible key -inf, or its sink.
 struct AttentionOutputs {
@@ -143,7 +146,8 @@ class ATTN8_API AttentionPlan {
 
   /// Bytes run() needs as workspace.
   [[nodiscard]] size_t workspace_bytes() const noexcept;
-  /// "<op>_<mode>_<isa>_d<head_dim>", for example "attend_accurate_avx512_vnni_d128".
+  /// "<op>_<mode>_<isa>_d<head_dim>", for example "attend_accurate_avx512_vnni_d128"; with
+  /// head_modes those of the kernels that run, a + between them.
   [[nodiscard]] std::string_view kernel() const noexcept;
   [[nodiscard]] Isa isa() const noexcept;
   /// Keys per block that decide rounding, see AttentionOptions::kv_block.

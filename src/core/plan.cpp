@@ -9,6 +9,7 @@
 #include "attn8/attention.hpp"
 #include "attn8/reference.hpp"
 #include "core/element.hpp"
+#include "core/head_parts.hpp"
 #include "core/message.hpp"
 #include "core/plan_state.hpp"
 #include "core/validate.hpp"
@@ -109,8 +110,12 @@ Status plan_on_device(const AttentionInputs& inputs, const AttentionOutputs& out
 
 Result<AttentionPlan> AttentionPlan::make(const AttentionInputs& inputs,
                                           const AttentionOutputs& outputs,
-                                          const AttentionOptions& options,
+                                          const AttentionOptions& all_options,
                                           const Context& context) noexcept {
+  // What the heads share; their modes are for plan_parts().
+  AttentionOptions options = all_options;
+  options.head_modes = {};
+  if (!all_options.head_modes.empty()) options.mode = all_options.head_modes.front();
   const bool on_cpu = context.device.type == DeviceType::kCpu;
   if (on_cpu) {
     if (Status status = validate_context(context); !status.ok()) return status;
@@ -147,6 +152,13 @@ Result<AttentionPlan> AttentionPlan::make(const AttentionInputs& inputs,
     plan->changes_lengths = inputs.seqlens_k.has_value() || inputs.leftpad_k.has_value();
     // Where the diagonal of a shorter sequence lies is data.
     if (plan->changes_lengths) plan->keys = {0, plan->seqlen_q > 0 ? plan->seqlen_k : 0};
+    if (!all_options.head_modes.empty()) {
+      plan->table =
+          on_cpu ? find_kernel_table(context.force_isa ? context.isa : best_isa()) : nullptr;
+      Status status = plan_parts(inputs, outputs, all_options, context, *plan);
+      if (!status.ok()) return status;
+      return AttentionPlan(std::move(plan));
+    }
     if (!on_cpu) {
       Status status = plan_on_device(inputs, outputs, options, *plan);
       if (!status.ok()) return status;
@@ -187,10 +199,12 @@ Status AttentionPlan::run(const AttentionInputs& inputs, const AttentionOutputs&
     return status;
   }
   if (Status status = check_same_problem(plan, inputs, outputs); !status.ok()) return status;
+  if (Status status = validate_no_overlap(inputs, outputs); !status.ok()) return status;
   if (workspace.size() < plan.layout.total) {
     return invalid("workspace got ", workspace.size(), " bytes, wants ", plan.layout.total);
   }
-  const uintptr_t alignment = plan.device_plan != nullptr ? 256 : 64;
+  const bool on_cpu = plan.context.device.type == DeviceType::kCpu;
+  const uintptr_t alignment = on_cpu ? 64 : 256;
   if (plan.layout.total > 0 && reinterpret_cast<uintptr_t>(workspace.data()) % alignment != 0) {
     return invalid("workspace.data() wants an alignment of ", alignment, " bytes");
   }
@@ -205,10 +219,11 @@ Status AttentionPlan::run(const AttentionInputs& inputs, const AttentionOutputs&
   }
   if (times != nullptr) *times = {};
   // On a device these are read by the kernels alone, which keep within the plan's lengths.
-  if (plan.device_plan == nullptr) {
+  if (on_cpu) {
     if (Status status = validate_score_values(inputs); !status.ok()) return status;
   }
   if (plan.batch == 0 || plan.seqlen_q == 0) return {};
+  if (!plan.parts.empty()) return run_parts(plan, inputs, outputs, workspace, times);
   if (plan.device_plan != nullptr) {
     return plan.device_plan->run(inputs, outputs, workspace.data(), plan.context.stream);
   }

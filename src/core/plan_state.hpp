@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "attn8/attention.hpp"
 #include "core/device_plan.hpp"
@@ -36,6 +37,13 @@ struct WorkspaceLayout {
   size_t total = 0;
 };
 
+/// Consecutive kv heads of one mode, and the plan of their part of the problem.
+struct HeadPart {
+  int64_t first = 0;
+  int64_t count = 0;
+  AttentionPlan plan;
+};
+
 /// A validated problem.
 struct AttentionPlan::State {
   AttentionOptions options;  ///< every default resolved
@@ -52,6 +60,7 @@ struct AttentionPlan::State {
   KeyRange keys;  ///< visible to at least one query; with changes_lengths: that may be
   WorkspaceLayout layout;
   std::string kernel;
+  std::vector<HeadPart> parts;  ///< with head_modes; empty: the whole is one problem
 
   /// head_dim of packed operands: the shorter of K and V ends in zeros.
   [[nodiscard]] int64_t packed_dim() const noexcept { return std::max(head_dim, head_dim_v); }

@@ -19,6 +19,8 @@ Status validate_attention(const AttentionInputs& inputs, const AttentionOutputs&
                           const AttentionOptions& options, Device device) noexcept;
 /// Of what was validated: the values of seqlens_k, leftpad_k and alibi_slopes, in host memory.
 Status validate_score_values(const AttentionInputs& inputs) noexcept;
+/// Of tensors that validate_attention() took: outputs share no memory with inputs or each other.
+Status validate_no_overlap(const AttentionInputs& inputs, const AttentionOutputs& outputs) noexcept;
 Status validate_quantize(const ConstTensorView& x, const QuantSpec& spec,
                          const ConstTensorView& codes, const ConstTensorView& scale, Mean mean_use,
                          const std::optional<TensorView>& mean) noexcept;

@@ -4,6 +4,7 @@
 #include <string>
 
 #include "core/message.hpp"
+#include "core/overlap.hpp"
 #include "core/plan_state.hpp"
 #include "core/quant_math.hpp"
 #include "core/validate.hpp"
@@ -174,6 +175,29 @@ Status check_outputs(const AttentionOutputs& outputs, const Extents& q, int64_t 
   return check_shape("lse", *outputs.lse, {q[0], q[1], q[2], 1}, "");
 }
 
+/// kInvalidArgument when out or lse shares memory with what `input` names.
+Status check_apart(const AttentionOutputs& outputs, std::string_view name,
+                   const ConstTensorView& input) {
+  if (overlap(outputs.out, input))
+    return invalid("out overlaps ", name, ", wants memory of its own");
+  if (outputs.lse.has_value() && overlap(*outputs.lse, input)) {
+    return invalid("lse overlaps ", name, ", wants memory of its own");
+  }
+  return {};
+}
+
+Status check_apart(const AttentionOutputs& outputs, const std::string& name,
+                   const Operand& operand) {
+  const auto* quantized = std::get_if<QuantizedView>(&operand);
+  if (quantized == nullptr) {
+    return check_apart(outputs, std::string_view(name), *std::get_if<ConstTensorView>(&operand));
+  }
+  ATTN8_RETURN_IF_ERROR(check_apart(outputs, std::string_view(name + ".codes"), quantized->codes));
+  ATTN8_RETURN_IF_ERROR(check_apart(outputs, std::string_view(name + ".scale"), quantized->scale));
+  if (!quantized->mean.has_value()) return {};
+  return check_apart(outputs, std::string_view(name + ".mean"), *quantized->mean);
+}
+
 }  // namespace
 
 Status validate_attention(const AttentionInputs& inputs, const AttentionOutputs& outputs,
@@ -193,6 +217,29 @@ Status validate_attention(const AttentionInputs& inputs, const AttentionOutputs&
     ATTN8_RETURN_IF_ERROR(check_shapes(q, shape_of(inputs.k), v));
     ATTN8_RETURN_IF_ERROR(check_score_operands(inputs, q, v[1], device));
     return check_outputs(outputs, q, v[3], device);
+  });
+}
+
+Status validate_no_overlap(const AttentionInputs& inputs,
+                           const AttentionOutputs& outputs) noexcept {
+  return guarded([&]() -> Status {
+    ATTN8_RETURN_IF_ERROR(check_apart(outputs, "q", inputs.q));
+    ATTN8_RETURN_IF_ERROR(check_apart(outputs, "k", inputs.k));
+    ATTN8_RETURN_IF_ERROR(check_apart(outputs, "v", inputs.v));
+    for (const auto& [name, input] : {std::pair<const char*, const std::optional<ConstTensorView>&>{
+                                          "attn_mask", inputs.attn_mask},
+                                      {"alibi_slopes", inputs.alibi_slopes},
+                                      {"sinks", inputs.sinks},
+                                      {"seqlens_k", inputs.seqlens_k},
+                                      {"leftpad_k", inputs.leftpad_k}}) {
+      if (input.has_value()) {
+        ATTN8_RETURN_IF_ERROR(check_apart(outputs, std::string_view(name), *input));
+      }
+    }
+    if (outputs.lse.has_value() && overlap(outputs.out, *outputs.lse)) {
+      return invalid("lse overlaps out, wants memory of its own");
+    }
+    return {};
   });
 }
 
@@ -231,7 +278,8 @@ Status validate_kv_attention(const KvCacheOptions& cache, int64_t sequences, con
       return invalid("cu_seqlens_q[", i, "]=", cu_seqlens_q[i], " wants at least the ",
                      cu_seqlens_q[i - 1], " before it");
     }
-    return check_outputs(outputs, shape, cache.head_dim);
+    ATTN8_RETURN_IF_ERROR(check_outputs(outputs, shape, cache.head_dim));
+    return validate_no_overlap(scores, outputs);
   });
 }
 

@@ -65,8 +65,13 @@ std::string_view missing_for_avx512_vnni() noexcept {
   return {};
 }
 
+// Asked once: in a virtual machine CPUID goes to the hypervisor, which takes microseconds.
+
 /// AVX-VNNI; the operating system saves what AVX2 needs.
-bool has_avx_vnni() noexcept { return cpuid(7).a >= 1 && has(cpuid(7, 1).a, 4); }
+bool has_avx_vnni() noexcept {
+  static const bool has_it = cpuid(7).a >= 1 && has(cpuid(7, 1).a, 4);
+  return has_it;
+}
 
 /// The 256-bit vpdpbusd of either encoding.
 std::string_view missing_for_avx_vnni() noexcept {
@@ -76,7 +81,10 @@ std::string_view missing_for_avx_vnni() noexcept {
 }
 
 /// AVX512-BF16, for a CPU that has AVX-512.
-bool has_bfloat16_pairs() noexcept { return cpuid(7).a >= 1 && has(cpuid(7, 1).a, 5); }
+bool has_bfloat16_pairs() noexcept {
+  static const bool has_it = cpuid(7).a >= 1 && has(cpuid(7, 1).a, 5);
+  return has_it;
+}
 
 #else
 

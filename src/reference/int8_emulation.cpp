@@ -382,6 +382,9 @@ void emulate(const Problem& problem, const AttentionInputs& inputs, const Emulat
         } else {
           double mean_score = 0;
           Query query = operands.query(b, i, h, mean_score);
+          // Of a poisoned query: the row is NaN without it, but for one that attn_mask lets see
+          // nothing.
+          if (!std::isfinite(mean_score)) mean_score = 0;
           read_row_changes(problem, inputs, b, i, h, keys, query.changes);
           query.changes.softcap = options.softcap;
           if (options.softcap != 0) {

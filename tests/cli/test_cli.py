@@ -313,7 +313,8 @@ def test_score_changes(tmp_path: Path) -> None:
     line = refuse(2, "run", *flags, "--sinks", tmp_path / "q.npy")
     assert "has 4 axes of float32, want 1 of float32" in line
     line = refuse(2, "run", *flags, "--bias", tmp_path / "sinks.npy")
-    assert "--bias" in line and "has 1 axes of float32, want 4" in line
+    assert "--bias" in line
+    assert "has 1 axes of float32, want 4" in line
     np.save(tmp_path / "bias.npy", bias[:, :3])
     assert "attn_mask.shape got" in refuse(2, "run", *flags, "--bias", tmp_path / "bias.npy")
 
@@ -359,7 +360,8 @@ def test_info() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["", "info", "run", "bench", "verify", "paper", "study", "report", "soak"]
+    "command",
+    ["", "info", "run", "bench", "verify", "paper", "study", "report", "soak", "calibrate"],
 )
 def test_help(command: str) -> None:
     text = succeed(*([command] if command else []), "--help")
@@ -400,6 +402,62 @@ def test_bench_json(tmp_path: Path) -> None:
     assert "line 1" in refuse(2, "bench", "--shapes", shapes)
     shapes.write_text("# none\n")
     assert "no shape" in refuse(2, "bench", "--shapes", shapes)
+
+
+def test_calibrate_keeps_the_budget(tmp_path: Path) -> None:
+    """The policy holds what the report says, and no more heads than the budget needs."""
+    moved = []
+    for budget in ("0.5", "0.015", "0"):
+        out = tmp_path / f"{budget}.json"
+        args = ("calibrate", "--model", "smollm2", "--budget", budget, "--out", out, "--json")
+        report = json.loads(succeed(*args))
+        assert report["error"] <= float(budget)
+        assert report["error_accurate"] > 0.01
+        policy = json.loads(out.read_text())
+        assert policy == report["policy"]
+        assert (policy["format"], policy["version"]) == ("attn8-head-policy", 1)
+        chosen = [
+            {key: head[key] for key in ("layer", "kv_head", "mode")}
+            for head in report["heads"]
+            if head["mode"] != "accurate"
+        ]
+        assert chosen == policy["heads"]
+        moved.append(len(chosen))
+    assert moved[0] == 0 < moved[1] < moved[2] == 5
+    assert "minilm, smollm2" in refuse(2, "calibrate")
+    assert "minilm, smollm2" in refuse(2, "calibrate", "--model", "gpt")
+    missing = tmp_path / "missing" / "x.json"
+    assert "--out" in refuse(2, "calibrate", "--model", "minilm", "--out", missing)
+
+
+def test_run_follows_a_policy(qkv: dict[str, Path], tmp_path: Path) -> None:
+    """Heads that the policy names have the bits of their mode; other layers are accurate."""
+    policy = tmp_path / "policy.json"
+    heads = [{"layer": 3, "kv_head": 1, "mode": "exact"}]
+    head = {"format": "attn8-head-policy", "version": 1, "default": "accurate"}
+    policy.write_text(json.dumps({**head, "heads": heads}))
+    outs = {}
+    cases: dict[str, tuple[str | Path, ...]] = {
+        "accurate": (),
+        "exact": ("--mode", "exact"),
+        "layer 3": ("--policy", policy, "--layer", "3"),
+        "layer 2": ("--policy", policy, "--layer", "2"),
+    }
+    for name, args in cases.items():
+        out = tmp_path / "o.npy"
+        report = json.loads(succeed("run", *operands(qkv), "--out", out, *args, "--json"))
+        assert report.get("head_modes") == (["accurate", "exact"] if name == "layer 3" else None)
+        outs[name] = np.load(out)
+    assert (outs["layer 2"] == outs["accurate"]).all()
+    assert (outs["layer 3"][:, :, :2] == outs["accurate"][:, :, :2]).all()
+    assert (outs["layer 3"][:, :, 2:] == outs["exact"][:, :, 2:]).all()
+    assert not (outs["exact"] == outs["accurate"]).all()
+    out = tmp_path / "none.npy"
+    both = ("--policy", policy, "--mode", "half")
+    assert "--policy" in refuse(2, "run", *operands(qkv), "--out", out, *both)
+    policy.write_text("{}")
+    assert "is not a policy" in refuse(2, "run", *operands(qkv), "--out", out, *both[:2])
+    assert not out.exists()
 
 
 def test_soak_json() -> None:

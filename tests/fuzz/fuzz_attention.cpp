@@ -105,9 +105,28 @@ struct OperandMemory {
 struct Problem {
   KernelCase shape;
   OperandMemory q, k, v;
+  std::optional<Tensor> attn_mask, alibi_slopes, sinks, seqlens_k, leftpad_k;
+  double largest_change = 0;  ///< of a score, in nats, by the first three
+  std::vector<Mode> head_modes;
   bool tame = true;
 
-  [[nodiscard]] AttentionInputs inputs() const { return {q.operand(), k.operand(), v.operand()}; }
+  [[nodiscard]] AttentionInputs inputs() const {
+    AttentionInputs all = {q.operand(), k.operand(), v.operand()};
+    const auto set = [](std::optional<ConstTensorView>& view, const std::optional<Tensor>& tensor) {
+      if (tensor) view = tensor->view();
+    };
+    set(all.attn_mask, attn_mask);
+    set(all.alibi_slopes, alibi_slopes);
+    set(all.sinks, sinks);
+    set(all.seqlens_k, seqlens_k);
+    set(all.leftpad_k, leftpad_k);
+    return all;
+  }
+  [[nodiscard]] AttentionOptions options() const {
+    AttentionOptions all = shape.options;
+    all.head_modes = head_modes;
+    return all;
+  }
 };
 
 DType read_dtype(ByteReader& bytes) {
@@ -174,6 +193,79 @@ OperandMemory read_operand(ByteReader& bytes, const Extents& shape, const Attent
   return memory;
 }
 
+/// What changes scores, and lengths: none of it most of the time.
+void read_score_changes(ByteReader& bytes, Problem& problem) {
+  KernelCase& c = problem.shape;
+  const auto either = [&](int64_t extent) { return bytes.one_in(2) ? extent : int64_t{1}; };
+  if (bytes.one_in(4)) {
+    const DType dtype =
+        bytes.pick({DType::kBool, DType::kFloat32, DType::kFloat16, DType::kBFloat16});
+    Tensor& mask = problem.attn_mask.emplace(
+        dtype, Extents{either(c.batch), either(c.seqlen_q), either(c.nheads_q), either(c.seqlen_k)},
+        read_memory(bytes));
+    const uint64_t seed = bytes.byte();
+    const double sigma = bytes.pick({1.0, 0.0, 30.0, 1e3});
+    const double special = bytes.pick({-kInf, -kInf, -2e30, 0.0, std::nan(""), kInf});
+    const int64_t rare = bytes.pick({2, 5, 64, 1000});
+    mask.fill([&](int64_t b, int64_t s, int64_t h, int64_t d) {
+      const auto index = ((b * 83 + s) * 17 + h) * 719 + d;
+      if (index % rare == 1) return dtype == DType::kBool ? 0.0 : special;
+      return dtype == DType::kBool ? 1.0 : sigma * value_at(seed, static_cast<uint64_t>(index));
+    });
+    problem.largest_change += 4 * sigma;
+    if (special > 0) problem.tame = false;
+  }
+  if (bytes.one_in(6)) {
+    Tensor& slopes =
+        problem.alibi_slopes.emplace(DType::kFloat32, Extents{either(c.batch), 1, c.nheads_q, 1});
+    const double slope = bytes.pick({0.5, 0.004, -1.0, 100.0, 0.0, 1e7, kInf});
+    slopes.fill([&](int64_t b, int64_t, int64_t h, int64_t) {
+      return slope * static_cast<double>(1 + b + h);
+    });
+    problem.largest_change += std::fabs(slope) * static_cast<double>(c.batch + c.nheads_q) * 1024;
+  }
+  if (bytes.one_in(6)) {
+    Tensor& sinks = problem.sinks.emplace(DType::kFloat32, Extents{1, 1, c.nheads_q, 1});
+    const double sigma = bytes.pick({1.0, 20.0, 0.0, 1e4});
+    const uint64_t seed = bytes.byte();
+    const bool infinite = bytes.one_in(8);
+    sinks.fill([&](int64_t, int64_t, int64_t h, int64_t) {
+      return infinite && h == 0 ? -kInf : sigma * value_at(seed, static_cast<uint64_t>(h));
+    });
+    problem.largest_change += 4 * sigma;
+  }
+  if (bytes.one_in(6)) {
+    Tensor& lengths = problem.seqlens_k.emplace(DType::kInt32, Extents{c.batch, 1, 1, 1});
+    const auto longest = static_cast<uint32_t>(c.seqlen_k) + 1;
+    lengths.fill([&](int64_t, int64_t, int64_t, int64_t) {
+      return bytes.one_in(32) ? -1.0 : static_cast<double>(bytes.below(longest));
+    });
+  }
+  if (bytes.one_in(6)) {
+    Tensor& lengths = problem.leftpad_k.emplace(DType::kInt32, Extents{c.batch, 1, 1, 1});
+    const auto longest = static_cast<uint32_t>(c.seqlen_k) / 2 + 1;
+    lengths.fill([&](int64_t, int64_t, int64_t, int64_t) {
+      return static_cast<double>(bytes.below(longest));
+    });
+  }
+  if (bytes.one_in(6)) {
+    c.options.softcap = bytes.pick(
+        {5.0F, 50.0F, 0.25F, -1.0F, 1e-30F, 1e30F, std::numeric_limits<float>::infinity()});
+    problem.largest_change += std::fabs(static_cast<double>(c.options.softcap));
+  }
+  if (bytes.one_in(8)) {
+    c.options.mask.q_offset = static_cast<int64_t>(bytes.below(1000)) - 500;
+    c.options.mask.k_offset = bytes.pick({int64_t{0}, int64_t{100}, int64_t{-7}, INT64_MAX});
+  }
+  if (bytes.one_in(12)) {
+    for (int64_t head = 0; head < c.nheads_k; ++head) {
+      problem.head_modes.push_back(
+          bytes.pick({Mode::kAccurate, Mode::kHalf, Mode::kExact, Mode::kPaper}));
+    }
+    if (bytes.one_in(16)) problem.head_modes.pop_back();
+  }
+}
+
 int64_t read_length(ByteReader& bytes, uint32_t most) {
   if (bytes.one_in(3)) {
     return bytes.pick({0, 1, 2, 3, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257, 513});
@@ -193,11 +285,12 @@ std::optional<Problem> read_problem(ByteReader& bytes) {
   if (bytes.one_in(32)) ++c.nheads_q;
   c.head_dim = bytes.one_in(3) ? 1 + bytes.below(256)
                                : bytes.pick({1, 3, 4, 16, 31, 32, 33, 61, 64, 80, 96, 128, 256});
+  if (bytes.one_in(8)) c.head_dim_v = 1 + bytes.below(256);
   c.seqlen_q = read_length(bytes, 80);
   c.seqlen_k = read_length(bytes, 700);
-  const int64_t products = c.batch * c.nheads_q * c.seqlen_q * c.seqlen_k * c.head_dim;
-  const int64_t elements =
-      c.batch * (c.nheads_q * c.seqlen_q + 2 * c.nheads_k * c.seqlen_k) * c.head_dim;
+  const int64_t dim = std::max(c.head_dim, c.out_dim());
+  const int64_t products = c.batch * c.nheads_q * c.seqlen_q * c.seqlen_k * dim;
+  const int64_t elements = c.batch * (c.nheads_q * c.seqlen_q + 2 * c.nheads_k * c.seqlen_k) * dim;
   if (products > kMaxProducts || elements > kMaxProducts / 2) return std::nullopt;
   options.mask.causal = bytes.one_in(2);
   options.mask.align = bytes.pick({CausalAlign::kBottomRight, CausalAlign::kTopLeft});
@@ -225,9 +318,11 @@ std::optional<Problem> read_problem(ByteReader& bytes) {
   c.memory = bytes.one_in(3) ? read_memory(bytes) : Memory::kBshd;
   const Extents q_shape = {c.batch, c.seqlen_q, c.nheads_q, c.head_dim};
   const Extents k_shape = {c.batch, c.seqlen_k, c.nheads_k, c.head_dim};
+  const Extents v_shape = {c.batch, c.seqlen_k, c.nheads_k, c.out_dim()};
   problem.q = read_operand(bytes, q_shape, options, 'q', problem);
   problem.k = read_operand(bytes, k_shape, options, 'k', problem);
-  problem.v = read_operand(bytes, k_shape, options, 'v', problem);
+  problem.v = read_operand(bytes, v_shape, options, 'v', problem);
+  read_score_changes(bytes, problem);
   return problem;
 }
 
@@ -239,10 +334,10 @@ struct Answer {
 Answer attend(const Problem& problem, Isa isa, int32_t threads) {
   const KernelCase& c = problem.shape;
   Answer answer;
-  answer.result = {Tensor(c.out_dtype, {c.batch, c.seqlen_q, c.nheads_q, c.head_dim}, c.memory),
+  answer.result = {Tensor(c.out_dtype, {c.batch, c.seqlen_q, c.nheads_q, c.out_dim()}, c.memory),
                    Tensor(DType::kFloat32, {c.batch, c.seqlen_q, c.nheads_q, 1}, c.memory)};
   answer.status = attention(problem.inputs(), {answer.result.out.view(), answer.result.lse.view()},
-                            c.options, Context::with_isa(isa, threads));
+                            problem.options(), Context::with_isa(isa, threads));
   return answer;
 }
 
@@ -279,9 +374,22 @@ std::string describe(const Problem& problem, Isa isa) {
            ", sigma " + text(recipe.sigma) + rare + ")";
   };
   const std::optional<float> scale = problem.shape.options.softmax_scale;
-  return std::string(to_string(isa)) + " " + problem.shape.name() +
-         (scale ? " scale " + text(*scale) : "") + " q " + form(problem.q) + " k " +
-         form(problem.k) + " v " + form(problem.v);
+  std::string changes;
+  for (const auto& [name, tensor] :
+       {std::pair<const char*, const std::optional<Tensor>&>{" attn_mask", problem.attn_mask},
+        {" alibi_slopes", problem.alibi_slopes},
+        {" sinks", problem.sinks},
+        {" seqlens_k", problem.seqlens_k},
+        {" leftpad_k", problem.leftpad_k}}) {
+    if (tensor) changes += name;
+  }
+  if (!problem.head_modes.empty()) changes += " head_modes";
+  const AttentionOptions& options = problem.shape.options;
+  if (options.softcap != 0) changes += " softcap " + text(options.softcap);
+  if (options.mask.q_offset != options.mask.k_offset) changes += " offsets";
+  return std::string(to_string(isa)) + " " + problem.shape.name() + changes + " head_dim_v " +
+         std::to_string(problem.shape.out_dim()) + (scale ? " scale " + text(*scale) : "") + " q " +
+         form(problem.q) + " k " + form(problem.k) + " v " + form(problem.v);
 }
 
 /// Upper bound of |x| over all elements, those that are finite.
@@ -301,7 +409,8 @@ double largest_score(const Problem& problem) {
   const KernelCase& c = problem.shape;
   const auto dim = static_cast<double>(c.head_dim);
   const double scale = std::fabs(c.options.softmax_scale.value_or(1 / std::sqrt(dim)));
-  return std::max(scale, 1.0) * dim * largest(problem.q) * largest(problem.k);
+  return std::max(scale, 1.0) * dim * largest(problem.q) * largest(problem.k) +
+         problem.largest_change;
 }
 
 /// Whether a bound of the result is known: where scores stay within float32, and of float32
@@ -310,6 +419,7 @@ bool has_bound(const Problem& problem) {
   const KernelCase& c = problem.shape;
   const int64_t products = c.batch * c.nheads_q * c.seqlen_q * c.seqlen_k * c.head_dim;
   if (products > kMaxOracleProducts || largest_score(problem) > 1e37) return false;
+  if (!problem.head_modes.empty()) return false;  // every head is one of the other problems
   const Mode mode = c.options.mode;
   return (mode != Mode::kHalf && mode != Mode::kExact) || problem.tame;
 }
@@ -333,7 +443,7 @@ void expect_near(double got, double want, double bound, const char* name, size_t
 void check_oracle(const Problem& problem, const KernelResult& result, const std::string& what) {
   const KernelCase& c = problem.shape;
   const auto rows = static_cast<size_t>(c.batch * c.seqlen_q * c.nheads_q);
-  std::vector<double> out(rows * static_cast<size_t>(c.head_dim));
+  std::vector<double> out(rows * static_cast<size_t>(c.out_dim()));
   std::vector<double> bound(out.size());
   std::vector<double> lse(rows);
   // A float32 dot product of D terms errs by at most (D + 2) 2^-24 of the sum of their sizes; exp2
@@ -342,9 +452,7 @@ void check_oracle(const Problem& problem, const KernelResult& result, const std:
                        0x1p-18 + static_cast<double>(c.seqlen_k + 8) * 0x1p-24;
   const AttentionInputs inputs = problem.inputs();
   if (c.options.mode == Mode::kExact) {
-    const Status status = reference::exact_attention(
-        std::get<ConstTensorView>(inputs.q), std::get<ConstTensorView>(inputs.k),
-        std::get<ConstTensorView>(inputs.v), c.options.softmax_scale, c.options.mask, out, lse);
+    const Status status = reference::exact_attention(inputs, c.options, out, lse);
     expect(status.ok(), "exact_attention: " + status.message());
     if (delta > 0.1) return;  // rounding decides who wins
     // P is bfloat16 where Q, K and V all are and the CPU multiplies pairs of it.
@@ -387,7 +495,8 @@ void check(const Problem& problem, Isa isa, const Answer& scalar) {
   expect(same(one.result.out, three.result.out) && same(one.result.lse, three.result.lse),
          what + ": one and three threads differ");
   const Mode mode = problem.shape.options.mode;
-  const bool same_everywhere = mode == Mode::kAccurate || mode == Mode::kPaper;
+  const bool same_everywhere =
+      (mode == Mode::kAccurate || mode == Mode::kPaper) && problem.head_modes.empty();
   if (same_everywhere) {
     expect(same(one.result.out, scalar.result.out) && same(one.result.lse, scalar.result.lse),
            what + " differs from scalar");

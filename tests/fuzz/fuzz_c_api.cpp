@@ -304,6 +304,127 @@ int call_merge(ByteReader& bytes) {
   return done ? 0 : -1;
 }
 
+struct DestroyCache {
+  void operator()(attn8_kv_cache* cache) const { attn8_kv_cache_destroy(cache); }
+};
+
+std::unique_ptr<attn8_kv_cache, DestroyCache> make_cache(ByteReader& bytes) {
+  attn8_kv_cache_params params;
+  expect(attn8_kv_cache_params_init(&params, sizeof params) == ATTN8_OK, attn8_last_error());
+  params.nheads_k = 2;
+  params.head_dim = 8;
+  params.page_size = 64;
+  params.max_pages = 4;
+  if (bytes.one_in(4)) {
+    switch (bytes.below(6)) {
+      case 0:
+        params.nheads_k = bytes.pick({int64_t{0}, int64_t{-1}, INT64_MAX, int64_t{1} << 40});
+        break;
+      case 1:
+        params.head_dim = bytes.pick({int64_t{0}, int64_t{257}, INT64_MIN});
+        break;
+      case 2:
+        params.max_pages = bytes.pick({int64_t{0}, int64_t{-1}, INT64_MAX, int64_t{1} << 31});
+        break;
+      case 3:
+        params.page_size = bytes.pick({0, 63, 65, -64, 1024, INT32_MAX});
+        break;
+      case 4:
+        params.reserved = 1;
+        break;
+      default:
+        params.struct_size = bytes.pick({0U, 4U, 7U, 8U, 16U, 32U});
+    }
+  }
+  attn8_kv_cache* cache = nullptr;
+  const bool made = answered("attn8_kv_cache_create",
+                             attn8_kv_cache_create(bytes.one_in(32) ? nullptr : &params, &cache));
+  expect(made == (cache != nullptr), "attn8_kv_cache_create: a cache although it refuses");
+  return std::unique_ptr<attn8_kv_cache, DestroyCache>(cache);
+}
+
+/// Calls on two sequences of a cache, one of another cache, and handles that never were.
+int call_kv_cache(ByteReader& bytes) {
+  const auto cache = make_cache(bytes);
+  const auto other = make_cache(bytes);
+  std::array<attn8_kv_sequence, 4> sequences = {};
+  answered("create", attn8_kv_sequence_create(cache.get(), &sequences[0]));
+  answered("create", attn8_kv_sequence_create(cache.get(), &sequences[1]));
+  answered("create", attn8_kv_sequence_create(other.get(), &sequences[2]));
+  sequences[3] = {bytes.word(), bytes.word()};
+  const auto pick = [&] { return sequences[bytes.one_in(8) ? bytes.below(4) : bytes.below(2)]; };
+  int done = 0;
+  for (int step = 0; step < 12 && !bytes.at_end(); ++step) {
+    attn8_kv_cache* target = bytes.one_in(32) ? nullptr : cache.get();
+    const attn8_kv_sequence sequence = pick();
+    switch (bytes.below(8)) {
+      case 0:
+      case 1: {
+        Arena k, v;
+        const std::array<int64_t, 4> shape = {1, bytes.below(80), 2, 8};
+        make(bytes, k, float_type(bytes), shape);
+        make(bytes, v, float_type(bytes), shape);
+        done += answered("append", attn8_kv_sequence_append(target, sequence, or_null(bytes, k),
+                                                            or_null(bytes, v), nullptr));
+        break;
+      }
+      case 2: {
+        attn8_kv_sequence child = {7, 7};
+        const bool forked =
+            answered("fork", attn8_kv_sequence_fork(target, sequence, bytes.below(90), &child));
+        expect(forked == (child.id != 0), "fork: a sequence although it refuses");
+        if (forked) sequences[1] = child;
+        break;
+      }
+      case 3:
+        answered("truncate",
+                 attn8_kv_sequence_truncate(target, sequence,
+                                            bytes.one_in(4) ? odd_number(bytes) : bytes.below(90)));
+        break;
+      case 4:
+        if (bytes.one_in(4)) answered("free", attn8_kv_sequence_free(target, sequence));
+        break;
+      case 5: {
+        attn8_kv_cache_usage usage = {};
+        usage.struct_size = bytes.pick({48U, 8U, 24U, 0U, 13U});
+        answered("usage", attn8_kv_cache_get_usage(target, &usage));
+        int64_t length = -1;
+        const bool known = answered("length", attn8_kv_sequence_length(target, sequence, &length));
+        expect(known == (length >= 0), "length: written although it refuses");
+        break;
+      }
+      default: {
+        const int64_t rows = bytes.below(5);
+        Arena q, out, lse;
+        make(bytes, q, float_type(bytes), {1, rows, 4, 8});
+        make(bytes, out, float_type(bytes), {1, rows, 4, 8});
+        make(bytes, lse, ATTN8_FLOAT32, {1, rows, 4, 1});
+        attn8_kv_attention_params params;
+        expect(attn8_kv_attention_params_init(&params, sizeof params) == ATTN8_OK,
+               attn8_last_error());
+        if (bytes.one_in(8)) params.causal_align = bytes.pick({1, 2, -1});
+        if (bytes.one_in(8)) params.window_left = odd_number(bytes);
+        if (bytes.one_in(8)) params.softcap = bytes.pick({5.0F, -1.0F, __builtin_inff()});
+        const std::array<attn8_kv_sequence, 2> batch = {sequence, pick()};
+        std::array<int32_t, 3> cu_seqlens_q = {0, static_cast<int32_t>(rows) / 2,
+                                               static_cast<int32_t>(rows)};
+        if (bytes.one_in(8)) {
+          cu_seqlens_q[bytes.below(3)] = static_cast<int32_t>(odd_number(bytes));
+        }
+        const bool attended = answered(
+            "attend", attn8_kv_cache_attend(
+                          target, bytes.one_in(32) ? nullptr : batch.data(), 2, or_null(bytes, q),
+                          bytes.one_in(32) ? nullptr : cu_seqlens_q.data(), or_null(bytes, out),
+                          bytes.one_in(2) ? nullptr : &lse.tensor,
+                          bytes.one_in(4) ? nullptr : &params, nullptr));
+        expect(attended || (out.untouched() && lse.untouched()), "a refused call writes");
+        done += attended;
+      }
+    }
+  }
+  return done > 1 ? 0 : -1;
+}
+
 }  // namespace
 
 std::vector<Bytes> seeds() { return {}; }
@@ -313,11 +434,13 @@ std::vector<Bytes> seeds() { return {}; }
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   using namespace attn8::fuzz;  // NOLINT: this is the target
   ByteReader bytes(data, size);
-  switch (bytes.below(4)) {
+  switch (bytes.below(5)) {
     case 0:
       return call_quantize(bytes);
     case 1:
       return call_merge(bytes);
+    case 2:
+      return call_kv_cache(bytes);
     default:
       return call_attention(bytes);
   }

@@ -185,6 +185,10 @@ TEST_F(KvCachePages, RefusesWhatIsWrong) {
   expect_refused(
       cache.attend({&sequence, 1}, odd.view(), cu_seqlens_q, {out.view()}, {}, Context()), kInvalid,
       "q.shape[2]=3 (nheads_q) wants a multiple of nheads_k=2");
+  Tensor in_place = q;
+  expect_refused(
+      cache.attend({&sequence, 1}, in_place.view(), cu_seqlens_q, {in_place.view()}, {}, Context()),
+      kInvalid, "out overlaps q, wants memory of its own");
   ASSERT_TRUE(cache.free(sequence).ok());
   expect_refused(attend(sequence, {0, 2}), kInvalid,
                  "sequence " + std::to_string(sequence.id) + " was freed");

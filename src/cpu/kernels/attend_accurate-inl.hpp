@@ -152,6 +152,7 @@ ATTN8_KERNEL_INLINE void attend_block_accurate(const AttendTile& tile, const Til
           F32 x =
               fused(broadcast(step.residual[r]), load(mean + channel + 16 * c), to_float(sum[c]));
           if (tile.kv.channel_scale) {
+            if (step.weight[r] == 0) continue;  // as above: 0 * NaN
             x = x * divide(load(channel_scale + channel + 16 * c), broadcast(tile.kv.v_ref));
           }
           const F32 past = load(out + 16 * c) * broadcast(step.rescale[r]);
