@@ -200,7 +200,7 @@ def check_half(library):
 
 
 def check_repeats(library, repeats=200):
-    """A call, its repeats and its replay from a CUDA graph give the same bits."""
+    """Compare the bits of a call, of its repeats and of its replay from a CUDA graph."""
     torch.manual_seed(0)
     q, k, v = inputs(1, 16, 4, 700, 3000, 128)
     attention = Attention(library, q, k, v, softcap=20.0, causal=True)
