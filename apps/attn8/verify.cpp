@@ -125,7 +125,8 @@ void set_bounds(const VerifyCase& one, const Qkv& qkv, Oracle& oracle) {
   const auto keys = static_cast<double>(one.shape.seqlen_k);
   const auto magnitudes = score_magnitudes(one, qkv);
   const bool exact = one.options.mode == Mode::kExact;
-  const double v_max = exact ? largest_magnitude(qkv.v.view()) : 0;
+  const bool half = one.options.mode == Mode::kHalf;
+  const double v_max = exact || half ? largest_magnitude(qkv.v.view()) : 0;
   oracle.largest_v = v_max;
   for (size_t row = 0; row < magnitudes.size(); ++row) {
     const double delta = (dim + 8) * 0x1p-23 * magnitudes[row] + 0x1p-18 + (keys + 8) * 0x1p-24;
@@ -192,8 +193,12 @@ VerifyOutcome compare(const VerifyCase& one, const Oracle& oracle, const Runner&
   const auto out = dense(runner.out().view());
   const auto lse = dense(runner.lse().view());
   const auto [relative, smallest] = output_rounding(one.dtype);
-  // `exact` of bfloat16 where the CPU multiplies pairs of it: P is rounded.
-  const bool rounds_p = runner.plan().kernel().find("_bfloat16_") != std::string_view::npos;
+  // `exact` of bfloat16 where the CPU multiplies pairs of it: P is rounded. `half` on CUDA: weights
+  // are rounded relative to a power of two, by the emulation relative to the largest.
+  const std::string_view kernel = runner.plan().kernel();
+  const bool rounds_p =
+      kernel.find("_bfloat16_") != std::string_view::npos ||
+      (kernel.starts_with("attend_half") && kernel.find("_sm80_") != std::string_view::npos);
   const double p_rounding = rounds_p ? kBfloat16Rounding : 0;
   Worst worst_out;
   for (size_t i = 0; i < out.size(); ++i) {

@@ -176,6 +176,56 @@ def check(library):
     return {"cases": count, "failures": failures, "worst_rel_l2_to_emulation": worst}
 
 
+def check_half(library):
+    """Mode half against exact attention: INT8 scores err by 1 % on these data, not by more."""
+    failures, worst = [], 0.0
+    for head_dim in (64, 90, 128, 250):
+        for number, case in enumerate(CASES):
+            b, hq, hk, sq, sk, causal, top_left, window = case
+            torch.manual_seed(number)
+            q, k, v = inputs(b, hq, hk, sq, sk, head_dim, torch.bfloat16)
+            options = {"causal": causal, "top_left": top_left, "window": window}
+            attention = Attention(library, q, k, v, mode="half", out_dtype=torch.float32, **options)
+            attention.run()
+            mask = reference.visible(sq, sk, causal, top_left, window, "cuda")
+            exact, _ = reference.exact(q, k, v, mask)
+            rel = ((attention.out - exact).norm() / exact.norm()).item()
+            worst = max(worst, rel)
+            if not rel < 0.012:
+                failures.append(f"half d{head_dim} case {number}: rel_l2 against exact {rel:.3g}")
+    print(f"check: half, {len(failures)} failures, worst rel_l2 against exact {worst:.4f}")
+    for line in failures:
+        print("  " + line)
+    return {"failures": failures, "worst_rel_l2_to_exact": worst}
+
+
+def check_repeats(library, repeats=200):
+    """Compare the bits of a call, of its repeats and of its replay from a CUDA graph."""
+    torch.manual_seed(0)
+    q, k, v = inputs(1, 16, 4, 700, 3000, 128)
+    attention = Attention(library, q, k, v, softcap=20.0, causal=True)
+    attention.run()
+    torch.cuda.synchronize()
+    first = attention.out.clone()
+    same = True
+    for _ in range(repeats):
+        attention.run()
+        same = same and torch.equal(first, attention.out)
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(stream), torch.cuda.graph(graph, stream=stream):
+        attention.run()
+    attention.out.fill_(float("nan"))
+    torch.cuda.synchronize()
+    graph.replay()
+    torch.cuda.synchronize()
+    replay = torch.equal(first, attention.out)
+    print(f"check: {repeats} repeats equal {same}, replay of a CUDA graph equal {replay}")
+    failures = [] if same and replay else ["repeats or a replay gave other bits"]
+    return {"repeats": repeats, "failures": failures}
+
+
 # ---- Timing -------------------------------------------------------------------------------------
 
 
@@ -474,6 +524,8 @@ def main():
     print(result["machine"])
     if not arguments.skip_check:
         result["check"] = check(library)
+        result["check_half"] = check_half(library)
+        result["check_repeats"] = check_repeats(library)
     clock = ClockReader()
     configurations = [("accurate", "token"), ("accurate", "channel"), ("paper", "tensor")]
     if arguments.quick:
@@ -514,7 +566,8 @@ def main():
         with open(arguments.json, "w", encoding="utf-8") as file:
             json.dump(result, file, indent=1)
             file.write("\n")
-    return 1 if result.get("check", {}).get("failures") else 0
+    checks = ("check", "check_half", "check_repeats")
+    return 1 if any(result.get(name, {}).get("failures") for name in checks) else 0
 
 
 if __name__ == "__main__":

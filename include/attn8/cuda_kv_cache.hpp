@@ -72,7 +72,8 @@ class ATTN8_API CudaKvCache {
                                   const Context& context) noexcept;
 
   /// Bytes of device memory that append() or attend() need as workspace for tokens of this shape
-  /// ([batch, seqlen, heads, head_dim], or [1, total, heads, head_dim] with cu_seqlens).
+  /// ([batch, seqlen, heads, head_dim], or [1, total, heads, head_dim] with cu_seqlens); 0 for
+  /// shapes that those refuse.
   [[nodiscard]] size_t workspace_bytes(const Extents& tokens,
                                        const CudaKvTables& tables) const noexcept;
 
