@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <initializer_list>
 #include <limits>
 #include <string>
 #include <string_view>
@@ -64,6 +65,7 @@ std::optional<DType> to_dtype(const nb::dlpack::dtype& dtype) {
   if (is(dtype_code::Bfloat, 16)) return DType::kBFloat16;
   if (is(dtype_code::Int, 8)) return DType::kInt8;
   if (is(dtype_code::Int, 32)) return DType::kInt32;
+  if (is(dtype_code::Bool, 8)) return DType::kBool;
   return std::nullopt;
 }
 
@@ -222,7 +224,7 @@ Array import_array(nb::handle object, const std::string& name, size_t rank, bool
   const AnyArray& handle = array.handle;
   const std::optional<DType> dtype = to_dtype(handle.dtype());
   if (!dtype.has_value()) {
-    raise_type_error(name, describe(object), "float32, float16, bfloat16 or, for codes, int8");
+    raise_type_error(name, describe(object), "float32, float16, bfloat16; int8 for codes");
   }
   array.dtype = *dtype;
   if (handle.ndim() != rank) {
@@ -425,6 +427,41 @@ std::vector<int64_t> to_starts(nb::handle object, const char* name, size_t total
                       "0 to " + std::to_string(total) + ", the number of tokens");
   }
   return starts;
+}
+
+void add_changes(nb::handle changes, AttentionInputs& inputs, AttentionOptions& options,
+                 Arrays& keep) {
+  if (changes.is_none()) return;
+  constexpr size_t kFields = 8;
+  if (!PyTuple_Check(changes.ptr()) || nb::len(changes) != kFields) {
+    raise_type_error("changes", describe(changes), "None or a tuple of 8");
+  }
+  const auto fields = nb::borrow<nb::tuple>(changes);
+  options.softcap = to_optional_float(fields[0], "softcap").value_or(0.0F);
+  // An array of `rank` dimensions; places[i] is where its dimension i goes in the library's order
+  // [batch, seqlen_q, nheads_q, seqlen_k], the others are 1.
+  const auto view = [&](size_t field, const char* name, std::initializer_list<size_t> places) {
+    std::optional<ConstTensorView> found;
+    if (fields[field].is_none()) return found;
+    keep.push_back(import_array(fields[field], name, places.size(), false));
+    const Array& array = keep.back();
+    TensorView view{array.data, array.dtype, array.device, {1, 1, 1, 1}, {0, 0, 0, 0}};
+    size_t from = 0;
+    for (const size_t to : places) {
+      view.shape[to] = static_cast<int64_t>(array.handle.shape(from));
+      view.strides[to] = array.handle.stride(from);
+      ++from;
+    }
+    found = view;
+    return found;
+  };
+  inputs.attn_mask = view(1, "attn_mask", {0, 2, 1, 3});
+  inputs.alibi_slopes = view(2, "alibi_slopes", {0, 2});
+  inputs.sinks = view(3, "sinks", {2});
+  inputs.seqlens_k = view(4, "seqlens_k", {0});
+  inputs.leftpad_k = view(5, "leftpad_k", {0});
+  options.mask.q_offset = to_int(fields[6], "q_offset");
+  options.mask.k_offset = to_int(fields[7], "k_offset");
 }
 
 Context to_context(nb::handle threads, nb::handle isa) {

@@ -94,6 +94,11 @@ AttentionOptions to_options(nb::handle mode, nb::handle softmax_scale, nb::handl
                             nb::handle v_granularity, nb::handle smooth_k, nb::handle check_finite,
                             nb::handle fp8_format);
 
+/// What changes scores or hides keys: None, or (softcap, attn_mask, alibi_slopes, sinks, seqlens_k,
+/// leftpad_k, q_offset, k_offset), arrays or None as attn8/scores.py shapes them.
+void add_changes(nb::handle changes, AttentionInputs& inputs, AttentionOptions& options,
+                 Arrays& keep);
+
 /// CPU context; `isa` is None or a name.
 Context to_context(nb::handle threads, nb::handle isa);
 

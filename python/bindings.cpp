@@ -28,16 +28,16 @@ void attention(nb::handle q, nb::handle k, nb::handle v, nb::handle out, nb::han
                nb::handle layout_name, nb::handle mode, nb::handle softmax_scale, nb::handle causal,
                nb::handle align, nb::handle window_size, nb::handle kv_block,
                nb::handle v_granularity, nb::handle smooth_k, nb::handle check_finite,
-               nb::handle fp8_format, nb::handle threads, nb::handle isa) {
+               nb::handle fp8_format, nb::handle threads, nb::handle isa, nb::handle changes) {
   const Layout layout = to_layout(layout_name);
-  const AttentionOptions options =
-      to_options(mode, softmax_scale, causal, align, window_size, kv_block, v_granularity, smooth_k,
-                 check_finite, fp8_format);
+  AttentionOptions options = to_options(mode, softmax_scale, causal, align, window_size, kv_block,
+                                        v_granularity, smooth_k, check_finite, fp8_format);
   const Context context = to_context(threads, isa);
   Arrays keep;
-  keep.reserve(11);  // three operands of at most three arrays, out, lse
-  const AttentionInputs inputs{to_operand(q, "q", layout, keep), to_operand(k, "k", layout, keep),
-                               to_operand(v, "v", layout, keep)};
+  keep.reserve(16);  // three operands of at most three arrays, five of changes, out, lse
+  AttentionInputs inputs{to_operand(q, "q", layout, keep), to_operand(k, "k", layout, keep),
+                         to_operand(v, "v", layout, keep)};
+  add_changes(changes, inputs, options, keep);
   const AttentionOutputs outputs = to_outputs(out, lse, layout, keep);
   Status status;
   {
@@ -73,15 +73,24 @@ double attention_seconds(nb::handle q, nb::handle k, nb::handle v, nb::handle ou
   return shortest;
 }
 
+/// Row `i` of slopes [batch or 1, 1, nheads_q, 1].
+ConstTensorView row(ConstTensorView slopes, size_t i) {
+  if (slopes.shape[0] > 1) {
+    slopes.data =
+        static_cast<const float*>(slopes.data) + static_cast<int64_t>(i) * slopes.strides[0];
+  }
+  slopes.shape[0] = 1;
+  return slopes;
+}
+
 void attention_varlen(nb::handle q, nb::handle k, nb::handle v, nb::handle out, nb::handle lse,
                       nb::handle cu_seqlens_q, nb::handle cu_seqlens_k, nb::handle mode,
                       nb::handle softmax_scale, nb::handle causal, nb::handle align,
                       nb::handle window_size, nb::handle kv_block, nb::handle v_granularity,
                       nb::handle smooth_k, nb::handle check_finite, nb::handle fp8_format,
-                      nb::handle threads, nb::handle isa) {
-  const AttentionOptions options =
-      to_options(mode, softmax_scale, causal, align, window_size, kv_block, v_granularity, smooth_k,
-                 check_finite, fp8_format);
+                      nb::handle threads, nb::handle isa, nb::handle changes) {
+  AttentionOptions options = to_options(mode, softmax_scale, causal, align, window_size, kv_block,
+                                        v_granularity, smooth_k, check_finite, fp8_format);
   const Context context = to_context(threads, isa);
   const Arrays read = {import_array(q, "q", 3, false), import_array(k, "k", 3, false),
                        import_array(v, "v", 3, false)};
@@ -94,6 +103,9 @@ void attention_varlen(nb::handle q, nb::handle k, nb::handle v, nb::handle out, 
     raise_value_error("out", std::to_string(out_array.handle.shape(0)) + " tokens",
                       std::to_string(read[0].handle.shape(0)) + ", as q");
   }
+  AttentionInputs changed;  // slopes and sinks, the same for every sequence or one row for each
+  Arrays changes_kept;
+  add_changes(changes, changed, options, changes_kept);
   const auto tokens = static_cast<int64_t>(read[0].handle.shape(0));
   check_apart(sequence(out_array, 0, tokens), "out", read);
   std::optional<Array> lse_array;
@@ -123,10 +135,12 @@ void attention_varlen(nb::handle q, nb::handle k, nb::handle v, nb::handle out, 
       if (lse_array.has_value()) {
         outputs.lse = packed_lse(*lse_array, q_starts[i], q_starts[i + 1]);
       }
-      status = attn8::attention(
-          {ConstTensorView(part(read[0], q_starts)), ConstTensorView(part(read[1], k_starts)),
-           ConstTensorView(part(read[2], k_starts))},
-          outputs, options, context);
+      AttentionInputs inputs = changed;
+      inputs.q = part(read[0], q_starts);
+      inputs.k = part(read[1], k_starts);
+      inputs.v = part(read[2], k_starts);
+      if (changed.alibi_slopes.has_value()) inputs.alibi_slopes = row(*changed.alibi_slopes, i);
+      status = attn8::attention(inputs, outputs, options, context);
     }
   }
   check(status);

@@ -50,16 +50,16 @@ nb::tuple reference_attention(nb::handle q, nb::handle k, nb::handle v, nb::hand
                               nb::handle rows, nb::handle exact, nb::handle mode,
                               nb::handle softmax_scale, nb::handle causal, nb::handle align,
                               nb::handle window_size, nb::handle kv_block, nb::handle v_granularity,
-                              nb::handle smooth_k, nb::handle fp8_format) {
+                              nb::handle smooth_k, nb::handle fp8_format, nb::handle changes) {
   const Layout layout = to_layout(layout_name);
   const bool is_exact = to_bool(exact, "exact");
-  const AttentionOptions options =
-      to_options(mode, softmax_scale, causal, align, window_size, kv_block, v_granularity, smooth_k,
-                 nb::cast(false), fp8_format);
+  AttentionOptions options = to_options(mode, softmax_scale, causal, align, window_size, kv_block,
+                                        v_granularity, smooth_k, nb::cast(false), fp8_format);
   Arrays keep;
-  keep.reserve(9);
-  const AttentionInputs inputs{to_operand(q, "q", layout, keep), to_operand(k, "k", layout, keep),
-                               to_operand(v, "v", layout, keep)};
+  keep.reserve(14);
+  AttentionInputs inputs{to_operand(q, "q", layout, keep), to_operand(k, "k", layout, keep),
+                         to_operand(v, "v", layout, keep)};
+  add_changes(changes, inputs, options, keep);
   const std::vector<int64_t> positions = to_rows(rows);
   if (is_exact && (!std::holds_alternative<ConstTensorView>(inputs.q) ||
                    !std::holds_alternative<ConstTensorView>(inputs.k) ||
@@ -70,7 +70,7 @@ nb::tuple reference_attention(nb::handle q, nb::handle k, nb::handle v, nb::hand
   std::vector<size_t> lse_shape;
   for (size_t i = 0; i < 3; ++i) lse_shape.push_back(static_cast<size_t>(shape[i]));
   std::vector<size_t> out_shape = lse_shape;
-  out_shape.push_back(static_cast<size_t>(shape[3]));
+  out_shape.push_back(static_cast<size_t>(shape_of(inputs.v)[3]));
   const size_t tokens = lse_shape[0] * lse_shape[1] * lse_shape[2];
   std::vector<double> out(tokens * out_shape[3]);
   std::vector<double> lse(tokens);
@@ -78,13 +78,9 @@ nb::tuple reference_attention(nb::handle q, nb::handle k, nb::handle v, nb::hand
   Status status;
   {
     const nb::gil_scoped_release release;
-    status = is_exact
-                 ? reference::exact_attention(
-                       std::get<ConstTensorView>(inputs.q), std::get<ConstTensorView>(inputs.k),
-                       std::get<ConstTensorView>(inputs.v), options.softmax_scale, options.mask,
-                       out, lse, positions)
-                 : reference::emulation(inputs, reference::emulation_options(options), out, lse,
-                                        bound, positions);
+    status = is_exact ? reference::exact_attention(inputs, options, out, lse, positions)
+                      : reference::emulation(inputs, reference::emulation_options(options), out,
+                                             lse, bound, positions);
   }
   check(status);
   return nb::make_tuple(to_numpy(std::move(out), out_shape), to_numpy(std::move(lse), lse_shape),

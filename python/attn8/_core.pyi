@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from attn8.scores import Changes
+
 default_kv_block: int
 
 def version() -> str: ...
@@ -32,6 +34,7 @@ def attention(
     fp8_format: str,
     threads: int,
     isa: str | None,
+    changes: Changes | None,
     /,
 ) -> None: ...
 def attention_seconds(q: Any, k: Any, v: Any, out: Any, repeats: int, /) -> float: ...
@@ -55,6 +58,7 @@ def attention_varlen(
     fp8_format: str,
     threads: int,
     isa: str | None,
+    changes: Changes | None,
     /,
 ) -> None: ...
 def quantize(
@@ -86,6 +90,7 @@ def reference_attention(
     v_granularity: str,
     smooth_k: bool,
     fp8_format: str,
+    changes: Changes | None,
     /,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64] | None]: ...
 def merge_states(

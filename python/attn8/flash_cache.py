@@ -17,6 +17,7 @@ from attn8.errors import UnsupportedError
 from attn8.functional import Operand, attention
 from attn8.quantization import QuantizedTensor
 from attn8.runtime import threads_for
+from attn8.scores import score_changes
 
 Numbers = NDArray[np.int64]
 
@@ -105,7 +106,7 @@ def _check_arguments(
 ) -> tuple[tuple[int, ...], int]:
     """Return q's shape and the number of new tokens."""
     shape = shape_of(q, "q", 4)
-    if v_cache.shape != k_cache.shape:
+    if v_cache.shape[:3] != k_cache.shape[:3]:
         raise ValueError(f"v_cache: got shape {v_cache.shape}, want {k_cache.shape}, as k_cache")
     if (k is None) != (v is None):
         given, missing = ("k", "v") if v is None else ("v", "k")
@@ -113,11 +114,15 @@ def _check_arguments(
     if k is None:
         return shape, 0
     new = shape_of(k, "k", 4)
-    wanted = (shape[0], new[1], *k_cache.shape[2:])
-    for name, found in (("k", new), ("v", shape_of(v, "v", 4))):
+    for name, found, cache in (("k", new, k_cache), ("v", shape_of(v, "v", 4), v_cache)):
+        wanted = (shape[0], new[1], *cache.shape[2:])
         if found != wanted:
             raise ValueError(f"{name}: got shape {found}, want {wanted}")
     return shape, new[1]
+
+
+def _row_of(slopes: Array | None, i: int) -> Array | None:
+    return slopes if slopes is None or slopes.shape[0] == 1 else slopes[i : i + 1]
 
 
 def flash_attn_with_kvcache(
@@ -170,8 +175,10 @@ def flash_attn_with_kvcache(
         int32 ``[batch, blocks]``: the pages of each sequence, in order.
     causal, window_size
         Aligned to the bottom-right corner: the last query sees the last key.
-    rotary_cos, rotary_sin, softcap, alibi_slopes
-        Only their defaults; anything else raises UnsupportedError. Rotate q and k before the call.
+    rotary_cos, rotary_sin
+        Only None; anything else raises UnsupportedError. Rotate q and k before the call.
+    softcap, alibi_slopes
+        As for :func:`attn8.attention`.
     rotary_interleaved, num_splits
         Any value: nothing depends on them.
     return_softmax_lse : bool
@@ -188,10 +195,6 @@ def flash_attn_with_kvcache(
     for name, value in (("rotary_cos", rotary_cos), ("rotary_sin", rotary_sin)):
         if value is not None:
             raise UnsupportedError(f"{name}: got {type(value).__name__}, want None: rotate before")
-    if softcap != 0:
-        raise UnsupportedError(f"softcap: got {softcap}, want 0.0")
-    if alibi_slopes is not None:
-        raise UnsupportedError(f"alibi_slopes: got {type(alibi_slopes).__name__}, want None")
     if isinstance(num_splits, bool) or not isinstance(num_splits, int):
         raise TypeError(f"num_splits: got {type(num_splits).__name__}, want an int")
     for name, flag in (
@@ -233,13 +236,17 @@ def flash_attn_with_kvcache(
         for i in range(batch):
             keys.write(k[i], int(rows[i]), i, int(held[i]), count)
             values.write(v[i], int(rows[i]), i, int(held[i]), count)
-    out = empty(q, shape)
+    slopes = None
+    if alibi_slopes is not None:  # checked as a whole: a row of it would pass as [nheads_q]
+        changes = score_changes((batch, shape[2], 0, 0), alibi_slopes=alibi_slopes)
+        slopes = None if changes is None else changes[2]
+    out = empty(q, (*shape[:3], values.shape[3]))
     lse = empty(q, (batch, shape[2], shape[1]), "float32")
     for i in range(batch):
         part = int(rows[i]), i, int(starts[i]), int(held[i]) + new
         _, lse[i : i + 1] = attention(
             q[i : i + 1], keys.read(*part), values.read(*part), softmax_scale=softmax_scale,
             causal=causal, window_size=window_size, mode=mode, return_lse=True,
-            out=out[i : i + 1], threads=count,
+            out=out[i : i + 1], threads=count, softcap=softcap, alibi_slopes=_row_of(slopes, i),
         )  # fmt: skip
     return (out, lse) if return_softmax_lse else out

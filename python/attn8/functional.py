@@ -11,6 +11,7 @@ from attn8 import _core, rotation
 from attn8.arrays import Array, empty, finish, shape_of, torch_of, without_grad
 from attn8.quantization import QuantizedTensor
 from attn8.runtime import isa_for, threads_for
+from attn8.scores import score_changes
 
 Operand = Any
 """An :data:`attn8.arrays.Array` or a :class:`attn8.QuantizedTensor`."""
@@ -23,6 +24,18 @@ def operand(x: Operand, name: str, layout: str) -> Any:
     if x.layout != layout:
         raise ValueError(f"{name}.layout: got {x.layout!r}, want layout={layout!r}")
     return x.fields()
+
+
+def operand_shape(x: Operand, name: str) -> tuple[int, ...]:
+    """Return the shape of an operand of rank 4."""
+    return shape_of(x.codes if isinstance(x, QuantizedTensor) else x, name, 4)
+
+
+def sizes_of(q: Operand, k: Operand, layout: str) -> tuple[int, int, int, int]:
+    """Return batch, nheads_q, seqlen_q and seqlen_k."""
+    heads, tokens = (2, 1) if layout == "bshd" else (1, 2)
+    shape = operand_shape(q, "q")
+    return shape[0], shape[heads], shape[tokens], operand_shape(k, "k")[tokens]
 
 
 def _rotated(q: Operand, k: Operand, wanted: bool) -> tuple[Operand, Operand]:
@@ -57,6 +70,14 @@ def attention(
     out: Array | None = None,
     threads: int | None = None,
     isa: str | None = None,
+    softcap: float = 0.0,
+    attn_mask: Array | None = None,
+    alibi_slopes: Array | None = None,
+    sinks: Array | None = None,
+    seqlens_k: Array | None = None,
+    leftpad_k: Array | None = None,
+    q_offset: int = 0,
+    k_offset: int = 0,
 ) -> Any:
     """Compute ``softmax(softmax_scale * q k^T) v`` with INT8 arithmetic.
 
@@ -66,7 +87,8 @@ def attention(
         ``[batch, seqlen_q, nheads_q, head_dim]``, float32, float16 or bfloat16, any strides; read
         in place. head_dim is 1 to 256.
     k, v : Array or QuantizedTensor
-        ``[batch, seqlen_k, nheads_k, head_dim]``; nheads_k divides nheads_q.
+        ``[batch, seqlen_k, nheads_k, head_dim]``; nheads_k divides nheads_q. v may have a head_dim
+        of its own, 1 to 256, which the output has then.
     layout : {"bshd", "bhsd"}
         "bhsd": every rank-4 array has heads before the sequence, as torch's SDPA has.
     mode : {"accurate", "paper", "half", "exact", "fp8"}
@@ -100,20 +122,39 @@ def attention(
     return_lse : bool
         Return ``(out, lse)``.
     out : Array, optional
-        Where to write, float32, float16 or bfloat16, shaped as q, sharing no memory with an
-        operand. Without it a new array of q's framework and type (float32 for INT8 codes).
+        Where to write, float32, float16 or bfloat16, shaped as q (with v's head_dim), sharing no
+        memory with an operand. Without it a new array of q's framework and type (float32 for INT8
+        codes).
     threads : int, optional
         See :func:`attn8.get_num_threads`. Never changes the result.
     isa : str, optional
         Insist on one instruction set of :func:`attn8.info`; ``ATTN8_ISA`` does so for all calls.
+    softcap : float
+        Scores s become ``softcap * tanh(s / softcap)``; 0: they stay.
+    attn_mask : Array, optional
+        Broadcasts to ``[batch, nheads_q, seqlen_q, seqlen_k]``, that order in both layouts. bool:
+        True is seen, as in torch. float32, float16 or bfloat16: added to the scores; -2^100 and
+        below hides the key.
+    alibi_slopes : Array, optional
+        float32 ``[nheads_q]`` or ``[batch, nheads_q]``: ``-slope * |distance|`` is added, the
+        distance that of ``align``.
+    sinks : Array, optional
+        float32 ``[nheads_q]``: the score of a key without a value that every query sees.
+    seqlens_k : Array, optional
+        int32 ``[batch]``: keys from there on do not exist; stands for seqlen_k in ``align``.
+    leftpad_k : Array, optional
+        int32 ``[batch]``, at most seqlens_k: keys before it count for nothing.
+    q_offset, k_offset : int
+        Where a longer sequence's queries and keys start of which these are a part; with "top_left"
+        the mask is that of the whole one.
 
     Returns
     -------
     out : Array
-        As q. A row that sees no key is 0.
+        As q, with v's head_dim. A row that sees no key is 0.
     lse : Array
         Only with ``return_lse``: float32 ``[batch, nheads_q, seqlen_q]`` in both layouts, the
-        natural logarithm of the softmax denominator; -inf for a row that sees no key.
+        natural logarithm of the softmax denominator; of a row that sees no key -inf, or its sink.
 
     Raises
     ------
@@ -132,6 +173,11 @@ def attention(
     """
     first = q.codes if isinstance(q, QuantizedTensor) else q
     shape = shape_of(first, "q", 4)
+    sizes = sizes_of(q, k, layout)
+    dim_v = operand_shape(v, "v")[3]
+    changes = score_changes(
+        sizes, softcap, attn_mask, alibi_slopes, sinks, seqlens_k, leftpad_k, q_offset, k_offset
+    )
     q, k = _rotated(q, k, rotate)
     torch = torch_of(first)
     if torch is not None and torch.compiler.is_compiling():
@@ -140,21 +186,21 @@ def attention(
         return torch_ops.traced_attention(
             q, k, v, layout, mode, softmax_scale, causal, align, window_size, kv_block,
             v_granularity, smooth_k, check_finite, fp8_format, return_lse, out, threads, isa,
-            first.dtype,
+            first.dtype, changes,
         )  # fmt: skip
     if not isinstance(return_lse, bool):
         raise TypeError(f"return_lse: got {type(return_lse).__name__}, want a bool")
     operands = operand(q, "q", layout), operand(k, "k", layout), operand(v, "v", layout)
     float_type = "float32" if isinstance(q, QuantizedTensor) else None
-    written = empty(first, shape, float_type) if out is None else without_grad(out, "out")
+    out_shape = (*shape[:3], dim_v)
+    written = empty(first, out_shape, float_type) if out is None else without_grad(out, "out")
     lse = None
     if return_lse:
-        heads, tokens = (shape[2], shape[1]) if layout == "bshd" else (shape[1], shape[2])
-        lse = empty(first, (shape[0], heads, tokens), "float32")
+        lse = empty(first, sizes[:3], "float32")
     _core.attention(
         *operands, written, lse, layout, mode, softmax_scale, causal, align, window_size, kv_block,
         v_granularity, smooth_k, check_finite, fp8_format, threads_for(first, threads),
-        isa_for(isa),
+        isa_for(isa), changes,
     )  # fmt: skip
     result = finish(first, written, keep_dtype=float_type is not None) if out is None else out
     return (result, finish(first, lse, keep_dtype=True)) if return_lse else result
@@ -181,6 +227,9 @@ def attention_varlen(
     return_lse: bool = False,
     threads: int | None = None,
     isa: str | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Array | None = None,
+    sinks: Array | None = None,
 ) -> Any:
     """Compute attention of sequences that lie one after the other, without padding.
 
@@ -194,13 +243,14 @@ def attention_varlen(
         int32 ``[batch + 1]``: sequence i is the rows from element i up to, without, element
         i + 1; the first is 0, the last the number of rows.
     mode, softmax_scale, causal, align, window_size, kv_block, v_granularity, smooth_k, \
-rotate, check_finite, fp8_format, return_lse, threads, isa
+rotate, check_finite, fp8_format, return_lse, threads, isa, \
+softcap, alibi_slopes, sinks
         As for :func:`attention`.
 
     Returns
     -------
     out : Array
-        As q.
+        As q, with v's head_dim.
     lse : Array
         Only with ``return_lse``: float32 ``[nheads_q, total_q]``.
     """
@@ -208,14 +258,19 @@ rotate, check_finite, fp8_format, return_lse, threads, isa
     if not isinstance(return_lse, bool):
         raise TypeError(f"return_lse: got {type(return_lse).__name__}, want a bool")
     first = q
+    v_shape = shape_of(v, "v", 3)
+    sequences = shape_of(cu_seqlens_q, "cu_seqlens_q", 1)[0] - 1
+    changes = score_changes(
+        (sequences, shape[1], 0, 0), softcap, alibi_slopes=alibi_slopes, sinks=sinks
+    )
     q, k = _rotated(q, k, rotate)
     operands = without_grad(q, "q"), without_grad(k, "k"), without_grad(v, "v")
-    written = empty(first, shape)
+    written = empty(first, (*shape[:2], v_shape[2]))
     lse = empty(q, (shape[1], shape[0]), "float32") if return_lse else None
     _core.attention_varlen(
         *operands, written, lse, cu_seqlens_q, cu_seqlens_k, mode, softmax_scale, causal, align,
         window_size, kv_block, v_granularity, smooth_k, check_finite, fp8_format,
-        threads_for(q, threads), isa_for(isa),
+        threads_for(q, threads), isa_for(isa), changes,
     )  # fmt: skip
     result = finish(first, written)
     return (result, finish(q, lse, keep_dtype=True)) if return_lse else result

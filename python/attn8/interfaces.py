@@ -11,26 +11,20 @@ from typing import Any
 
 import numpy as np
 
-from attn8.arrays import Array, finish, shape_of, torch_of
+from attn8.arrays import Array, shape_of
 from attn8.errors import UnsupportedError
 from attn8.functional import attention, attention_varlen
-from attn8.padding import KeyRange, attend_ranges
 
 
 def _refuse(name: str, got: Any, want: str) -> None:
     raise UnsupportedError(f"{name}: got {got}, want {want}")
 
 
-def _check_flash(
-    dropout_p: float, softcap: float, alibi_slopes: Any, return_attn_probs: bool
-) -> None:
-    for name, value in (("dropout_p", dropout_p), ("softcap", softcap)):
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"{name}: got {type(value).__name__}, want a float")
-        if value != 0:
-            _refuse(name, value, "0.0: attn8 has none")
-    if alibi_slopes is not None:
-        _refuse("alibi_slopes", type(alibi_slopes).__name__, "None: attn8 has no ALiBi")
+def _check_flash(dropout_p: float, return_attn_probs: bool) -> None:
+    if isinstance(dropout_p, bool) or not isinstance(dropout_p, (int, float)):
+        raise TypeError(f"dropout_p: got {type(dropout_p).__name__}, want a float")
+    if dropout_p != 0:
+        _refuse("dropout_p", dropout_p, "0.0: attn8 has none")
     if not isinstance(return_attn_probs, bool):
         raise TypeError(f"return_attn_probs: got {type(return_attn_probs).__name__}, want a bool")
 
@@ -61,8 +55,10 @@ def flash_attn_func(
         ``[batch, seqlen_k, nheads_k, head_dim]``.
     causal, window_size
         Aligned to the bottom-right corner where lengths differ, as flash-attn 2.1 and later.
-    dropout_p, softcap, alibi_slopes
-        Only their defaults; anything else raises UnsupportedError.
+    softcap, alibi_slopes
+        As for :func:`attn8.attention`.
+    dropout_p
+        Only 0; anything else raises UnsupportedError.
     deterministic : bool
         Either value: results are always deterministic.
     return_attn_probs : bool
@@ -71,11 +67,11 @@ def flash_attn_func(
     softmax_scale, mode, threads
         As for :func:`attn8.attention`.
     """
-    _check_flash(dropout_p, softcap, alibi_slopes, return_attn_probs)
+    _check_flash(dropout_p, return_attn_probs)
     _check_bool("deterministic", deterministic)
     result = attention(
         q, k, v, softmax_scale=softmax_scale, causal=causal, window_size=window_size, mode=mode,
-        return_lse=return_attn_probs, threads=threads,
+        return_lse=return_attn_probs, threads=threads, softcap=softcap, alibi_slopes=alibi_slopes,
     )  # fmt: skip
     return (*result, None) if return_attn_probs else result
 
@@ -119,7 +115,7 @@ def flash_attn_varlen_func(
 return_attn_probs, mode, threads
         As for :func:`flash_attn_func`; softmax_lse is ``[nheads_q, total_q]``.
     """
-    _check_flash(dropout_p, softcap, alibi_slopes, return_attn_probs)
+    _check_flash(dropout_p, return_attn_probs)
     _check_bool("deterministic", deterministic)
     if block_table is not None:
         _refuse("block_table", type(block_table).__name__, "None: K and V are not paged here")
@@ -136,6 +132,7 @@ return_attn_probs, mode, threads
     result = attention_varlen(
         q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale=softmax_scale, causal=causal,
         window_size=window_size, mode=mode, return_lse=return_attn_probs, threads=threads,
+        softcap=softcap, alibi_slopes=alibi_slopes,
     )  # fmt: skip
     return (*result, None) if return_attn_probs else result
 
@@ -145,49 +142,12 @@ def _check_bool(name: str, value: Any) -> None:
         raise TypeError(f"{name}: got {type(value).__name__}, want a bool")
 
 
-def _ranges_of_mask(mask: Any, batch: int, seqlen_q: int, seqlen_k: int) -> list[KeyRange] | None:
-    """Return the key range of each sequence when a mask is padding only, else None."""
-    numbers = np.asarray(mask.detach().float() if torch_of(mask) and mask.is_floating_point()
-                         else mask)  # fmt: skip
-    if numbers.dtype != np.bool_:
-        lowest = np.finfo(np.float32).min
-        if not np.all((numbers == 0) | (numbers <= lowest)):
-            return None
-        numbers = numbers == 0
-    while numbers.ndim < 4:
-        numbers = numbers[None]
-    heads, queries = numbers.shape[1], numbers.shape[2]
-    if (heads > 1 and np.any(numbers != numbers[:, :1])) or (
-        queries > 1 and np.any(numbers != numbers[:, :, :1])
-    ):
-        return None
-    keys = np.broadcast_to(numbers[:, 0, 0], (batch, seqlen_k)) if queries else None
-    if keys is None or seqlen_q == 0:
-        return [(0, seqlen_k)] * batch
-    ranges = []
-    for row in keys:
-        seen = np.flatnonzero(row)
-        first, last = (int(seen[0]), int(seen[-1]) + 1) if seen.size else (0, 0)
-        if last - first != seen.size:
-            return None
-        ranges.append((first, last))
-    return ranges
-
-
-def _check_mask(mask: Any, query: Array, key: Array) -> None:
-    shape = getattr(mask, "shape", None)
-    if not isinstance(shape, tuple):
+def _check_mask(mask: Any) -> None:
+    if not isinstance(getattr(mask, "shape", None), tuple):
         raise TypeError(f"attn_mask: got {type(mask).__name__}, want an array or None")
     kind = str(mask.dtype).removeprefix("torch.")
-    if kind != "bool" and not kind.startswith(("float", "bfloat")):
-        raise TypeError(f"attn_mask: got dtype {kind}, want bool or float")
-    wanted = (*query.shape[:-1], key.shape[-2])
-    shape = tuple(shape)
-    fits = 1 <= len(shape) <= len(wanted) and all(
-        got in (1, want) for got, want in zip(reversed(shape), reversed(wanted), strict=False)
-    )
-    if not fits:
-        raise ValueError(f"attn_mask: got shape {shape}, want one that broadcasts to {wanted}")
+    if kind not in ("bool", "float16", "bfloat16", "float32"):
+        raise TypeError(f"attn_mask: got dtype {kind}, want bool, float32, float16 or bfloat16")
 
 
 def scaled_dot_product_attention(
@@ -212,9 +172,9 @@ def scaled_dot_product_attention(
     key, value : Array
         ``[batch, nheads_k, seqlen_k, head_dim]``, or without the batch.
     attn_mask : Array, optional
-        Padding of keys: bool (True: seen) or float (0 or -inf), the same for all heads and
-        queries, with the seen keys of a sequence next to each other. Anything else raises
-        UnsupportedError.
+        Broadcasts to ``[batch, nheads_q, seqlen_q, seqlen_k]``; bool (True: seen), or float32,
+        float16 or bfloat16, added to the scores. Numbers below -2^100, torch's lowest float among
+        them, hide a key, also from a query that sees no other.
     dropout_p : float
         Only 0.
     is_causal : bool
@@ -229,7 +189,7 @@ def scaled_dot_product_attention(
     Returns
     -------
     Array
-        As query. A query that sees no key gets 0.
+        As query, with value's head_dim. A query that sees no key gets 0.
     """
     if isinstance(dropout_p, bool) or not isinstance(dropout_p, (int, float)):
         raise TypeError(f"dropout_p: got {type(dropout_p).__name__}, want a float")
@@ -251,19 +211,13 @@ def scaled_dot_product_attention(
     if attn_mask is not None:
         if is_causal:
             raise ValueError("attn_mask: got a mask with is_causal=True, want one of the two")
-        _check_mask(attn_mask, query, key)
+        _check_mask(attn_mask)
     if rank == 3:
         query, key, value = query[None], key[None], value[None]
     options: dict[str, Any] = {
         "layout": "bhsd", "softmax_scale": scale, "mode": mode, "threads": threads,
     }  # fmt: skip
-    if attn_mask is None:
-        out = attention(query, key, value, causal=is_causal, align="top_left", **options)
-    else:
-        sizes = (query.shape[0], query.shape[2], key.shape[2])
-        ranges = _ranges_of_mask(attn_mask, *sizes)
-        if ranges is None:
-            _refuse("attn_mask", "a mask that is not padding", "None, is_causal or padding of keys")
-        assert ranges is not None
-        out = finish(query, attend_ranges(query, key, value, ranges, **options))
+    out = attention(
+        query, key, value, causal=is_causal, align="top_left", attn_mask=attn_mask, **options
+    )
     return out[0] if rank == 3 else out

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from attn8 import _core
 from attn8.arrays import Array
-from attn8.functional import operand
+from attn8.functional import operand, sizes_of
+from attn8.scores import score_changes
 
 Doubles = NDArray[np.float64]
 
@@ -83,6 +84,7 @@ def attention(
     align: str = "bottom_right",
     window_size: tuple[int, int] = (-1, -1),
     rows: Any = None,
+    **scores: Any,
 ) -> tuple[Doubles, Doubles]:
     """Compute exact attention in float64 with plain loops.
 
@@ -92,16 +94,19 @@ def attention(
         As for :func:`attn8.attention`; floats only.
     rows : sequence of int, optional
         Query positions to compute; the others are left 0.
+    **scores
+        What changes scores, from softcap to k_offset, as for :func:`attn8.attention`.
 
     Returns
     -------
     out, lse : ndarray
-        float64, shaped as q, and ``[batch, nheads_q, seqlen_q]``.
+        float64, shaped as q (with v's head_dim), and ``[batch, nheads_q, seqlen_q]``.
     """
     operands = operand(q, "q", layout), operand(k, "k", layout), operand(v, "v", layout)
+    changes = score_changes(sizes_of(q, k, layout), **scores)
     out, lse, _ = _core.reference_attention(
         *operands, layout, _rows(rows), True, "exact", softmax_scale, causal, align, window_size,
-        0, "token", True, "e4m3",
+        0, "token", True, "e4m3", changes,
     )  # fmt: skip
     return _in_layout(out, layout), lse.transpose(0, 2, 1)
 
@@ -122,6 +127,7 @@ def emulation(
     smooth_k: bool = True,
     fp8_format: str = "e4m3",
     rows: Any = None,
+    **scores: Any,
 ) -> Emulation:
     """Compute a mode's arithmetic in float64, but for its codes and the rounding of P.
 
@@ -132,11 +138,14 @@ smooth_k, fp8_format
         As for :func:`attn8.attention`; mode is accurate, paper, half or fp8.
     rows : sequence of int, optional
         Query positions to compute; the others are left 0.
+    **scores
+        What changes scores, from softcap to k_offset, as for :func:`attn8.attention`.
     """
     operands = operand(q, "q", layout), operand(k, "k", layout), operand(v, "v", layout)
+    changes = score_changes(sizes_of(q, k, layout), **scores)
     out, lse, bound = _core.reference_attention(
         *operands, layout, _rows(rows), False, mode, softmax_scale, causal, align, window_size,
-        kv_block, v_granularity, smooth_k, fp8_format,
+        kv_block, v_granularity, smooth_k, fp8_format, changes,
     )  # fmt: skip
     assert bound is not None
     return Emulation(_in_layout(out, layout), lse.transpose(0, 2, 1), _in_layout(bound, layout))

@@ -21,6 +21,7 @@ from attn8 import functional, rotation
 from attn8.errors import UnsupportedError
 from attn8.interfaces import scaled_dot_product_attention
 from attn8.quantization import QuantizedTensor
+from attn8.scores import Changes
 
 
 def _lse_shape(q: torch.Tensor, layout: str) -> tuple[int, int, int]:
@@ -47,13 +48,23 @@ def attention(
     fp8_format: str = "e4m3",
     threads: int | None = None,
     isa: str | None = None,
+    softcap: float = 0.0,
+    attn_mask: torch.Tensor | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    seqlens_k: torch.Tensor | None = None,
+    leftpad_k: torch.Tensor | None = None,
+    q_offset: int = 0,
+    k_offset: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (out, lse) of :func:`attn8.attention`, for float tensors."""
     out, lse = functional.attention(
         q.detach(), k.detach(), v.detach(), layout=layout, mode=mode, softmax_scale=softmax_scale,
         causal=causal, align=align, window_size=(window_left, window_right), kv_block=kv_block,
         v_granularity=v_granularity, smooth_k=smooth_k, check_finite=check_finite,
-        fp8_format=fp8_format, return_lse=True, threads=threads, isa=isa,
+        fp8_format=fp8_format, return_lse=True, threads=threads, isa=isa, softcap=softcap,
+        attn_mask=attn_mask, alibi_slopes=alibi_slopes, sinks=sinks, seqlens_k=seqlens_k,
+        leftpad_k=leftpad_k, q_offset=q_offset, k_offset=k_offset,
     )  # fmt: skip
     return out, lse
 
@@ -62,13 +73,14 @@ def attention(
 def _(
     q: torch.Tensor,
     k: torch.Tensor,  # noqa: ARG001
-    v: torch.Tensor,  # noqa: ARG001
+    v: torch.Tensor,
     layout: str = "bshd",
     *_args: Any,
     **_options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     lse = torch.empty(_lse_shape(q, layout), dtype=torch.float32, device=q.device)
-    return torch.empty(q.shape, dtype=q.dtype, device=q.device), lse
+    shape = (*q.shape[:3], v.shape[3])
+    return torch.empty(shape, dtype=q.dtype, device=q.device), lse
 
 
 @torch.library.custom_op("attn8::attention_quantized", mutates_args=(), device_types="cpu")
@@ -103,14 +115,15 @@ def _(
     k_codes: torch.Tensor,  # noqa: ARG001
     k_scale: torch.Tensor,  # noqa: ARG001
     k_mean: torch.Tensor | None,  # noqa: ARG001
-    v_codes: torch.Tensor,  # noqa: ARG001
+    v_codes: torch.Tensor,
     v_scale: torch.Tensor,  # noqa: ARG001
     layout: str = "bshd",
     *_args: Any,
     **_options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     lse = torch.empty(_lse_shape(q, layout), dtype=torch.float32, device=q.device)
-    return torch.empty(q.shape, dtype=q.dtype, device=q.device), lse
+    shape = (*q.shape[:3], v_codes.shape[3])
+    return torch.empty(shape, dtype=q.dtype, device=q.device), lse
 
 
 @torch.library.custom_op("attn8::rotate", mutates_args=(), device_types="cpu")
@@ -145,6 +158,7 @@ def traced_attention(
     threads: int | None,
     isa: str | None,
     out_dtype: torch.dtype,
+    changes: Changes | None,
 ) -> Any:
     """Stand in for :func:`attn8.attention` while torch traces."""
     if out is not None:
@@ -156,15 +170,16 @@ def traced_attention(
         result = attention(
             q, k, v, layout, mode, softmax_scale, causal, align, window_size[0], window_size[1],
             kv_block, v_granularity, smooth_k, check_finite, fp8_format, threads, isa,
+            *(changes or ()),
         )  # fmt: skip
     else:
-        plain = (mode, align, kv_block, check_finite, isa) == (
-            "accurate", "bottom_right", 0, False, None,
+        plain = (mode, align, kv_block, check_finite, isa, changes) == (
+            "accurate", "bottom_right", 0, False, None, None,
         )  # fmt: skip
         if not all(quantized) or not plain:
             raise UnsupportedError(
                 "k, v: got a QuantizedTensor under torch.compile, want both quantized and mode, "
-                "align, kv_block, check_finite and isa at their defaults"
+                "align, kv_block, check_finite, isa and what changes scores at their defaults"
             )
         for name, x in (("k", k), ("v", v)):
             if x.granularity != "token" or x.layout != layout:
@@ -226,7 +241,7 @@ def route_sdpa(mode: str = "accurate", *, fallback: bool = True) -> Iterator[_Ro
     mode : str
         Mode of :func:`attn8.attention`.
     fallback : bool
-        Leave to torch what attn8 refuses: masks that are not padding, dropout, gradients, other
+        Leave to torch what attn8 refuses: dropout, gradients, other
         devices and types. False: raise.
 
     Yields

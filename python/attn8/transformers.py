@@ -22,7 +22,7 @@ from attn8.arrays import without_grad
 from attn8.errors import UnsupportedError
 from attn8.functional import attention
 from attn8.int8_cache import Int8Cache, layer_of
-from attn8.padding import KeyRange, attend_ranges
+from attn8.padding import KeyRange
 from attn8.rotation import rotate
 
 __all__ = ["Int8Cache", "attention_function", "register"]
@@ -31,8 +31,6 @@ Window = tuple[int, int]
 
 # Arguments of attention that change its result, in one model or another, and are not computed.
 _REFUSED = (
-    "softcap",
-    "s_aux",
     "position_bias",
     "head_mask",
     "cu_seq_lens_q",
@@ -52,12 +50,11 @@ def _narrower(a: int, b: int) -> int:
     return max(a, b) if -1 in (a, b) else min(a, b)
 
 
-def _window_of(function: Any) -> tuple[bool, Window]:
-    """Read causality and window off a mask function of transformers.
+def _window_of(function: Any) -> tuple[bool, Window] | None:
+    """Read causality and window off a mask function of transformers; None where it is another.
 
     The functions are closures made by transformers' own factories; their names and variables are
-    what tells them apart. Whatever is not known raises: a mask that is ignored would give wrong
-    results in silence.
+    what tells them apart.
     """
     if function is causal_mask_function:
         return True, (-1, -1)
@@ -69,7 +66,10 @@ def _window_of(function: Any) -> tuple[bool, Window]:
     if name == "and_masks":
         causal, window = False, (-1, -1)
         for part in variables["mask_functions"]:
-            part_causal, (left, right) = _window_of(part)
+            read = _window_of(part)
+            if read is None:
+                return None
+            part_causal, (left, right) = read
             causal = causal or part_causal
             window = _narrower(window[0], left), _narrower(window[1], right)
         return causal, window
@@ -78,9 +78,7 @@ def _window_of(function: Any) -> tuple[bool, Window]:
     if name == "sliding_window_bidirectional_overlay":  # |q - kv| <= sliding_window
         width = int(variables["sliding_window"])
         return False, (width, width)
-    raise UnsupportedError(
-        f"mask_function: got {name}, want causal, bidirectional or a sliding window of these"
-    )
+    return None
 
 
 def _mask(
@@ -92,22 +90,29 @@ def _mask(
     mask_function: Callable[..., Any] = causal_mask_function,
     attention_mask: torch.Tensor | None = None,
     cache_position: torch.Tensor | None = None,
-    **_options: Any,
+    **options: Any,
 ) -> torch.Tensor | None:
-    """Return None, or the padding ``[batch, kv_length]`` with the window as an attribute.
+    """Return None, the padding ``[batch, kv_length]`` with the window as an attribute, or a mask.
 
     Registered as the mask function; transformers 4.57 passes ``cache_position`` where 5.x passes
-    ``q_length`` and ``q_offset``.
+    ``q_length`` and ``q_offset``. A mask bool ``[batch, 1, q_length, kv_length]`` stands for what
+    is no window: packed sequences, chunks, a cache with room to spare.
     """
+    where = {"q_length": q_length, "q_offset": q_offset}
     if cache_position is not None:
+        where = {"cache_position": cache_position}
         q_length, q_offset = cache_position.shape[0], int(cache_position[0])
-    causal, window = _window_of(mask_function)
+    read = _window_of(mask_function)
     end_of_queries, end_of_keys = int(q_offset) + int(q_length), int(kv_offset) + int(kv_length)
-    if causal and end_of_queries != end_of_keys:
-        raise UnsupportedError(
-            f"past_key_values: got a cache that holds {end_of_keys} positions for "
-            f"{end_of_queries} tokens, want one without room to spare (DynamicCache, Int8Cache)"
-        )
+    if read is None or (read[0] and end_of_queries != end_of_keys):
+        skips = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+        dense: torch.Tensor | None = masking_utils.sdpa_mask(
+            batch_size=batch_size, kv_length=kv_length, kv_offset=kv_offset,
+            mask_function=mask_function, attention_mask=attention_mask,
+            **{**options, **skips, **where},
+        )  # fmt: skip
+        return dense
+    window = read[1]
     padding = None
     if attention_mask is not None:
         padding = attention_mask[:, int(kv_offset) : end_of_keys].bool()
@@ -125,23 +130,17 @@ def _mask(
     return padding
 
 
-def _ranges(padding: torch.Tensor) -> list[KeyRange]:
-    """Return first and last key of each row of a padding mask, which must have no holes."""
-    found: list[KeyRange] | None = getattr(padding, "attn8_ranges", None)
-    if found is None:
-        keys = padding.shape[1]
+def _ranges(padding: torch.Tensor) -> list[KeyRange] | None:
+    """Return first and last key of each row of a padding mask; None where one has holes."""
+    # The layers of one forward pass share the mask: read it once.
+    if not hasattr(padding, "attn8_ranges"):
         counts = padding.sum(1).tolist()
         starts = padding.to(torch.uint8).argmax(1).tolist()
-        found = [(s, s + n) for s, n in zip(starts, counts, strict=True)]
-        for i, (first, last) in enumerate(found):
-            if last > keys or not bool(padding[i, first:last].all()):
-                raise UnsupportedError(
-                    f"attention_mask: got row {i} with padding between its tokens, want padding "
-                    "at its ends only"
-                )
-        # The layers of one forward pass share the mask: read it once.
-        padding.attn8_ranges = found
-    return found
+        found = [(first, first + n) for first, n in zip(starts, counts, strict=True)]
+        whole = all(bool(padding[i, first:last].all()) for i, (first, last) in enumerate(found))
+        padding.attn8_ranges = found if whole else None
+    ranges: list[KeyRange] | None = padding.attn8_ranges
+    return ranges
 
 
 def _module_window(sliding_window: int | None, causal: bool) -> Window:
@@ -161,6 +160,8 @@ def _attention(
     scaling: float | None = None,
     is_causal: bool | None = None,
     sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     *,
     mode: str = "accurate",
     rotated: bool = True,
@@ -173,9 +174,13 @@ def _attention(
     query : Tensor
         ``[batch, nheads_q, seqlen_q, head_dim]``.
     key, value : Tensor
-        ``[batch, nheads_k, seqlen_k, head_dim]``, not repeated; or the codes of an Int8Cache.
+        ``[batch, nheads_k, seqlen_k, head_dim]``, not repeated; or the stand-ins of an Int8Cache.
     attention_mask : Tensor, optional
-        What :func:`_mask` returned.
+        What :func:`_mask` returned, or the user's own mask of 4 dimensions, bool or added.
+    softcap : float, optional
+        Of the scores.
+    s_aux : Tensor, optional
+        Attention sinks ``[nheads_q]``.
 
     Returns
     -------
@@ -191,11 +196,14 @@ def _attention(
             raise UnsupportedError(f"{name}: got {type(options[name]).__name__}, want None")
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     window = _module_window(sliding_window, causal)
-    if attention_mask is not None:
+    seqlen_q, seqlen_k = query.shape[2], key.shape[2]
+    dense = ranges = None
+    if attention_mask is not None and attention_mask.ndim == 4:
+        dense, causal, window = attention_mask, False, (-1, -1)
+    elif attention_mask is not None:
         if attention_mask.ndim != 2:
             raise UnsupportedError(
-                f"attention_mask: got {attention_mask.ndim} dimensions, want a padding mask "
-                "[batch, tokens]"
+                f"attention_mask: got {attention_mask.ndim} dimensions, want 2 or 4"
             )
         masked = getattr(attention_mask, "attn8_window", (-1, -1))
         if masked != (-1, -1):
@@ -205,35 +213,46 @@ def _attention(
                     "want the same"
                 )
             window = masked
-    seqlen_q, seqlen_k = query.shape[2], key.shape[2]
-    if causal and seqlen_q > seqlen_k:
-        raise ValueError(f"key: got {seqlen_k} tokens, want at least the {seqlen_q} of query")
-    # A single query sees all keys whatever the diagonal.
-    mask: dict[str, Any] = {"causal": causal and seqlen_q > 1, "window_size": window}
-    if seqlen_q == 1 and causal:
-        mask["window_size"] = (window[0], -1)
-    ranges = None
-    if attention_mask is not None:
         if attention_mask.shape[1] != seqlen_k:
             raise ValueError(
                 f"attention_mask: got {attention_mask.shape[1]} tokens, want {seqlen_k}, as key"
             )
         ranges = _ranges(attention_mask)
+        if ranges is None:
+            dense = attention_mask[:, None, None]
+    if causal and seqlen_q > seqlen_k:
+        raise ValueError(f"key: got {seqlen_k} tokens, want at least the {seqlen_q} of query")
+    # A single query sees all keys whatever the diagonal.
+    common: dict[str, Any] = {"causal": causal and seqlen_q > 1, "window_size": window}
+    if seqlen_q == 1 and causal:
+        common["window_size"] = (window[0], -1)
+    common["softmax_scale"] = scaling
+    if softcap is not None:
+        common["softcap"] = softcap
+    if s_aux is not None:
+        common["sinks"] = s_aux.detach().to(torch.float32)
     layer = layer_of(key, value)
     if layer is not None:
-        if mode != "accurate":
-            raise UnsupportedError(
-                f"past_key_values: got an Int8Cache with mode {mode}, want accurate"
-            )
-        return layer.attend(query, ranges, softmax_scale=scaling, **mask), None
+        for got, cannot in (
+            (f"mode {mode}", mode != "accurate"),
+            ("a mask that is not padding at the ends", dense is not None),
+            ("softcap", softcap is not None),
+            ("attention sinks", s_aux is not None),
+        ):
+            if cannot:
+                raise UnsupportedError(
+                    f"past_key_values: got an Int8Cache with {got}, want DynamicCache"
+                )
+        return layer.attend(query, ranges, **common), None
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     if rotated and mode in ("accurate", "half"):
         q, k = rotate(without_grad(q, "q")), rotate(without_grad(k, "k"))
-    common: dict[str, Any] = {"softmax_scale": scaling, "mode": mode, "layout": "bshd"}
-    if ranges is None:
-        out = attention(q, k, v, **common, **mask)
-    else:
-        out = attend_ranges(q, k, v, ranges, **common, **mask)
+    if ranges is not None:
+        # Queries keep their positions among the padded keys.
+        common.update(align="top_left", q_offset=seqlen_k - seqlen_q)
+        first, last = torch.tensor(ranges, dtype=torch.int32).unbind(1)
+        common.update(leftpad_k=first, seqlens_k=last)
+    out = attention(q, k, v, attn_mask=dense, mode=mode, **common)
     return out.to(query.dtype), None
 
 
@@ -259,10 +278,10 @@ def register(name: str = "attn8", *, mode: str = "accurate", rotate: bool = True
 
     Notes
     -----
-    Padding on either side, grouped heads, sliding windows, any cache without spare room, and
-    :class:`Int8Cache` are honoured. Score caps, attention sinks, position biases, 4-D masks,
-    packed sequences, chunked attention, dropout and ``output_attentions`` raise
-    :class:`attn8.UnsupportedError`. Outputs at padded positions are 0 in causal models.
+    Padding, grouped heads, sliding windows, score caps, attention sinks, masks of 4 dimensions,
+    packed sequences, chunked attention, any cache of Transformers and :class:`Int8Cache` are
+    honoured. Position biases, dropout and ``output_attentions`` raise
+    :class:`attn8.UnsupportedError`. Outputs at padded positions mean nothing.
     """
     if not isinstance(name, str) or not name:
         raise TypeError(f"name: got {name!r}, want a str that is not empty")

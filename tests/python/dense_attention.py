@@ -21,18 +21,28 @@ def visible(seqlen_q, seqlen_k, causal=False, align="bottom_right", window_size=
     return seen
 
 
-def dense_attention(q, k, v, softmax_scale=None, seen=None):
-    """Attention of ``[batch, seq, heads, dim]`` arrays; returns out and lse [batch, heads, seq]."""
+def dense_attention(q, k, v, softmax_scale=None, seen=None, softcap=0, bias=None, sinks=None):
+    """Attention of ``[batch, seq, heads, dim]`` arrays; returns out and lse [batch, heads, seq].
+
+    ``seen`` and ``bias`` broadcast to ``[batch, heads, seqlen_q, seqlen_k]``; ``sinks`` is
+    ``[heads]``.
+    """
     q, k, v = (np.asarray(x, np.float64).transpose(0, 2, 1, 3) for x in (q, k, v))
     group = q.shape[1] // k.shape[1]
     k, v = np.repeat(k, group, 1), np.repeat(v, group, 1)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     scores = scale * np.einsum("bhid,bhjd->bhij", q, k)
+    if softcap:
+        scores = softcap * np.tanh(scores / softcap)
+    if bias is not None:
+        scores = scores + bias
     if seen is not None:
         scores = np.where(seen, scores, -np.inf)
     highest = scores.max(-1, initial=-1e300, keepdims=True)
+    sink = -np.inf if sinks is None else np.asarray(sinks, np.float64)[:, None, None]
+    highest = np.maximum(highest, sink)
     weights = np.exp(scores - highest)
-    total = weights.sum(-1, keepdims=True)
+    total = weights.sum(-1, keepdims=True) + np.exp(sink - highest)
     with np.errstate(divide="ignore", invalid="ignore"):
         out = np.where(total > 0, np.einsum("bhij,bhjd->bhid", weights, v) / total, 0.0)
         lse = np.where(total > 0, highest + np.log(total), -np.inf)[..., 0]

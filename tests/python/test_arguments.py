@@ -43,7 +43,7 @@ BAD = [
     ({"q": np.float32(1)}, ValueError, "q: got 0 dimensions, want 4"),
     ({"q": X[0]}, ValueError, "q: got 3 dimensions, want 4"),
     ({"k": X[0]}, ValueError, "k: got 3 dimensions, want 4"),
-    ({"v": 3}, TypeError, "v: got int 3, want an array"),
+    ({"v": 3}, TypeError, "v: got int, want an array"),
     ({"q": X.astype(np.float64)}, TypeError, "q: got ndarray of dtype float64, want float32"),
     ({"k": X.astype(np.int32)}, TypeError, "k: got ndarray of dtype int32, want float32"),
     ({"v": X.astype(np.int8)}, TypeError, "v: got ndarray of dtype int8, want float32"),
@@ -224,6 +224,15 @@ OPTIONS = {
     "block_channel"], "smooth_k": [True, False], "check_finite": [True, False],
     "fp8_format": ["e4m3", "e5m2"], "return_lse": [True, False], "threads": [None, 1, 2, 5],
     "isa": [None, "scalar", "avx2", "avx_vnni", "avx512_vnni"],
+    "softcap": [0.0, 2.0, -1.0, float("nan"), 1e30],
+    "attn_mask": [np.ones((1, 1, 1, 3), "?"), np.zeros((3, 3), "f4"), np.full((5, 5), np.nan, "f2"),
+    np.ones((4, 1, 1), "?")],
+    "alibi_slopes": [np.ones(2, "f4"), np.ones(4, "f4"), np.full((2, 4), np.inf, "f4")],
+    "sinks": [np.ones(2, "f4"), np.full(4, np.nan, "f4"), np.ones(1, "f4")],
+    "seqlens_k": [np.int32([1]), np.int32([2, 3]), np.int32([-1]), np.int32([200])],
+    "leftpad_k": [np.int32([0]), np.int32([1, 1]), np.int32([-1])],
+    "q_offset": [0, 5, -3, 2**48, 2**62], "k_offset": [0, 7, -(2**48), 2**63],
+    "rotate": [True, False],
 }
 ok = refused = 0
 for _ in range(int(sys.argv[2])):

@@ -100,8 +100,6 @@ def test_flash_attn_varlen():
 X = np.zeros((1, 4, 2, 8), np.float32)
 UNSUPPORTED = [
     ({"dropout_p": 0.1}, "dropout_p: got 0.1, want 0.0"),
-    ({"softcap": 30.0}, "softcap: got 30.0, want 0.0"),
-    ({"alibi_slopes": X}, "alibi_slopes: got ndarray, want None"),
 ]
 
 
@@ -170,9 +168,6 @@ K = np.zeros((2, 4, 5, 8), np.float32)
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"attn_mask": np.tril(np.ones((3, 5), bool))}, NotImplementedError, "attn_mask: got a m"),
-        ({"attn_mask": np.float32([0, 1, 0, 0, 0])}, NotImplementedError, "attn_mask: got a mask"),
-        ({"attn_mask": np.array([1, 0, 1, 1, 1], bool)}, NotImplementedError, "attn_mask: got a m"),
         ({"attn_mask": np.ones((3, 4), bool)}, ValueError, r"attn_mask: got shape \(3, 4\), want"),
         ({"attn_mask": np.ones((1, 2, 4, 3, 5), bool)}, ValueError, "attn_mask: got shape"),
         ({"attn_mask": np.ones((3, 5), int)}, TypeError, "attn_mask: got dtype int64, want bool"),
@@ -185,7 +180,7 @@ K = np.zeros((2, 4, 5, 8), np.float32)
         ({"key": K[:, :2], "value": K[:, :2]}, ValueError, "key: got 2 heads with enable_gqa=Fal"),
         ({"query": Q[0]}, ValueError, "key: got 4 dimensions, want 3"),
         ({"query": Q[0, 0]}, ValueError, "query: got 2 dimensions, want 3 or 4"),
-        ({"value": K[..., :4]}, ValueError, "v.shape got"),
+        ({"value": K[:, :, :4]}, ValueError, "v.shape"),
     ],
 )
 def test_sdpa_refuses(change, error, message):

@@ -232,21 +232,27 @@ def test_routing_answers_inside_the_block_only():
 
 def test_routing_leaves_the_rest_to_torch():
     q, k, v = bhsd(*tensors(nheads_k=4))
-    mask = torch.rand(33, 70) > 0.5
     leaf = q.clone().requires_grad_()
     with torch_ops.route_sdpa() as calls:
-        out = F.scaled_dot_product_attention(q, k, v, mask)
         F.scaled_dot_product_attention(leaf, k, v).sum().backward()
         F.scaled_dot_product_attention(q.double(), k.double(), v.double())
         F.scaled_dot_product_attention(q, k, v, dropout_p=0.5)
-    assert (calls.routed, calls.left) == (0, 4)
+    assert (calls.routed, calls.left) == (0, 3)
     assert leaf.grad is not None
-    assert torch.equal(out, F.scaled_dot_product_attention(q, k, v, mask))
     with (
         torch_ops.route_sdpa(fallback=False),
-        pytest.raises(attn8.UnsupportedError, match="attn_mask: got a mask"),
+        pytest.raises(attn8.UnsupportedError, match=r"dropout_p: got 0\.5"),
     ):
-        F.scaled_dot_product_attention(q, k, v, mask)
+        F.scaled_dot_product_attention(q, k, v, dropout_p=0.5)
+
+
+def test_routing_takes_masks():
+    q, k, v = bhsd(*tensors(nheads_k=4))
+    mask = torch.rand(33, 70, generator=torch.Generator().manual_seed(0)) > 0.5
+    with torch_ops.route_sdpa(mode="exact") as calls:
+        out = F.scaled_dot_product_attention(q, k, v, mask)
+    assert (calls.routed, calls.left) == (1, 0)
+    torch.testing.assert_close(out, F.scaled_dot_product_attention(q, k, v, mask))
 
 
 def test_routing_does_not_reach_other_threads():

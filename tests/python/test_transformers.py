@@ -274,6 +274,84 @@ def test_cache_without_tokens():
     assert cache.get_seq_length() == TOKENS
 
 
+# Masks that are not padding, and scores that models change.
+
+
+def agree(model, bound=0.02, reference="sdpa", **inputs):
+    inputs = {"input_ids": ids(), **inputs}
+    seen = inputs.get("attention_mask", torch.ones(BATCH, TOKENS))
+    seen = seen.bool() if seen.ndim == 2 else torch.ones(BATCH, TOKENS, dtype=torch.bool)
+    wanted = forward(model, reference, **inputs)[seen]
+    assert distance(forward(model, "attn8-exact", **inputs)[seen], wanted) < 2e-5
+    assert 0 < distance(forward(model, "attn8", **inputs)[seen], wanted) < bound
+
+
+@pytest.mark.parametrize("make", [llama, mistral])
+def test_padding_with_holes(make):
+    holes = padding("left")
+    holes[1, 20] = holes[0, 15:18] = 0
+    agree(make(), attention_mask=holes)
+
+
+def test_masks_of_four_dimensions():
+    generator = torch.Generator().manual_seed(2)
+    seen = torch.rand(BATCH, 1, TOKENS, TOKENS, generator=generator) < 0.5
+    seen |= torch.eye(TOKENS, dtype=torch.bool)
+    agree(llama(), attention_mask=seen)
+    agree(llama(), attention_mask=torch.where(seen, 0.0, torch.finfo(torch.float32).min))
+
+
+def test_packed_sequences():
+    positions = torch.arange(TOKENS) % 25
+    agree(llama(), position_ids=positions.expand(BATCH, -1), use_cache=False)
+
+
+def test_chunked_attention():
+    from transformers.masking_utils import chunked_causal_mask_function
+
+    starts = torch.zeros(1, dtype=torch.long)
+    mask = integration._mask(
+        **({"q_length": 50, "q_offset": 0} if V5 else {"cache_position": torch.arange(50)}),
+        batch_size=1, kv_length=50, kv_offset=0,
+        mask_function=chunked_causal_mask_function(8, starts),
+    )  # fmt: skip
+    i, j = torch.arange(50)[:, None], torch.arange(50)
+    assert torch.equal(mask[0, 0], (j <= i) & (j // 8 == i // 8))
+
+
+def test_a_cache_with_room_to_spare():
+    model = llama()
+    wanted = generate(model, "sdpa", cache_implementation="static")
+    out = generate(model, "attn8-exact", cache_implementation="static")
+    assert torch.equal(out, wanted)
+
+
+def test_softcap():
+    config = transformers.Gemma2Config(
+        **SIZES, num_key_value_heads=2, head_dim=32, attn_logit_softcapping=5.0,
+        query_pre_attn_scalar=1, sliding_window=16,
+    )  # fmt: skip
+    model = build(config, transformers.Gemma2ForCausalLM)
+    agree(model, 0.05, reference="eager", attention_mask=padding("left"))
+    uncapped = build(config, transformers.Gemma2ForCausalLM)
+    for layer in uncapped.model.layers:
+        layer.self_attn.attn_logit_softcapping = None
+    out, plain = (forward(m, "attn8-exact", input_ids=ids()) for m in (model, uncapped))
+    assert distance(plain, out) > 1e-4  # the cap is felt
+
+
+def test_attention_sinks():
+    config = transformers.GptOssConfig(
+        **SIZES, num_key_value_heads=2, head_dim=32, sliding_window=16, num_local_experts=2,
+        num_experts_per_tok=1, pad_token_id=0,
+    )  # fmt: skip
+    model = build(config, transformers.GptOssForCausalLM)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.sinks.copy_(torch.tensor([0.0, 1.0, 2.0, 3.0]))
+    agree(model, 0.05, reference="eager", attention_mask=padding("left"))
+
+
 # What cannot be honoured.
 
 
@@ -282,52 +360,29 @@ def refused(match, *, make=llama, error=None, implementation="attn8", **inputs):
         forward(make(), implementation, **{"input_ids": ids(), **inputs})
 
 
-def test_masks_that_are_not_padding():
+def test_position_bias_is_refused():
+    x = torch.zeros(1, 2, 4, 8)
+    for name in ("position_bias", "cu_seq_lens_q"):
+        with pytest.raises(attn8.UnsupportedError, match=f"{name}: got Tensor, want None"):
+            integration._attention(torch.nn.Module(), x, x, x, None, **{name: torch.zeros(2)})
+
+
+@pytest.mark.parametrize("change", [{"softcap": 30.0}, {"s_aux": torch.zeros(4)}])
+def test_int8_cache_has_no_score_changes(change):
+    cache, _, _, q = filled()
+    stand_ins = cache.layers[0].keys, cache.layers[0].values
+    with pytest.raises(attn8.UnsupportedError, match="past_key_values: got an Int8Cache with"):
+        integration._attention(torch.nn.Module(), q, *stand_ins, None, **change)
+
+
+def test_int8_cache_takes_no_holes():
     holes = padding("none")
     holes[1, 20] = 0
-    refused("attention_mask: got row 1 with padding between", attention_mask=holes)
-    square = torch.ones(BATCH, 1, TOKENS, TOKENS, dtype=torch.bool)
-    refused("attention_mask: got 4 dimensions, want", attention_mask=square)
-
-
-def test_packed_sequences():
-    positions = torch.arange(TOKENS) % 25
-    refused("mask_function: got packed_sequence", position_ids=positions[None], use_cache=False)
-
-
-def test_chunked_attention_is_refused():
-    from transformers.masking_utils import chunked_causal_mask_function
-
-    function = chunked_causal_mask_function(8, torch.zeros(1, dtype=torch.long))
-    with pytest.raises(attn8.UnsupportedError, match="mask_function: got chunked_overlay"):
-        integration._mask(1, 50, 50, 0, 0, function)
-
-
-def test_a_cache_with_room_to_spare():
-    model = llama()
-    model.set_attn_implementation("attn8")
-    with pytest.raises(attn8.UnsupportedError, match="past_key_values: got a cache that holds"):
-        model.generate(
-            input_ids=ids(), cache_implementation="static", max_new_tokens=5, pad_token_id=0
-        )
-
-
-@pytest.mark.parametrize("name", ["softcap", "s_aux", "position_bias", "cu_seq_lens_q"])
-def test_arguments_that_are_not_computed(name):
-    module = torch.nn.Module()
-    x = torch.zeros(1, 2, 4, 8)
-    with pytest.raises(attn8.UnsupportedError, match=f"{name}: got"):
-        integration._attention(module, x, x, x, None, **{name: torch.zeros(2)})
-
-
-def test_softcap_of_a_model_is_refused():
-    config = transformers.Gemma2Config(
-        **SIZES, num_key_value_heads=2, head_dim=32, attn_logit_softcapping=50.0
-    )
+    cache = integration.Int8Cache()
     refused(
-        "softcap: got float, want None",
-        make=lambda: build(config, transformers.Gemma2ForCausalLM),
-    )
+        "past_key_values: got an Int8Cache with a mask", attention_mask=holes,
+        past_key_values=cache,
+    )  # fmt: skip
 
 
 def test_training_is_refused():
