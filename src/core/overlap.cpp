@@ -41,9 +41,10 @@ Bytes bytes_of(const ConstTensorView& view) noexcept {
   bytes.run = static_cast<int64_t>(dtype_bytes(view.dtype));
   const int64_t size = bytes.run;
   for (size_t i = 0; i < 4; ++i) {
-    int64_t stride = view.strides[i] * size;
     const int64_t extent = view.shape[i];
-    if (extent <= 1 || stride == 0) continue;  // once, or the same bytes again
+    // Once (its stride may then be any number), or the same bytes again.
+    if (extent <= 1 || view.strides[i] == 0) continue;
+    int64_t stride = view.strides[i] * size;
     if (stride < 0) {
       bytes.begin -= static_cast<uintptr_t>(-stride) * static_cast<uintptr_t>(extent - 1);
       stride = -stride;

@@ -76,6 +76,7 @@ int64_t weight_of(int64_t distance) {
 // tanh(x ln 2 / 2) as the kernels' float32 operations give it: from 2^-|x| by a polynomial of
 // degree 5 in the distance to the nearest integer.
 float tanh_of_octaves(float x) {
+  if (std::isnan(x)) return x;  // of a poisoned token
   constexpr std::array<float, 5> kCoefficients = {0x1.62e42ap-1F, 0x1.ebf9bcp-3F, 0x1.c6b752p-5F,
                                                   0x1.3cea88p-7F, 0x1.5bba12p-10F};
   const float exponent = std::max(-126.0F, -std::abs(x));

@@ -68,7 +68,7 @@ void spoil(ByteReader& bytes, attn8_tensor& tensor) {
   switch (bytes.below(10)) {
     case 0:
       tensor.struct_size = bytes.pick(
-          {uint32_t{0}, uint32_t{8}, uint32_t{88}, uint32_t{92}, uint32_t{104}, UINT32_MAX});
+          {uint32_t{0}, uint32_t{8}, uint32_t{88}, uint32_t{92}, uint32_t{80}, UINT32_MAX});
       break;
     case 1:
       tensor.dtype = bytes.pick({5, -1, 255, 256, 3, 4, 1, 2, INT32_MIN});

@@ -4,6 +4,7 @@
 
 #include <gtest/gtest.h>
 
+#include <cstdint>
 #include <random>
 #include <set>
 #include <vector>
@@ -97,6 +98,15 @@ TEST(Overlap, SlicesOfOneBuffer) {
     EXPECT_EQ(overlap(out, view_at(offset - 2, DType::kFloat16, shape, strides)), part == 1);
     EXPECT_EQ(overlap(out, view_at(offset + 2, DType::kFloat16, shape, strides)), part == 3);
   }
+}
+
+/// The stride of a dimension of one element says nothing.
+TEST(Overlap, StridesOfOneElement) {
+  const Extents wild = {INT64_MAX, INT64_MIN, INT64_MAX / 2, -INT64_MAX};
+  const ConstTensorView one = view_at(64, DType::kFloat32, {1, 1, 1, 1}, wild);
+  EXPECT_TRUE(overlap(one, one));
+  EXPECT_TRUE(overlap(one, view_at(66, DType::kFloat16, {1, 1, 1, 1}, wild)));
+  EXPECT_FALSE(overlap(one, view_at(68, DType::kFloat32, {1, 1, 1, 1}, wild)));
 }
 
 }  // namespace
