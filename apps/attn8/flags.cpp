@@ -61,7 +61,8 @@ void ContextFlags::add(CLI::App& command) {
 }
 
 void ContextFlags::add_place(CLI::App& command) {
-  command.add_option("--isa", isa, "Insist on an instruction set: scalar, avx2, avx_vnni, avx512_vnni")
+  command
+      .add_option("--isa", isa, "Insist on an instruction set: scalar, avx2, avx_vnni, avx512_vnni")
       ->type_name("NAME");
   command.add_option("--device", device, "cpu, cuda or cuda:N")
       ->type_name("NAME")

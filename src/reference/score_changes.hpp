@@ -50,8 +50,8 @@ Lengths lengths_of(const AttentionInputs& inputs, int64_t b, int64_t seqlen_k);
 /// Sequence b alone with its first seqlen_k keys, without seqlens_k and leftpad_k.
 AttentionInputs sequence_of(const AttentionInputs& inputs, int64_t b, int64_t seqlen_k);
 
-/// make_problem(), then the Status compute(problem, inputs, out, lse, out_bound): once, or where sequences
-/// have lengths of their own, for each of them alone.
+/// make_problem(), then the Status compute(problem, inputs, out, lse, out_bound): once, or where
+/// sequences have lengths of their own, for each of them alone.
 template <class Compute>
 Status for_each_sequence(const AttentionInputs& inputs, std::optional<float> softmax_scale,
                          const Mask& mask, std::span<double> out, std::span<double> lse,
