@@ -47,9 +47,9 @@ double exact_row(const Problem& problem, const RowChanges& changes, const double
 
 void exact(const Problem& problem, const AttentionInputs& inputs, float softcap,
            std::span<double> out, std::span<double> lse) {
-  const auto& q = std::get<ConstTensorView>(inputs.q);
-  const auto& k = std::get<ConstTensorView>(inputs.k);
-  const auto& v = std::get<ConstTensorView>(inputs.v);
+  const auto& q = *std::get_if<ConstTensorView>(&inputs.q);
+  const auto& k = *std::get_if<ConstTensorView>(&inputs.k);
+  const auto& v = *std::get_if<ConstTensorView>(&inputs.v);
   const int64_t group = problem.nheads_q / problem.nheads_k;
   const KeyRange visible = problem.visible;
   std::vector<double> scores(static_cast<size_t>(visible.last - visible.first));
