@@ -55,6 +55,9 @@ struct PackedKv {
   }
 };
 
+/// A number of an attn_mask below this hides the key.
+inline constexpr float kHidingMask = -0x1p100f;
+
 /// What softcap, attn_mask and ALiBi make of the scores of a tile (docs/numerics.md, *Score
 /// changes*). The unit of scores is the mode's: 1/64 octaves in kAccurate, octaves elsewhere.
 struct ScoreChanges {

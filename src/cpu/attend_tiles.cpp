@@ -236,7 +236,7 @@ class TileRunner {
     if (call_.attn_mask->dtype == DType::kBool) return *at == std::byte{0};
     float value = 0;
     call_.table.load_row(at, call_.attn_mask->dtype, 1, 1, &value);
-    return value < -0x1p100f;
+    return value < kHidingMask;
   }
 
   bool run_tile(const Head& head, int64_t first_row, int64_t part, int64_t worker) const noexcept {

@@ -3,6 +3,7 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <span>
 
 #include "attn8/attention.hpp"
@@ -47,6 +48,11 @@ struct AttendSequence {
   int64_t first_task = 0;             ///< set by begin_tasks()
   int64_t first_partial = 0;          ///< set by begin_tasks()
 };
+
+/// An operand of AttendCall that may be missing.
+inline const ConstTensorView* view_or_null(const std::optional<ConstTensorView>& view) noexcept {
+  return view.has_value() ? &*view : nullptr;
+}
 
 /// Attention of a batch of sequences over packed K and V.
 struct AttendCall {

@@ -19,10 +19,6 @@ KeySplit split_of(const AttentionPlan::State& plan, KeyRange keys) noexcept {
                     plan.options.kv_block);
 }
 
-const ConstTensorView* view_or_null(const std::optional<ConstTensorView>& view) noexcept {
-  return view.has_value() ? &*view : nullptr;
-}
-
 Status attend(const Workspace& work, const AttentionInputs& inputs,
               const AttentionOutputs& outputs) noexcept {
   const AttentionPlan::State& plan = work.plan;

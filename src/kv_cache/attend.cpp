@@ -73,10 +73,6 @@ PackedHead pack_head(const PagePool& pool, const Sequence& sequence, int64_t hea
   return packed;
 }
 
-const ConstTensorView* view_or_null(const std::optional<ConstTensorView>& view) noexcept {
-  return view.has_value() ? &*view : nullptr;
-}
-
 }  // namespace
 
 Status KvCache::attend(std::span<const KvSequence> handles, const Operand& q,
@@ -168,8 +164,8 @@ Status KvCache::attend(std::span<const KvSequence> handles, const Operand& q,
                             .head_dim_v = head_dim,
                             .q = q,
                             .attn_mask = nullptr,
-                            .alibi_slopes = view_or_null(attention_options.alibi_slopes),
-                            .sinks = view_or_null(attention_options.sinks),
+                            .alibi_slopes = cpu::view_or_null(attention_options.alibi_slopes),
+                            .sinks = cpu::view_or_null(attention_options.sinks),
                             .outputs = outputs,
                             .sequences = sequences,
                             .workers = memory.base.get() + scale_bytes,

@@ -7,8 +7,6 @@
 inline constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 /// Only -Inf, the score of a hidden key, lies below it.
 inline constexpr float kLowestScore = std::numeric_limits<float>::lowest();
-/// A number of an attn_mask below this hides the key.
-inline constexpr float kHidingMask = -0x1p100f;
 
 alignas(64) inline constexpr float kLaneNumber[16] = {0, 1, 2,  3,  4,  5,  6,  7,
                                                       8, 9, 10, 11, 12, 13, 14, 15};
