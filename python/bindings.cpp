@@ -20,6 +20,7 @@
 
 #include "arguments.hpp"
 #include "attn8/attn8.hpp"
+#include "rotation.hpp"
 
 namespace attn8::python {
 namespace {
@@ -233,6 +234,29 @@ void dequantize(nb::handle x, nb::handle out, nb::handle layout_name, nb::handle
   check(status);
 }
 
+/// x rotated, to out [.., head_dim], which may be x itself.
+void rotate(nb::handle x, nb::handle out, nb::handle threads) {
+  const Context context = to_context(threads, nb::none());
+  const Arrays read = {import_array(x, "x", 4, false)};
+  const Array written = import_array(out, "out", 4, true);
+  const TensorView from = view_of(read[0], Layout::kBshd);
+  const TensorView to = view_of(written, Layout::kBshd);
+  for (const auto& [view, name, handle] : {std::tuple(from, "x", x), std::tuple(to, "out", out)}) {
+    if (!is_float(view.dtype)) {
+      raise_type_error(name, describe(handle), "float32, float16 or bfloat16");
+    }
+    if (view.device.type != DeviceType::kCpu) raise_value_error(name, "device cuda", "the CPU");
+  }
+  if (from.shape[3] < 1 || from.shape[3] > kMaxRotatedDim) {
+    raise_value_error("x", "head_dim " + std::to_string(from.shape[3]), "1 to 256");
+  }
+  if (to.shape != from.shape) raise_value_error("out", "another shape", "that of x");
+  const bool same = to.data == from.data && to.dtype == from.dtype && to.strides == from.strides;
+  if (!same) check_apart(to, "out", read);
+  const nb::gil_scoped_release release;
+  rotate_rows(from, to, context.threads);
+}
+
 /// (name, available, why not) of every instruction set, best first.
 std::vector<std::tuple<std::string, bool, std::string>> isas() {
   std::vector<std::tuple<std::string, bool, std::string>> found;
@@ -258,6 +282,7 @@ NB_MODULE(_core, module) {
   add(module, "quantize", &quantize);
   add(module, "dequantize", &dequantize);
   add(module, "merge_states", &merge_states);
+  add(module, "rotate", &rotate);
   add_reference(module);
   add_kv_cache(module);
   add(module, "address", &address);

@@ -18,6 +18,7 @@
 
 #include "arguments.hpp"
 #include "attn8/attn8.hpp"
+#include "rotation.hpp"
 
 namespace attn8::python {
 namespace {
@@ -58,17 +59,20 @@ auto without_gil(Body body) {
 }
 
 /// All rows of a packed array as one sequence.
-ConstTensorView whole(const Array& array) {
+TensorView whole(const Array& array) {
   return sequence(array, 0, static_cast<int64_t>(array.handle.shape(0)));
 }
 
-void append(KvCache& cache, nb::handle sequence, nb::handle k, nb::handle v, nb::handle threads,
-            nb::handle isa) {
+void append(KvCache& cache, nb::handle sequence, nb::handle k, nb::handle v, nb::handle rotate,
+            nb::handle threads, nb::handle isa) {
   const KvSequence to = to_sequence(sequence, "sequence");
   const Context context = to_context(threads, isa);
   const Array k_array = import_array(k, "k", 3, false);
   const Array v_array = import_array(v, "v", 3, false);
-  without_gil([&] { return cache.append(to, whole(k_array), whole(v_array), context); });
+  Rotation rotation(to_bool(rotate, "rotate"), context.threads);
+  without_gil([&] {
+    return cache.append(to, rotation.of(whole(k_array)), rotation.of(whole(v_array)), context);
+  });
 }
 
 /// Starts of the queries of each sequence; None: the same number for each.
@@ -96,7 +100,8 @@ std::vector<int32_t> query_starts(nb::handle cu_seqlens_q, size_t total, size_t 
 
 void attend(const KvCache& cache, nb::handle sequences, nb::handle q, nb::handle cu_seqlens_q,
             nb::handle out, nb::handle lse, nb::handle softmax_scale, nb::handle causal,
-            nb::handle align, nb::handle window_size, nb::handle threads, nb::handle isa) {
+            nb::handle align, nb::handle window_size, nb::handle rotate, nb::handle threads,
+            nb::handle isa) {
   KvCacheAttentionOptions options;
   options.softmax_scale = to_optional_float(softmax_scale, "softmax_scale");
   options.mask = to_mask(causal, align, window_size);
@@ -120,7 +125,14 @@ void attend(const KvCache& cache, nb::handle sequences, nb::handle q, nb::handle
     outputs.lse = packed_lse(*lse_array, 0, static_cast<int64_t>(lse_array->handle.shape(1)));
     check_apart(*outputs.lse, "lse", read);
   }
-  without_gil([&] { return cache.attend(of, whole(read[0]), starts, outputs, options, context); });
+  Rotation rotation(to_bool(rotate, "rotate"), context.threads);
+  without_gil([&] {
+    const AttentionOutputs computed = {rotation.output(outputs.out), outputs.lse};
+    Status status =
+        cache.attend(of, rotation.of(whole(read[0])), starts, computed, options, context);
+    if (status.ok()) rotation.finish();
+    return status;
+  });
 }
 
 /// sequences, pages_used, pages_free, bytes_used, bytes_per_page.
@@ -145,7 +157,7 @@ void add_kv_cache(nb::module_& module) {
   nb::class_<KvCache>(module, "KvCache")
       .def("create", [](KvCache& cache) { return without_gil([&] { return cache.create(); }); })
       .def("append", &append, nb::arg().none(), nb::arg().none(), nb::arg().none(),
-           nb::arg().none(), nb::arg().none())
+           nb::arg().none(), nb::arg().none(), nb::arg().none())
       .def(
           "fork",
           [](KvCache& cache, nb::handle parent, nb::handle length) {
@@ -179,7 +191,7 @@ void add_kv_cache(nb::module_& module) {
       .def("usage", &usage)
       .def("attend", &attend, nb::arg().none(), nb::arg().none(), nb::arg().none(),
            nb::arg().none(), nb::arg().none(), nb::arg().none(), nb::arg().none(), nb::arg().none(),
-           nb::arg().none(), nb::arg().none(), nb::arg().none());
+           nb::arg().none(), nb::arg().none(), nb::arg().none(), nb::arg().none());
   add(module, "make_kv_cache", &make_kv_cache);
 }
 

@@ -96,6 +96,7 @@ def reference_attention(
 def merge_states(
     outs: list[Any], lses: list[Any], out: Any, lse: Any, layout: str, threads: int, /
 ) -> None: ...
+def rotate(x: Any, out: Any, threads: int, /) -> None: ...
 def error_report(
     out: NDArray[np.float64], reference: NDArray[np.float64], /
 ) -> tuple[float, float, float, float, float]: ...
@@ -106,7 +107,7 @@ class KVSequence:
 class KvCache:
     def create(self) -> KVSequence: ...
     def append(
-        self, sequence: KVSequence, k: Any, v: Any, threads: int, isa: str | None, /
+        self, sequence: KVSequence, k: Any, v: Any, rotate: bool, threads: int, isa: str | None, /
     ) -> None: ...
     def fork(self, parent: KVSequence, length: int, /) -> KVSequence: ...
     def truncate(self, sequence: KVSequence, length: int, /) -> None: ...
@@ -124,6 +125,7 @@ class KvCache:
         causal: bool,
         align: str,
         window_size: tuple[int, int],
+        rotate: bool,
         threads: int,
         isa: str | None,
         /,

@@ -60,6 +60,9 @@ class KVCache:
         for the default of :func:`attn8.info`.
     smooth_k : bool
         Subtract from K of a sequence the mean over its first append: make that the prompt.
+    rotate : bool
+        Store K and V as :func:`attn8.rotate` has them, rotate q before it meets K, and the output
+        back: finer codes, as with ``attention(rotate=True)``.
 
     Examples
     --------
@@ -79,11 +82,15 @@ class KVCache:
         max_pages: int,
         page_size: int = 0,
         smooth_k: bool = True,
+        rotate: bool = False,
     ) -> None:
+        if not isinstance(rotate, bool):
+            raise TypeError(f"rotate: got {type(rotate).__name__}, want a bool")
         if page_size == 0 and not isinstance(page_size, bool):
             page_size = _core.default_kv_block
         self._cache = _core.make_kv_cache(nheads_k, head_dim, page_size, max_pages, smooth_k)
         self._page_size = page_size
+        self._rotate = rotate
 
     @property
     def page_size(self) -> int:
@@ -121,7 +128,7 @@ class KVCache:
             Fewer pages are free than it takes.
         """
         k, v = without_grad(k, "k"), without_grad(v, "v")
-        self._cache.append(sequence, k, v, threads_for(k, threads), isa_for(isa))
+        self._cache.append(sequence, k, v, self._rotate, threads_for(k, threads), isa_for(isa))
 
     def fork(self, sequence: KVSequence, length: int | None = None) -> KVSequence:
         """Return a new sequence with the first ``length`` tokens of another; None: with all.
@@ -199,7 +206,7 @@ class KVCache:
         names: Any = list(sequences) if isinstance(sequences, Iterable) else sequences
         self._cache.attend(
             names, q, cu_seqlens_q, written, lse, softmax_scale, causal, align,
-            window_size, threads_for(q, threads), isa_for(isa),
+            window_size, self._rotate, threads_for(q, threads), isa_for(isa),
         )  # fmt: skip
         result = finish(q, written) if out is None else out
         return (result, finish(q, lse, keep_dtype=True)) if return_lse else result

@@ -159,6 +159,7 @@ def traced_attention(
     isa: str | None,
     out_dtype: torch.dtype,
     changes: Changes | None,
+    turned: bool,
 ) -> Any:
     """Stand in for :func:`attn8.attention` while torch traces."""
     if out is not None:
@@ -191,7 +192,8 @@ def traced_attention(
             q, k.codes, k.scale, k.mean, v.codes, v.scale, layout, softmax_scale, causal,
             window_size[0], window_size[1], threads,
         )  # fmt: skip
-    written = result[0].to(out_dtype)  # a rotated q is wider than what the caller gave
+    # A rotated q is wider than what the caller gave.
+    written = (rotate(result[0]) if turned else result[0]).to(out_dtype)
     return (written, result[1]) if return_lse else written
 
 

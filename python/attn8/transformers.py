@@ -18,12 +18,10 @@ import torch
 from transformers import AttentionInterface, masking_utils
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function
 
-from attn8.arrays import without_grad
 from attn8.errors import UnsupportedError
 from attn8.functional import attention
 from attn8.int8_cache import Int8Cache, layer_of
 from attn8.padding import KeyRange
-from attn8.rotation import rotate
 
 __all__ = ["Int8Cache", "attention_function", "register"]
 
@@ -165,6 +163,7 @@ def _attention(
     *,
     mode: str = "accurate",
     rotated: bool = True,
+    kv_block: int = 128,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attend, as transformers asks a registered function to.
@@ -245,25 +244,26 @@ def _attention(
                 )
         return layer.attend(query, ranges, **common), None
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    if rotated and mode in ("accurate", "half"):
-        q, k = rotate(without_grad(q, "q")), rotate(without_grad(k, "k"))
+    finer = rotated and mode in ("accurate", "half")
     if ranges is not None:
         # Queries keep their positions among the padded keys.
         common.update(align="top_left", q_offset=seqlen_k - seqlen_q)
         first, last = torch.tensor(ranges, dtype=torch.int32).unbind(1)
         common.update(leftpad_k=first, seqlens_k=last)
-    out = attention(q, k, v, attn_mask=dense, mode=mode, **common)
-    return out.to(query.dtype), None
+    out = attention(q, k, v, attn_mask=dense, mode=mode, rotate=finer, kv_block=kv_block, **common)
+    return out, None
 
 
 def attention_function(
-    mode: str = "accurate", *, rotate: bool = True
+    mode: str = "accurate", *, rotate: bool = True, kv_block: int = 128
 ) -> Callable[..., tuple[torch.Tensor, None]]:
     """Return the attention function that :func:`register` registers."""
-    return functools.partial(_attention, mode=mode, rotated=rotate)
+    return functools.partial(_attention, mode=mode, rotated=rotate, kv_block=kv_block)
 
 
-def register(name: str = "attn8", *, mode: str = "accurate", rotate: bool = True) -> None:
+def register(
+    name: str = "attn8", *, mode: str = "accurate", rotate: bool = True, kv_block: int = 128
+) -> None:
     """Make ``attn_implementation=name`` known to transformers: attention and mask function.
 
     Parameters
@@ -273,8 +273,11 @@ def register(name: str = "attn8", *, mode: str = "accurate", rotate: bool = True
     mode : str
         Mode of :func:`attn8.attention`.
     rotate : bool
-        Pass q and k through :func:`attn8.rotate` (modes accurate and half). An
-        :class:`Int8Cache` has its own switch, because it holds K as it was stored.
+        As for :func:`attn8.attention`, in modes accurate and half. An :class:`Int8Cache` has its
+        own switch, because it holds K and V as they were stored.
+    kv_block : int
+        As for :func:`attn8.attention`; an :class:`Int8Cache` has its ``page_size`` instead. Half
+        of the library's default rounds P more finely and costs a few percent of the time.
 
     Notes
     -----
@@ -289,5 +292,9 @@ def register(name: str = "attn8", *, mode: str = "accurate", rotate: bool = True
         raise ValueError(f"mode: got {mode!r}, want accurate, paper, half, exact or fp8")
     if not isinstance(rotate, bool):
         raise TypeError(f"rotate: got {type(rotate).__name__}, want a bool")
-    AttentionInterface.register(name, attention_function(mode, rotate=rotate))
+    if isinstance(kv_block, bool) or not isinstance(kv_block, int):
+        raise TypeError(f"kv_block: got {type(kv_block).__name__}, want an int")
+    if kv_block != 0 and (kv_block % 64 != 0 or not 64 <= kv_block <= 512):
+        raise ValueError(f"kv_block: got {kv_block}, want 0 or a multiple of 64 up to 512")
+    AttentionInterface.register(name, attention_function(mode, rotate=rotate, kv_block=kv_block))
     AttentionMaskInterface.register(name, _mask)

@@ -341,15 +341,16 @@ def test_softcap():
 
 
 def test_attention_sinks():
+    # Both experts see every token: a choice between them would make small errors large.
     config = transformers.GptOssConfig(
         **SIZES, num_key_value_heads=2, head_dim=32, sliding_window=16, num_local_experts=2,
-        num_experts_per_tok=1, pad_token_id=0,
+        num_experts_per_tok=2, pad_token_id=0,
     )  # fmt: skip
     model = build(config, transformers.GptOssForCausalLM)
     with torch.no_grad():
         for layer in model.model.layers:
             layer.self_attn.sinks.copy_(torch.tensor([0.0, 1.0, 2.0, 3.0]))
-    agree(model, 0.05, reference="eager", attention_mask=padding("left"))
+    agree(model, reference="eager", attention_mask=padding("left"))
 
 
 # What cannot be honoured.
