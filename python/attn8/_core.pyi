@@ -125,6 +125,7 @@ class KvCache:
         causal: bool,
         align: str,
         window_size: tuple[int, int],
+        changes: Changes | None,
         rotate: bool,
         threads: int,
         isa: str | None,

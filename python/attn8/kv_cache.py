@@ -12,6 +12,7 @@ from attn8 import _core
 from attn8._core import KVSequence
 from attn8.arrays import Array, empty, finish, shape_of, without_grad
 from attn8.runtime import isa_for, threads_for
+from attn8.scores import score_changes
 
 __all__ = ["KVCache", "KVCacheUsage", "KVSequence"]
 
@@ -165,6 +166,9 @@ class KVCache:
         causal: bool = False,
         align: str = "bottom_right",
         window_size: tuple[int, int] = (-1, -1),
+        softcap: float = 0.0,
+        alibi_slopes: Array | None = None,
+        sinks: Array | None = None,
         return_lse: bool = False,
         out: Array | None = None,
         threads: int | None = None,
@@ -182,8 +186,9 @@ class KVCache:
         cu_seqlens_q : Array, optional
             int32 ``[sequences + 1]``: the queries of sequence i are the rows of q from element i
             up to, without, element i + 1. None: the same number for each, one in a step of decode.
-        softmax_scale, causal, align, window_size, threads, isa
-            As for :func:`attn8.attention`, per sequence: seqlen_k is its length.
+        softmax_scale, causal, align, window_size, softcap, alibi_slopes, sinks, threads, isa
+            As for :func:`attn8.attention`, per sequence: seqlen_k is its length. alibi_slopes are
+            ``[nheads_q]``.
         return_lse : bool
             Return ``(out, lse)``.
         out : Array, optional
@@ -200,13 +205,16 @@ class KVCache:
         shape = shape_of(q, "q", 3)
         if not isinstance(return_lse, bool):
             raise TypeError(f"return_lse: got {type(return_lse).__name__}, want a bool")
+        changes = score_changes(
+            (1, shape[1], 0, 0), softcap, alibi_slopes=alibi_slopes, sinks=sinks
+        )
         q = without_grad(q, "q")
         written = empty(q, shape) if out is None else without_grad(out, "out")
         lse = empty(q, (shape[1], shape[0]), "float32") if return_lse else None
         names: Any = list(sequences) if isinstance(sequences, Iterable) else sequences
         self._cache.attend(
             names, q, cu_seqlens_q, written, lse, softmax_scale, causal, align,
-            window_size, self._rotate, threads_for(q, threads), isa_for(isa),
+            window_size, changes, self._rotate, threads_for(q, threads), isa_for(isa),
         )  # fmt: skip
         result = finish(q, written) if out is None else out
         return (result, finish(q, lse, keep_dtype=True)) if return_lse else result

@@ -235,8 +235,6 @@ def _attention(
         for got, cannot in (
             (f"mode {mode}", mode != "accurate"),
             ("a mask that is not padding at the ends", dense is not None),
-            ("softcap", softcap is not None),
-            ("attention sinks", s_aux is not None),
         ):
             if cannot:
                 raise UnsupportedError(
