@@ -248,7 +248,10 @@ def _attention(
         common.update(align="top_left", q_offset=seqlen_k - seqlen_q)
         first, last = torch.tensor(ranges, dtype=torch.int32).unbind(1)
         common.update(leftpad_k=first, seqlens_k=last)
-    out = attention(q, k, v, attn_mask=dense, mode=mode, rotate=finer, kv_block=kv_block, **common)
+    common["kv_block"] = (
+        kv_block if query.device.type == "cpu" else 0
+    )  # CUDA kernels have their own
+    out = attention(q, k, v, attn_mask=dense, mode=mode, rotate=finer, **common)
     return out, None
 
 
