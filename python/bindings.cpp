@@ -29,10 +29,13 @@ void attention(nb::handle q, nb::handle k, nb::handle v, nb::handle out, nb::han
                nb::handle layout_name, nb::handle mode, nb::handle softmax_scale, nb::handle causal,
                nb::handle align, nb::handle window_size, nb::handle kv_block,
                nb::handle v_granularity, nb::handle smooth_k, nb::handle check_finite,
-               nb::handle fp8_format, nb::handle threads, nb::handle isa, nb::handle changes) {
+               nb::handle fp8_format, nb::handle threads, nb::handle isa, nb::handle changes,
+               nb::handle head_modes) {
   const Layout layout = to_layout(layout_name);
   AttentionOptions options = to_options(mode, softmax_scale, causal, align, window_size, kv_block,
                                         v_granularity, smooth_k, check_finite, fp8_format);
+  const std::vector<Mode> modes = to_head_modes(head_modes);
+  options.head_modes = modes;
   const Context context = to_context(threads, isa);
   Arrays keep;
   keep.reserve(16);  // three operands of at most three arrays, five of changes, out, lse
@@ -89,9 +92,12 @@ void attention_varlen(nb::handle q, nb::handle k, nb::handle v, nb::handle out, 
                       nb::handle softmax_scale, nb::handle causal, nb::handle align,
                       nb::handle window_size, nb::handle kv_block, nb::handle v_granularity,
                       nb::handle smooth_k, nb::handle check_finite, nb::handle fp8_format,
-                      nb::handle threads, nb::handle isa, nb::handle changes) {
+                      nb::handle threads, nb::handle isa, nb::handle changes,
+                      nb::handle head_modes) {
   AttentionOptions options = to_options(mode, softmax_scale, causal, align, window_size, kv_block,
                                         v_granularity, smooth_k, check_finite, fp8_format);
+  const std::vector<Mode> modes = to_head_modes(head_modes);
+  options.head_modes = modes;
   const Context context = to_context(threads, isa);
   const Arrays read = {import_array(q, "q", 3, false), import_array(k, "k", 3, false),
                        import_array(v, "v", 3, false)};

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The extension module: every argument is positional and checked there; see bindings.cpp."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -36,6 +36,7 @@ def attention(
     threads: int,
     isa: str | None,
     changes: Changes | None,
+    head_modes: Sequence[str] | None,
     /,
 ) -> None: ...
 def cuda_attention(
@@ -84,6 +85,7 @@ def attention_varlen(
     threads: int,
     isa: str | None,
     changes: Changes | None,
+    head_modes: Sequence[str] | None,
     /,
 ) -> None: ...
 def quantize(

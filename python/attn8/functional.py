@@ -9,6 +9,7 @@ from typing import Any
 
 from attn8 import _core, cuda, ragged, rotation
 from attn8.arrays import Array, empty, finish, shape_of, torch_of, without_grad
+from attn8.errors import UnsupportedError
 from attn8.quantization import QuantizedTensor
 from attn8.runtime import isa_for, threads_for
 from attn8.scores import score_changes
@@ -38,8 +39,22 @@ def sizes_of(q: Operand, k: Operand, layout: str) -> tuple[int, int, int, int]:
     return shape[0], shape[heads], shape[tokens], operand_shape(k, "k")[tokens]
 
 
+def _check_head_modes(head_modes: Sequence[str] | None, mode: str, q: Array) -> None:
+    if head_modes is None:
+        return
+    if not isinstance(head_modes, (list, tuple)):
+        raise TypeError(
+            f"head_modes: got {type(head_modes).__name__}, want a list of modes, one for each kv "
+            "head"
+        )
+    if mode != "accurate":
+        raise ValueError(f"mode: got {mode!r} with head_modes, want one of the two")
+    if cuda.is_on_device(q):
+        raise UnsupportedError("head_modes: got modes with CUDA tensors, want None")
+
+
 def _rotated(
-    q: Operand, k: Operand, v: Operand, mode: str, wanted: bool, threads: int | None
+    q: Operand, k: Operand, v: Operand, modes: Sequence[str], wanted: bool, threads: int | None
 ) -> tuple[Operand, Operand, Operand, bool]:
     """Return the operands as rotation has them, and whether the output is to be rotated back."""
     if not isinstance(wanted, bool):
@@ -51,7 +66,7 @@ def _rotated(
             raise TypeError(f"{name}: got a QuantizedTensor with rotate=True, want floats")
     q, k, v = without_grad(q, "q"), without_grad(k, "k"), without_grad(v, "v")
     q, k = (rotation.rotate(x, threads=threads) for x in (q, k))
-    if mode in ("half", "exact"):  # V is no INT8 there, and has nothing to gain
+    if all(x in ("half", "exact") for x in modes):  # V is no INT8 there, and has nothing to gain
         return q, k, v, False
     return q, k, rotation.rotate(v, threads=threads), True
 
@@ -85,6 +100,7 @@ def attention(
     leftpad_k: Array | None = None,
     q_offset: int = 0,
     k_offset: int = 0,
+    head_modes: Sequence[str] | None = None,
 ) -> Any:
     """Compute ``softmax(softmax_scale * q k^T) v`` with INT8 arithmetic.
 
@@ -158,6 +174,9 @@ def attention(
     q_offset, k_offset : int
         Where a longer sequence's queries and keys start of which these are a part; with "top_left"
         the mask is that of the whole one.
+    head_modes : sequence of str, optional
+        Mode of each of the nheads_k kv heads, which its query heads share, in place of ``mode``
+        (docs/precision.md). On the CPU only.
 
     Returns
     -------
@@ -189,7 +208,8 @@ def attention(
     changes = score_changes(
         sizes, softcap, attn_mask, alibi_slopes, sinks, seqlens_k, leftpad_k, q_offset, k_offset
     )
-    q, k, v, turned = _rotated(q, k, v, mode, rotate, threads)
+    _check_head_modes(head_modes, mode, first)
+    q, k, v, turned = _rotated(q, k, v, head_modes or (mode,), rotate, threads)
     torch = torch_of(first)
     if torch is not None and torch.compiler.is_compiling():
         from attn8 import torch_ops
@@ -197,7 +217,7 @@ def attention(
         return torch_ops.traced_attention(
             q, k, v, layout, mode, softmax_scale, causal, align, window_size, kv_block,
             v_granularity, smooth_k, check_finite, fp8_format, return_lse, out, threads, isa,
-            first.dtype, changes, turned,
+            first.dtype, changes, turned, head_modes,
         )  # fmt: skip
     if not isinstance(return_lse, bool):
         raise TypeError(f"return_lse: got {type(return_lse).__name__}, want a bool")
@@ -218,7 +238,7 @@ def attention(
         _core.attention(
             *operands, written, lse, layout, mode, softmax_scale, causal, align, window_size,
             kv_block, v_granularity, smooth_k, check_finite, fp8_format,
-            threads_for(first, threads), isa_for(isa), changes,
+            threads_for(first, threads), isa_for(isa), changes, head_modes,
         )  # fmt: skip
     else:
         cuda.check_call(first, (k, v, written if out is None else out), changes, isa)
@@ -260,6 +280,7 @@ def attention_varlen(
     sinks: Array | None = None,
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
+    head_modes: Sequence[str] | None = None,
 ) -> Any:
     """Compute attention of sequences that lie one after the other, without padding.
 
@@ -274,7 +295,7 @@ def attention_varlen(
         i + 1; the first is 0, the last the number of rows.
     mode, softmax_scale, causal, align, window_size, kv_block, v_granularity, smooth_k, \
 rotate, check_finite, fp8_format, return_lse, threads, isa, \
-softcap, alibi_slopes, sinks
+softcap, alibi_slopes, sinks, head_modes
         As for :func:`attention`.
     max_seqlen_q, max_seqlen_k : int, optional
         The longest sequence. Read only where ``cu_seqlens_q`` lies on a CUDA device: there every
@@ -296,7 +317,8 @@ softcap, alibi_slopes, sinks
     changes = score_changes(
         (sequences, shape[1], 0, 0), softcap, alibi_slopes=alibi_slopes, sinks=sinks
     )
-    q, k, v, turned = _rotated(q, k, v, mode, rotate, threads)
+    _check_head_modes(head_modes, mode, first)
+    q, k, v, turned = _rotated(q, k, v, head_modes or (mode,), rotate, threads)
     operands = without_grad(q, "q"), without_grad(k, "k"), without_grad(v, "v")
     if cuda.target_of(first) is not None:
         cuda.check_call(first, (k, v, first), changes, isa)
@@ -322,7 +344,7 @@ softcap, alibi_slopes, sinks
     _core.attention_varlen(
         *operands, written, lse, cu_seqlens_q, cu_seqlens_k, mode, softmax_scale, causal, align,
         window_size, kv_block, v_granularity, smooth_k, check_finite, fp8_format,
-        threads_for(q, threads), isa_for(isa), changes,
+        threads_for(q, threads), isa_for(isa), changes, head_modes,
     )  # fmt: skip
     if turned:
         result = rotation.rotate_back(written, first, None, threads)

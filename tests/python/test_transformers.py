@@ -4,6 +4,7 @@
 
 import copy
 import gc
+import json
 
 import pytest
 
@@ -11,6 +12,7 @@ attn8 = pytest.importorskip("attn8", reason="attn8 is not installed: pip install
 torch = pytest.importorskip("torch", reason="torch (CPU) is not installed")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 import attn8.transformers as integration  # noqa: E402
+from attn8.policy import HeadPolicy  # noqa: E402
 
 # In 4.57 encoders choose among their own attention classes and never ask for a registered one.
 V5 = int(transformers.__version__.split(".")[0]) >= 5
@@ -398,6 +400,33 @@ def test_score_changes_over_an_int8_cache(make):
     wanted = steps(model, "eager", tokens, lambda: transformers.DynamicCache(config=model.config))
     out = steps(model, "attn8", tokens, integration.Int8Cache)
     assert distance(out, wanted) < 0.03
+
+
+def test_policy(tmp_path):
+    path = tmp_path / "policy.json"
+    heads = [{"layer": n, "kv_head": 0, "mode": "exact"} for n in range(2)]
+    known = {"format": "attn8-head-policy", "version": 1, "default": "accurate"}
+    path.write_text(json.dumps({**known, "heads": heads}))
+    integration.register("attn8-policy", policy=path)
+    model = llama()
+    wanted = forward(model, "sdpa", input_ids=ids())
+    plain, some = (forward(model, name, input_ids=ids()) for name in ("attn8", "attn8-policy"))
+    assert 0 < distance(some, wanted) < 0.9 * distance(plain, wanted)
+    heads += [{"layer": n, "kv_head": 1, "mode": "exact"} for n in range(2)]
+    path.write_text(json.dumps({**known, "heads": heads}))
+    assert torch.equal(forward(model, "attn8-policy", input_ids=ids()), some)  # read once
+    integration.register("attn8-policy", policy=path)
+    assert distance(forward(model, "attn8-policy", input_ids=ids()), wanted) < 1e-5
+    with pytest.raises(ValueError, match="mode: got 'half' with a policy, want accurate"):
+        integration.register("attn8-policy", mode="half", policy=path)
+    x = torch.zeros(1, 2, 4, 8)
+    function = integration.attention_function(policy=HeadPolicy(path))
+    with pytest.raises(attn8.UnsupportedError, match="policy: got Module without layer_idx"):
+        function(torch.nn.Module(), x, x, x, None)
+    refused(
+        "past_key_values: got an Int8Cache with a policy of other modes in layer 0",
+        implementation="attn8-policy", past_key_values=integration.Int8Cache(),
+    )  # fmt: skip
 
 
 # What cannot be honoured.
