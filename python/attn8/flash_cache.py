@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attn8 import _core, cuda, flash_cache_cuda
-from attn8.arrays import Array, empty, shape_of, without_grad
+from attn8.arrays import Array, empty, shape_of, to_write, without_grad
 from attn8.errors import UnsupportedError
 from attn8.functional import Operand, attention
 from attn8.quantization import QuantizedTensor
@@ -243,6 +243,8 @@ def flash_attn_with_kvcache(
     q = without_grad(q, "q")
     if k is not None and v is not None:
         k, v = without_grad(k, "k"), without_grad(v, "v")
+        for cache, name in ((k_cache, "k_cache"), (v_cache, "v_cache")):
+            to_write(getattr(cache, "codes", cache), name)
         for i in range(batch):
             keys.write(k[i], int(rows[i]), i, int(held[i]), count)
             values.write(v[i], int(rows[i]), i, int(held[i]), count)

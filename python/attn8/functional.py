@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from attn8 import _core, cuda, ragged, rotation
-from attn8.arrays import Array, empty, finish, shape_of, torch_of, without_grad
+from attn8.arrays import Array, empty, finish, shape_of, to_write, torch_of, without_grad
 from attn8.errors import UnsupportedError
 from attn8.quantization import QuantizedTensor
 from attn8.runtime import isa_for, threads_for
@@ -226,11 +226,11 @@ def attention(
     float_type = "float32" if isinstance(q, QuantizedTensor) else None
     out_shape = (*shape[:3], dim_v)
     if turned:
-        if out is not None and shape_of(out, "out", 4) != out_shape:
+        if out is not None and shape_of(to_write(out, "out"), "out", 4) != out_shape:
             raise ValueError(f"out: got shape {tuple(out.shape)}, want {out_shape}")
         written = empty(first, out_shape, "float32")
     else:
-        written = empty(first, out_shape, float_type) if out is None else without_grad(out, "out")
+        written = empty(first, out_shape, float_type) if out is None else to_write(out, "out")
     lse = None
     if return_lse:
         lse = empty(first, sizes[:3], "float32")

@@ -10,7 +10,7 @@ from typing import Any
 
 from attn8 import _core
 from attn8._core import KVSequence
-from attn8.arrays import Array, empty, finish, shape_of, without_grad
+from attn8.arrays import Array, empty, finish, shape_of, to_write, without_grad
 from attn8.runtime import isa_for, threads_for
 from attn8.scores import score_changes
 
@@ -209,7 +209,7 @@ class KVCache:
             (1, shape[1], 0, 0), softcap, alibi_slopes=alibi_slopes, sinks=sinks
         )
         q = without_grad(q, "q")
-        written = empty(q, shape) if out is None else without_grad(out, "out")
+        written = empty(q, shape) if out is None else to_write(out, "out")
         lse = empty(q, (shape[1], shape[0]), "float32") if return_lse else None
         names: Any = list(sequences) if isinstance(sequences, Iterable) else sequences
         self._cache.attend(
