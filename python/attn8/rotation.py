@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import numpy as np
@@ -36,7 +37,7 @@ def _multiply(x: Any) -> Any:
 def _rows(x: Array) -> Array:
     """Return a view of rank 4, as the extension module takes it."""
     if len(x.shape) > 4:
-        return x.reshape(-1, *x.shape[-3:])
+        return x.reshape(math.prod(x.shape[:-3]), *x.shape[-3:])
     while len(x.shape) < 4:
         x = x[None]
     return x

@@ -38,7 +38,8 @@ def test_layouts_types_and_threads_share_their_bits(dim):
     np.testing.assert_array_equal(attn8.rotate(columns), wanted)
     half = x.astype(np.float16)
     np.testing.assert_array_equal(attn8.rotate(half), attn8.rotate(half.astype(np.float32)))
-    assert attn8.rotate(x[:0]).shape == (0, 700, 2, dim)
+    for shape in ((0, 700, 2, dim), (2, 0, 3, 1, dim)):
+        assert attn8.rotate(np.zeros(shape, np.float32)).shape == shape
 
 
 @pytest.mark.parametrize("mode", ["accurate", "paper"])
