@@ -218,6 +218,9 @@ inline __attribute__((noinline)) void drain(const Skewed& work, const SkewedItem
   for (; channel < work.padded; channel += 16) drain_channels<1>(work, item, state, channel);
 }
 
+/// Items in use at a time: of the steps before, now and after; a power of two.
+inline constexpr unsigned kItems = 4;
+
 /// kTail: channels of the last slab when it is narrower than 64, else 0. kPieces: pieces of weights
 /// per group and slab of P V, about four over the slabs of an item.
 template <int kTail, int kPieces>
@@ -226,14 +229,16 @@ inline void attend_skewed(const AttendTile& tile) {
   Skewed work(tile);
   begin_accurate(tile, work.scratch);
   SkewedWalk walk(tile);
-  SkewedItem items[2];
+  SkewedItem items[kItems];  // that of step t in t % kItems
   if (!walk.next(items[0])) return end_accurate(tile, work.scratch);
   // Before the first item comes one of zeros, whose O nobody reads.
   SkewedState states[2];
   std::memset(work.codes[1], 0, kRowGroup * kCodesStride);
-  items[1] = items[0];
-  items[1].groups = 1;
-  items[1].mean = work.nothing;
+  SkewedItem& zeros = items[kItems - 1];
+  zeros = items[0];
+  zeros.groups = 1;
+  zeros.mean = work.nothing;
+  zeros.any_high = false;
   for (int i = 0; i < 2; ++i) {
     states[i].out = work.nothing;
     states[i].codes = work.codes[i];
@@ -251,10 +256,11 @@ inline void attend_skewed(const AttendTile& tile) {
                       {zero, zero, zero, zero},
                       {zero, zero, zero, zero},
                       {zero, zero, zero, zero}};
-  int t = 0;
-  do {
-    const SkewedItem& item = items[t & 1];
-    const SkewedItem& previous = items[(t + 1) & 1];
+  bool more = true;
+  unsigned t = 0;
+  for (; more; ++t) {
+    const SkewedItem& item = items[t % kItems];
+    const SkewedItem& previous = items[(t + kItems - 1) % kItems];
     SkewedState& state = states[t & 1];  // that of two items ago until its O is complete
     SkewedState& previous_state = states[(t + 1) & 1];
     const std::byte* q = tile.q + item.first_row * padded;  // [padded / 4][4][4]
@@ -273,6 +279,9 @@ inline void attend_skewed(const AttendTile& tile) {
       start_query_row(sum[r], *record, q + 4 * r, k);
     }
     finish_query_group(sum, q, padded, k);
+    // Here, where many products wait for their turn, what needs none of them costs nothing.
+    finish_sums(work, previous, previous_state);
+    more = walk.next(items[(t + 1) % kItems]);
     for (int group = item.groups; group > 1; --group) {
       k += k_group_bytes;
       next_query_group(sum, record, factors, scores, q, k, largest);
@@ -339,9 +348,9 @@ inline void attend_skewed(const AttendTile& tile) {
       weigh_half<0, -1>(weigher, weigher.next, half, table_low, table_high);
       weigh_half<1, -1>(weigher, weigher.next, half, table_low, table_high);
     }
-    finish_sums(work, item, state);
-    ++t;
-  } while (walk.next(items[t & 1]));
+  }
+  const SkewedItem& last = items[(t + kItems - 1) % kItems];
+  finish_sums(work, last, states[(t + 1) & 1]);
   if (slabs > 0) {
     const SkewedState& state = states[t & 1];
     add_row<4>(work, state, pending_mean, 64 * (slabs - 1), 0, sum[0]);
@@ -349,7 +358,7 @@ inline void attend_skewed(const AttendTile& tile) {
     add_row<4>(work, state, pending_mean, 64 * (slabs - 1), 2, sum[2]);
     add_row<4>(work, state, pending_mean, 64 * (slabs - 1), 3, sum[3]);
   }
-  drain(work, items[(t + 1) & 1], states[(t + 1) & 1]);
+  drain(work, last, states[(t + 1) & 1]);
   end_accurate(tile, work.scratch);
 }
 
