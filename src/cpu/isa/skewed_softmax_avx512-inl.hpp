@@ -47,7 +47,7 @@ ATTN8_INLINE __m512 broadcast_now(const float* p) {
   asm volatile("vbroadcastss %1, %0" : "=v"(result) : "m"(*p));
   return result;
 }
-ATTN8_INLINE Vector load_now(const std::byte* p) {
+ATTN8_INLINE Vector load_now(const void* p) {
   Vector result;
   asm volatile("vmovdqa64 %1, %0" : "=v"(result) : "m"(*(const Vector*)p));
   return result;
@@ -123,42 +123,33 @@ ATTN8_INLINE __m128i largest_words(const Vector (&v)[kRowGroup]) {
   return _mm_max_epi16(words, _mm_rol_epi32(words, 16));
 }
 
-/// Scores of two vectors of keys for one row, from vector `first` of the group on, to 16-bit
-/// numbers and into the running maximum.
-ATTN8_INLINE void score_half(const KeyRecord& record, int first, const float* factor, int16_t* out,
-                             Vector sum_low, Vector sum_high, Vector& largest) {
+/// What scores take from two vectors of keys.
+struct KeyPair {
+  __m512 scale[2];
+  __m512 offset[2];
+};
+/// Of vectors `first` and first + 1 of a group.
+ATTN8_INLINE KeyPair load_pair(const KeyRecord& record, int first) {
+  const float* scale = record.k_scale + 16 * first;
+  const float* offset = record.offset + 16 * first;
+  return {.scale = {_mm512_load_ps(scale), _mm512_load_ps(scale + 16)},
+          .offset = {_mm512_load_ps(offset), _mm512_load_ps(offset + 16)}};
+}
+
+/// Scores of two vectors of keys for one row, to 16-bit numbers, and into the running maximum.
+ATTN8_INLINE void score_pair(const KeyPair& keys, const float* factor, int16_t* out, Vector sum_low,
+                             Vector sum_high, Vector& largest) {
   const __m512 row_factor = broadcast_now(factor);
   const Vector sum[2] = {sum_low, sum_high};
   Vector w[2];
 #pragma GCC unroll 2
   for (int c = 0; c < 2; ++c) {
-    const int key = 16 * (first + c);
-    const __m512 x =
-        _mm512_mul_ps(_mm512_cvtepi32_ps(sum[c]), _mm512_load_ps(record.k_scale + key));
-    w[c] = _mm512_cvtps_epi32(_mm512_fmadd_ps(x, row_factor, _mm512_load_ps(record.offset + key)));
+    const __m512 x = _mm512_mul_ps(_mm512_cvtepi32_ps(sum[c]), keys.scale[c]);
+    w[c] = _mm512_cvtps_epi32(_mm512_fmadd_ps(x, row_factor, keys.offset[c]));
   }
   const Vector packed = _mm512_packs_epi32(w[0], w[1]);
   _mm512_store_si512(out, packed);
   largest = _mm512_max_epi16(largest, packed);
-}
-
-/// Scores of a group for one row, its sums to 16-bit numbers, and into the running maximum.
-ATTN8_INLINE void score_row(const KeyRecord* record, const float* factor, int16_t* out,
-                            const Vector (&sum)[4], Vector& largest) {
-  const __m512 row_factor = broadcast_now(factor);
-  Vector w[4];
-#pragma GCC unroll 4
-  for (int c = 0; c < 4; ++c) {
-    const __m512 x =
-        _mm512_mul_ps(_mm512_cvtepi32_ps(sum[c]), _mm512_load_ps(record->k_scale + 16 * c));
-    w[c] =
-        _mm512_cvtps_epi32(_mm512_fmadd_ps(x, row_factor, _mm512_load_ps(record->offset + 16 * c)));
-  }
-  const Vector low = _mm512_packs_epi32(w[0], w[1]);
-  const Vector high = _mm512_packs_epi32(w[2], w[3]);
-  _mm512_store_si512(out, low);
-  _mm512_store_si512(out + 32, high);
-  largest = _mm512_max_epi16(largest, _mm512_max_epi16(low, high));
 }
 
 /// Hides what the rows of an item do not see among its scores, and takes the maxima anew.
