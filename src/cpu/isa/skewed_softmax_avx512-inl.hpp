@@ -189,6 +189,18 @@ inline __attribute__((noinline)) void move_references(int far, __m128i octaves, 
   state.rescales = true;
 }
 
+/// Bits of 2^(n / 64) less its whole octaves. Permutations of registers: a gather is microcode
+/// and holds up what follows for some 50 cycles.
+ATTN8_INLINE __m128i look_up(__m128i n) {
+  const Vector index = _mm512_castsi128_si512(n);
+  const Vector low =
+      _mm512_permutex2var_epi32(load_vector(kGridPower), index, load_vector(kGridPower + 16));
+  const Vector high =
+      _mm512_permutex2var_epi32(load_vector(kGridPower + 32), index, load_vector(kGridPower + 48));
+  const __mmask8 upper = _mm_test_epi32_mask(n, _mm_set1_epi32(32));
+  return _mm_mask_mov_epi32(_mm512_castsi512_si128(low), upper, _mm512_castsi512_si128(high));
+}
+
 /// advance_reference() for the four rows of an item, whose maxima are in work.top.
 ATTN8_INLINE void advance_rows(Skewed& work, const SkewedItem& item, const Vector (&largest)[4],
                                SkewedState& state) {
@@ -216,8 +228,7 @@ ATTN8_INLINE void advance_rows(Skewed& work, const SkewedItem& item, const Vecto
   // grid_power()
   const __m128i n = _mm_sub_epi32(score, now);
   const __m128i octaves = _mm_srai_epi32(n, 6);
-  const __m128i power = _mm_i32gather_epi32(reinterpret_cast<const int*>(kGridPower),
-                                            _mm_and_si128(n, _mm_set1_epi32(63)), sizeof(float));
+  const __m128i power = look_up(n);
   const __mmask8 counts = seen & _mm_cmpge_epi32_mask(octaves, _mm_set1_epi32(kGridDepth));
   const __m128 weight =
       _mm_castsi128_ps(_mm_maskz_add_epi32(counts, power, _mm_slli_epi32(octaves, 23)));
