@@ -42,11 +42,11 @@ struct SkewedState {
   alignas(16) float residual[kRowGroup] = {};
 };
 
-/// Exact sums over one group and row as they leave the registers; every lane of 32 bits holds two
-/// products, every lane of 16 bits one difference.
+/// Exact sums over the groups of an item so far, for one row. Without a sign, eight groups fit:
+/// four products below 2^15 (255 / 256) * 2^12 each, and two bytes each.
 struct alignas(64) GroupSums {
-  int32_t weights[16];  ///< h_j (W_j mod 2^12)
-  uint16_t rest[32];    ///< y_j - 256 code_j + 128, of two keys
+  uint32_t weights[16];  ///< h_j (W_j mod 2^12)
+  uint16_t rest[32];     ///< y_j - 256 code_j + 128
 };
 /// Everything a tile's pipeline works on. On a page of its own: which loads of K and V wait for
 /// stores whose addresses share their low 12 bits is then the same in every call (measured: up to a
@@ -68,12 +68,12 @@ struct alignas(4096) Skewed {
   const AttendTile& tile;
   TileScratch scratch;
   int padded;
-  int16_t* scores;                              ///< [groups][kRowGroup][64]
-  std::byte* codes[2];                          ///< [groups][kRowGroup][64]
-  GroupSums sums[kMaxGroups * kRowGroup] = {};  ///< [groups][kRowGroup]
-  alignas(16) int32_t top[kRowGroup] = {};      ///< maxima, in both halves of a word
-  alignas(16) float weight[kRowGroup] = {};     ///< beta
-  alignas(64) float nothing[kRowGroup * 256];   ///< where the O of no item goes
+  int16_t* scores;                                    ///< [groups][kRowGroup][64]
+  std::byte* codes[2];                                ///< [groups][kRowGroup][64]
+  GroupSums sums[(1 + kMaxGroups) * kRowGroup] = {};  ///< [1 + groups][kRowGroup], first zeros
+  alignas(16) int32_t top[kRowGroup] = {};            ///< maxima, in both halves of a word
+  alignas(16) float weight[kRowGroup] = {};           ///< beta
+  alignas(64) float nothing[kRowGroup * 256];         ///< where the O of no item goes
 };
 
 /// The items of a tile, block by block. rows_per_item: kRowGroup, or twice that for items that come

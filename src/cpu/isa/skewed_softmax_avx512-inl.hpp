@@ -65,7 +65,7 @@ struct Weigher {
   std::byte* codes = nullptr;          ///< [groups][kRowGroup][64]
   const KeyRecord* records = nullptr;  ///< [groups]
   const int32_t* top = nullptr;        ///< [kRowGroup] maxima, in both halves of a word
-  GroupSums* sums = nullptr;           ///< [groups][kRowGroup]
+  GroupSums* sums = nullptr;           ///< [1 + groups][kRowGroup]
   int next = 0;                        ///< of the groups * kRowGroup pieces
   int end = 0;
 };
@@ -83,7 +83,7 @@ ATTN8_INLINE void weigh_half(const Weigher& weigher, int piece, HalfPiece& half,
   if constexpr (kPart == 0) {
     half.top = broadcast_bytes(
         reinterpret_cast<const std::byte*>(weigher.top + (kRow >= 0 ? kRow : piece & 3)));
-    half.sum = _mm512_setzero_si512();
+    half.sum = load_vector(weigher.sums[piece].weights);
   }
   Vector d = _mm512_sub_epi16(half.top, load_vector(weigher.scores + offset));
   const Vector shift = _mm512_srli_epi16(d, 6);
@@ -99,10 +99,10 @@ ATTN8_INLINE void weigh_half(const Weigher& weigher, int piece, HalfPiece& half,
   const Vector code = _mm512_srli_epi16(rounded, 8);
   if constexpr (kPart == 0) {
     half.code = code;
-    half.rest = rest;
+    half.rest = _mm512_add_epi16(rest, load_vector(weigher.sums[piece].rest));
     return;
   }
-  GroupSums& sums = weigher.sums[piece];
+  GroupSums& sums = weigher.sums[kRowGroup + piece];
   _mm512_store_si512(weigher.codes + int64_t{64} * piece, _mm512_packus_epi16(half.code, code));
   _mm512_store_si512(sums.weights, half.sum);
   _mm512_store_si512(sums.rest, _mm512_add_epi16(half.rest, rest));
@@ -281,21 +281,13 @@ ATTN8_INLINE __m256i add_lanes_i64(Vector a, Vector b, Vector c, Vector d) {
 
 /// l and rho of an item's rows from the sums that its weights left.
 ATTN8_INLINE void finish_sums(Skewed& work, const SkewedItem& item, SkewedState& state) {
-  // Without a sign: eight groups of four products below 2^15 (255 / 256) * 2^12 stay below 2^32.
   Vector weights[kRowGroup];  // 16 x uint32
-  Vector rest[kRowGroup];     // 32 x uint16: 8 groups of two bytes fit
+  Vector rest[kRowGroup];     // 32 x uint16
+  const GroupSums* sums = work.sums + kRowGroup * item.groups;
 #pragma GCC unroll 4
   for (int r = 0; r < kRowGroup; ++r) {
-    weights[r] = load_vector(work.sums[r].weights);
-    rest[r] = load_vector(work.sums[r].rest);
-  }
-  const GroupSums* sums = work.sums + kRowGroup;
-  for (int group = 1; group < item.groups; ++group, sums += kRowGroup) {
-#pragma GCC unroll 4
-    for (int r = 0; r < kRowGroup; ++r) {
-      weights[r] = _mm512_add_epi32(weights[r], load_vector(sums[r].weights));
-      rest[r] = _mm512_add_epi16(rest[r], load_vector(sums[r].rest));
-    }
+    weights[r] = load_vector(sums[r].weights);
+    rest[r] = load_vector(sums[r].rest);
   }
   const Vector ones = _mm512_set1_epi16(1);
   const __m128i residual = _mm_sub_epi32(
