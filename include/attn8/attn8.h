@@ -258,6 +258,10 @@ typedef struct attn8_attention_params {
   int64_t q_offset;          /* default 0: attn8::Mask */
   int64_t k_offset;          /* default 0 */
   const attn8_score_operands* scores; /* default NULL: none */
+  int64_t head_modes_count;           /* default 0: all heads run in `mode`; else nheads_k */
+  /* [head_modes_count] of enum attn8_mode: of each kv head and of the query heads that read it, in
+   * place of `mode`; a plan copies them */
+  const int32_t* head_modes;
 } attn8_attention_params;
 
 ATTN8_API attn8_status attn8_attention_params_init(attn8_attention_params* params,

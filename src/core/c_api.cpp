@@ -17,6 +17,7 @@
 #include "core/c_api.hpp"
 #include "core/c_structs.hpp"
 #include "core/message.hpp"
+#include "core/plan_state.hpp"
 #include "core/validate.hpp"
 
 struct attn8_plan {
@@ -97,6 +98,8 @@ attn8_attention_params default_attention_params() noexcept {
 struct Problem {
   AttentionInputs inputs;
   AttentionOutputs outputs;
+  AttentionOptions options;
+  std::vector<Mode> head_modes;  ///< what options.head_modes views
 };
 
 Status read_inputs(const attn8_tensor* q, const attn8_tensor* k, const attn8_tensor* v,
@@ -113,12 +116,12 @@ Status read_problem(const attn8_tensor* q, const attn8_tensor* k, const attn8_te
   return read_optional("lse", lse, problem.outputs.lse);
 }
 
-/// The options, and into `inputs` the operands that params name.
-Status read_options(const attn8_attention_params* in, AttentionOptions& options,
-                    AttentionInputs& inputs) {
+/// The options, and the operands that params name, of a problem whose q, k and v are there.
+Status read_params(const attn8_attention_params* in, Problem& problem) {
   if (in == nullptr) return {};
   attn8_attention_params params = default_attention_params();
   ATTN8_RETURN_IF_ERROR(read("params", in, kUnit, params));
+  AttentionOptions& options = problem.options;
   options.mode = enumerator<Mode>(params.mode);
   if (params.has_softmax_scale != 0) options.softmax_scale = params.softmax_scale;
   options.mask = {params.causal != 0, enumerator<CausalAlign>(params.causal_align),
@@ -131,7 +134,10 @@ Status read_options(const attn8_attention_params* in, AttentionOptions& options,
   options.softcap = params.softcap;
   options.mask.q_offset = params.q_offset;
   options.mask.k_offset = params.k_offset;
-  return read_scores(params.scores, inputs);
+  ATTN8_RETURN_IF_ERROR(read_head_modes(params.head_modes, params.head_modes_count,
+                                        data_view(problem.inputs.k).shape[2], problem.head_modes));
+  options.head_modes = problem.head_modes;
+  return read_scores(params.scores, problem.inputs);
 }
 
 /// A dense tensor; `order` names its dimensions in memory from the innermost to the outermost.
@@ -296,10 +302,9 @@ attn8_status attn8_attention(const attn8_tensor* q, const attn8_tensor* k, const
                              const attn8_attention_params* params, const attn8_context* context) {
   return call([&]() -> Status {
     Problem problem;
-    AttentionOptions options;
     ATTN8_RETURN_IF_ERROR(read_problem(q, k, v, out, lse, problem));
-    ATTN8_RETURN_IF_ERROR(read_options(params, options, problem.inputs));
-    return attention(problem.inputs, problem.outputs, options, context_of(context));
+    ATTN8_RETURN_IF_ERROR(read_params(params, problem));
+    return attention(problem.inputs, problem.outputs, problem.options, context_of(context));
   });
 }
 
@@ -311,11 +316,10 @@ attn8_status attn8_plan_create(const attn8_tensor* q, const attn8_tensor* k, con
     if (plan == nullptr) return invalid("plan got NULL");
     *plan = nullptr;
     Problem problem;
-    AttentionOptions options;
     ATTN8_RETURN_IF_ERROR(read_problem(q, k, v, out, lse, problem));
-    ATTN8_RETURN_IF_ERROR(read_options(params, options, problem.inputs));
+    ATTN8_RETURN_IF_ERROR(read_params(params, problem));
     Result<AttentionPlan> made =
-        AttentionPlan::make(problem.inputs, problem.outputs, options, context_of(context));
+        AttentionPlan::make(problem.inputs, problem.outputs, problem.options, context_of(context));
     if (!made.ok()) return made.status();
     *plan = new attn8_plan{std::move(made).value()};
     return {};
@@ -403,15 +407,16 @@ attn8_status attn8_reference_attention(const attn8_tensor* q, const attn8_tensor
                                        size_t lse_count) {
   return call([&]() -> Status {
     TensorView q_view, k_view, v_view;
-    AttentionOptions options;
-    AttentionInputs inputs;
+    Problem problem;
+    AttentionInputs& inputs = problem.inputs;
     ATTN8_RETURN_IF_ERROR(read_plain("q", q, q_view));
     ATTN8_RETURN_IF_ERROR(read_plain("k", k, k_view));
     ATTN8_RETURN_IF_ERROR(read_plain("v", v, v_view));
-    ATTN8_RETURN_IF_ERROR(read_options(params, options, inputs));
     inputs.q = q_view;
     inputs.k = k_view;
     inputs.v = v_view;
+    ATTN8_RETURN_IF_ERROR(read_params(params, problem));
+    const AttentionOptions& options = problem.options;
     // The oracle trusts shapes more than attention() does; the mode matters to quantized operands
     // only.
     TensorView as_out = q_view;

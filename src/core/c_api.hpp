@@ -4,6 +4,7 @@
 #include <new>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "attn8/attention.hpp"
 #include "attn8/attn8.h"
@@ -40,6 +41,9 @@ Status read_optional(const std::string& name, const attn8_tensor* in,
                      std::optional<TensorView>& view);
 /// What changes scores; NULL: nothing.
 Status read_scores(const attn8_score_operands* in, AttentionInputs& inputs);
+/// The modes of the kv heads; `count` 0: none.
+Status read_head_modes(const int32_t* in, int64_t count, int64_t nheads_k,
+                       std::vector<Mode>& head_modes);
 /// With or without quantization.
 Status read_operand(const std::string& name, const attn8_tensor* in, Operand& operand);
 

@@ -3,6 +3,7 @@
 
 // From the structs of attn8.h to the operands of the C++ API.
 #include <algorithm>
+#include <iterator>
 
 #include "core/c_api.hpp"
 #include "core/c_structs.hpp"
@@ -86,6 +87,18 @@ Status c_api::read_scores(const attn8_score_operands* in, AttentionInputs& input
     ATTN8_RETURN_IF_ERROR(read_optional(field.name, field.tensor, view));
     if (view.has_value()) field.view = *view;
   }
+  return {};
+}
+
+Status c_api::read_head_modes(const int32_t* in, int64_t count, int64_t nheads_k,
+                              std::vector<Mode>& head_modes) {
+  if (count == 0) return {};
+  // So much of the caller's memory is read.
+  if (count != nheads_k || count < 0) {
+    return invalid("options.head_modes got ", count, " modes, wants nheads_k=", nheads_k);
+  }
+  if (in == nullptr) return invalid("params.head_modes got NULL");
+  std::transform(in, in + count, std::back_inserter(head_modes), enumerator<Mode>);
   return {};
 }
 

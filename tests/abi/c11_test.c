@@ -68,7 +68,9 @@ AT(attn8_attention_params, softcap, 60);
 AT(attn8_attention_params, q_offset, 64);
 AT(attn8_attention_params, k_offset, 72);
 AT(attn8_attention_params, scores, 80);
-static_assert(sizeof(attn8_attention_params) == 88, "attn8_attention_params");
+AT(attn8_attention_params, head_modes_count, 88);
+AT(attn8_attention_params, head_modes, 96);
+static_assert(sizeof(attn8_attention_params) == 104, "attn8_attention_params");
 
 AT(attn8_score_operands, struct_size, 0);
 AT(attn8_score_operands, reserved, 4);

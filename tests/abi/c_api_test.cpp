@@ -195,8 +195,8 @@ TEST(CApi, LargerStructsMustNotUseUnknownFields) {
   EXPECT_EQ(call.out, want);
   params.bytes()[sizeof call.params + 9] = 1;
   expect_refused(run(), ATTN8_UNSUPPORTED,
-                 "params sets a field at byte 97 that version " + std::string(attn8_version()) +
-                     " does not have");
+                 "params sets a field at byte " + std::to_string(sizeof call.params + 9) +
+                     " that version " + std::string(attn8_version()) + " does not have");
   params.bytes()[sizeof call.params + 9] = 0;
   q.bytes()[sizeof call.q_tensor] = 1;
   expect_refused(
