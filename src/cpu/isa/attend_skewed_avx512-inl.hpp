@@ -335,8 +335,6 @@ inline void attend_skewed(const AttendTile& tile) {
   const int slabs = padded / 64;
   const size_t k_group_bytes = tile.kv.layout.k_group_bytes;
   const size_t v_group_bytes = tile.kv.layout.v_group_bytes;
-  const Vector table_low = load_vector(kGridWeight16);
-  const Vector table_high = load_vector(kGridWeight16 + 32);
   const Vector zero = _mm512_setzero_si512();
   Vector sum[4][4] = {{zero, zero, zero, zero},
                       {zero, zero, zero, zero},
@@ -385,6 +383,9 @@ inline void attend_skewed(const AttendTile& tile) {
     leave_query_pair<kFirstVectors, 2>(sum, record, factors, scores, p, v, largest);
     state.out = tile.out + item.first_row * padded;
     advance_rows(work, item, largest, state);
+    // Q K needs their registers.
+    const Vector table_low = load_now(kGridWeight16);
+    const Vector table_high = load_now(kGridWeight16 + 32);
     Weigher weigher = {.scores = work.scores,
                        .codes = state.codes,
                        .records = item.records,
