@@ -86,7 +86,7 @@ inline constexpr int kBytes = kType == DType::kFloat32 ? 4 : 2;
 /// Bytes from what is computed to what is asked for: eight rows, as far as there are so many. Rows
 /// of a head lie apart where there are more heads, which no prefetcher of the CPU follows for long.
 ATTN8_INLINE int64_t bytes_ahead(int64_t row_bytes, int64_t rows) {
-  return rows > 8 ? 8 * row_bytes : 0;
+  return rows > 8 ? 32 * row_bytes : 0;
 }
 
 template <DType kType>
@@ -264,7 +264,7 @@ inline void quantize_contiguous_rows(const std::byte* src, int64_t row_bytes, in
       return load_elements<kType>(p + r * row_bytes, i) - load(mean + i);
     };
     const auto request = [&](int r, int i) ATTN8_INLINE_LAMBDA {
-      __builtin_prefetch(p + r * row_bytes + ahead + i * kBytes<kType>);
+      __builtin_prefetch(p + r * row_bytes + ahead + i * kBytes<kType>, 0, 2);
     };
     quantize_values<kRows>(value, request, n, codes + first * codes_stride, codes_stride,
                            bits + first);
