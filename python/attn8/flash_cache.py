@@ -56,6 +56,8 @@ class _Cache:
             self.shape = shape_of(cache.codes, name, 4)
         else:
             self.shape = shape_of(cache, name, 4)
+        if table is not None and self.shape[1] == 0:
+            raise ValueError(f"{name}: got a page_size of 0 with block_table, want at least 1")
 
     def _pieces(self, row: int, sequence: int, first: int, last: int) -> Iterator[Any]:
         """Yield (index of row or page, first, last, offset) that hold tokens [first, last)."""

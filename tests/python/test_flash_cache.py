@@ -176,6 +176,18 @@ def numbers(*values):
         ({"cache_leftpad": numbers(0, 1, 99)}, ValueError, "cache_leftpad: got 0 to 99"),
         ({"block_table": numbers(0, 1, 2)}, ValueError, "block_table: got shape"),
         ({"block_table": [[0], [1], [2]]}, TypeError, "block_table: got list"),
+        (
+            {
+                "block_table": numbers(0, 1, 2)[:, None],
+                "cache_seqlens": 0,
+                "k": None,
+                "v": None,
+                "k_cache": caches(room=0)[0],
+                "v_cache": caches(room=0)[1],
+            },
+            ValueError,
+            "k_cache: got a page_size of 0 with block_table, want at least 1",
+        ),
         ({"v": None}, ValueError, "v: got None, want an array, as k"),
         ({"k": new_tokens(2)[0]}, ValueError, r"v: got shape \(3, 1, 2, 32\), want"),
         ({"q": queries(1, batch=2)}, ValueError, "k"),
