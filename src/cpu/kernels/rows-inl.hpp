@@ -83,9 +83,9 @@ inline void row_max_abs_bits_each(const float* x, int n, uint32_t* bits) {
 
 template <DType kType>
 inline constexpr int kBytes = kType == DType::kFloat32 ? 4 : 2;
-/// Bytes from what is computed to what is asked for (into L2, hence the 2 of prefetches): 32 rows,
-/// where there are more than a few. Rows
-/// of a head lie apart where there are more heads, which no prefetcher of the CPU follows for long.
+/// Bytes from what is computed to what is asked for (into L2, hence the 2 of the prefetches): 32
+/// rows, where there are more than a few. Rows of a head lie apart where there are more heads,
+/// which no prefetcher of the CPU follows for long.
 ATTN8_INLINE int64_t bytes_ahead(int64_t row_bytes, int64_t rows) {
   return rows > 8 ? 32 * row_bytes : 0;
 }
