@@ -59,12 +59,12 @@ PackedHead pack_head(const KvCache::State& cache, const Sequence& sequence, int6
   PackedHead packed;
   float largest = 0;
   for (size_t page = 0; page < sequence.pages.size(); ++page) {
-    const cpu::BlockMemory memory = cache.pool.block(sequence.pages[page], head).memory;
-    blocks[page] = {memory.data, memory.header_data};
-    const BlockHeader& header = memory.header();
-    packed.kv.key_norm = std::max(packed.kv.key_norm, header.key_norm);
-    packed.poisoned = packed.poisoned || header.poisoned != 0;
-    largest = std::max(largest, header.v_scale);
+    const kv_cache::PageBlock block = cache.pool.block(sequence.pages[page], head);
+    blocks[page] = {block.memory.data, block.memory.header_data};
+    const kv_cache::BlockSummary& summary = *block.summary;
+    packed.kv.key_norm = std::max(packed.kv.key_norm, summary.key_norm);
+    packed.poisoned = packed.poisoned || summary.poisoned;
+    largest = std::max(largest, summary.v_scale);
   }
   packed.kv.blocks = blocks;
   packed.kv.layout = cache.pool.layout();
@@ -127,14 +127,14 @@ Status attend_pages(const AttendBatch& batch, int64_t first, int64_t heads,
   const CallMemory memory(scale_bytes + worker_bytes +
                           static_cast<size_t>(tasks.partials) * partial_bytes);
   auto* v_out_scale = reinterpret_cast<float*>(memory.base.get());
-  cpu::for_each_task(context, static_cast<int64_t>(packed.size()), [&](int64_t task, int64_t) {
-    const auto i = static_cast<size_t>(task / heads);
-    const int64_t head = task % heads;
-    const auto index = static_cast<size_t>(task);
+  // On one thread: that takes less than waking the others, who are wanted for the tiles only.
+  for (size_t index = 0; index < packed.size(); ++index) {
+    const size_t i = index / static_cast<size_t>(heads);
+    const auto head = static_cast<int64_t>(index % static_cast<size_t>(heads));
     PackedBlock* own =
         packed_blocks.data() + first_block[i] + static_cast<size_t>(head) * found[i]->pages.size();
     packed[index] = pack_head(cache, *found[i], first + head, own, v_out_scale + index * padded);
-  });
+  }
   return cpu::attend_tiles({.table = table,
                             .context = context,
                             .mode = Mode::kAccurate,

@@ -14,6 +14,15 @@ namespace attn8::kv_cache {
 using cpu::kMaxDim;
 constexpr int64_t kMaxPage = cpu::kMaxKvBlock;
 
+namespace {
+
+void summarize(const PageBlock& block) noexcept {
+  const BlockHeader& header = block.memory.header();
+  *block.summary = {header.v_scale, header.key_norm, header.poisoned != 0};
+}
+
+}  // namespace
+
 int8_t* PageWriter::staged_v(const PageBlock& block, int64_t filled, int64_t key,
                              int8_t* partial) const noexcept {
   const int64_t fresh = round_up(filled, kKeyGroup);
@@ -172,6 +181,7 @@ void PageWriter::append(const PageBlock& block, int64_t filled, const ConstTenso
     }
   }
   cpu::store_mean(memory, sums, end, padded_);
+  summarize(block);
 }
 
 void PageWriter::truncate(const PageBlock& block, int64_t filled, int64_t kept) const noexcept {
@@ -194,6 +204,7 @@ void PageWriter::truncate(const PageBlock& block, int64_t filled, int64_t kept) 
   }
   set_block_scale(block, kept, kept, sums);
   cpu::store_mean(memory, sums, kept, padded_);
+  summarize(block);
 }
 
 }  // namespace attn8::kv_cache
