@@ -108,7 +108,14 @@ void add(nb::module_& module, const char* name, Returned (*function)(Arguments..
   module.def(name, function, ((void)sizeof(Arguments), nb::arg().none())...);
 }
 
+/// The same for a method of a class.
+template <class Class, class Returned, class Self, class... Arguments>
+void add_method(nb::class_<Class>& type, const char* name, Returned (*method)(Self, Arguments...)) {
+  type.def(name, method, ((void)sizeof(Arguments), nb::arg().none())...);
+}
+
 /// What stands in a file of its own joins the module here.
+void add_cuda(nb::module_& module);
 void add_kv_cache(nb::module_& module);
 void add_reference(nb::module_& module);
 

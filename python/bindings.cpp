@@ -260,6 +260,7 @@ NB_MODULE(_core, module) {
   add(module, "merge_states", &merge_states);
   add_reference(module);
   add_kv_cache(module);
+  add_cuda(module);
   add(module, "address", &address);
   module.def("isas", &isas);
   module.def("best_isa", [] { return std::string(attn8::to_string(attn8::best_isa())); });

@@ -4,6 +4,7 @@
 
 from attn8 import reference
 from attn8._core import version as _version
+from attn8.cuda_cache import CudaKVCache
 from attn8.errors import UnavailableError, UnsupportedError
 from attn8.flash_cache import flash_attn_with_kvcache
 from attn8.functional import attention, attention_varlen, merge_states
@@ -19,6 +20,7 @@ from attn8.runtime import get_num_threads, info, set_num_threads
 
 __version__ = _version()
 __all__ = [
+    "CudaKVCache",
     "KVCache",
     "KVCacheUsage",
     "KVSequence",

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The extension module: every argument is positional and checked there; see bindings.cpp."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,30 @@ def attention(
     changes: Changes | None,
     /,
 ) -> None: ...
+def cuda_attention(
+    q: Any,
+    k: Any,
+    v: Any,
+    out: Any,
+    lse: Any,
+    layout: str,
+    mode: str,
+    softmax_scale: float | None,
+    causal: bool,
+    align: str,
+    window_size: tuple[int, int],
+    kv_block: int,
+    v_granularity: str,
+    smooth_k: bool,
+    check_finite: bool,
+    fp8_format: str,
+    device: int,
+    stream: int,
+    allocate: Callable[[int], Any],
+    changes: Changes | None,
+    /,
+) -> None: ...
+def cuda_support() -> tuple[bool, str, list[tuple[str, str, str, str]]]: ...
 def attention_seconds(q: Any, k: Any, v: Any, out: Any, repeats: int, /) -> float: ...
 def attention_varlen(
     q: Any,
@@ -132,3 +157,43 @@ class KvCache:
 def make_kv_cache(
     nheads_k: int, head_dim: int, page_size: int, max_pages: int, smooth_k: bool, /
 ) -> KvCache: ...
+
+class CudaKvCache:
+    def append(
+        self,
+        k: Any,
+        v: Any,
+        block_table: Any,
+        cache_seqlens: Any,
+        cu_seqlens: Any,
+        max_seqlen: int,
+        device: int,
+        stream: int,
+        allocate: Callable[[int], Any],
+        /,
+    ) -> None: ...
+    def attend(
+        self,
+        q: Any,
+        out: Any,
+        lse: Any,
+        block_table: Any,
+        cache_seqlens: Any,
+        cu_seqlens: Any,
+        max_seqlen: int,
+        softmax_scale: float | None,
+        causal: bool,
+        align: str,
+        window_size: tuple[int, int],
+        softcap: float,
+        sinks: Any,
+        device: int,
+        stream: int,
+        allocate: Callable[[int], Any],
+        /,
+    ) -> None: ...
+    def bytes_per_page(self) -> int: ...
+
+def make_cuda_kv_cache(
+    nheads_k: int, head_dim: int, page_size: int, num_pages: int, smooth_k: bool, device: int, /
+) -> CudaKvCache: ...

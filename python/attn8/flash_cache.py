@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from attn8 import _core
+from attn8 import _core, cuda, flash_cache_cuda
 from attn8.arrays import Array, empty, shape_of, without_grad
 from attn8.errors import UnsupportedError
 from attn8.functional import Operand, attention
@@ -108,9 +108,6 @@ def _check_arguments(
     shape = shape_of(q, "q", 4)
     if v_cache.shape[:3] != k_cache.shape[:3]:
         raise ValueError(f"v_cache: got shape {v_cache.shape}, want {k_cache.shape}, as k_cache")
-    if (k is None) != (v is None):
-        given, missing = ("k", "v") if v is None else ("v", "k")
-        raise ValueError(f"{missing}: got None, want an array, as {given}")
     if k is None:
         return shape, 0
     new = shape_of(k, "k", 4)
@@ -152,7 +149,9 @@ def flash_attn_with_kvcache(
     """Append to a cache in place and attend to it, with flash-attn's signature.
 
     :class:`attn8.KVCache` does the same faster: here K and V are read from the caller's memory as
-    they are, floats are quantized again at every call, and pages are gathered.
+    they are, floats are quantized again at every call, and pages are gathered. CUDA tensors are
+    computed on their device, by one call for the whole batch that the host does not wait for;
+    caches are floats there (:class:`attn8.CudaKVCache` keeps INT8).
 
     Parameters
     ----------
@@ -202,13 +201,23 @@ def flash_attn_with_kvcache(
     ):  # fmt: skip
         if not isinstance(flag, bool):
             raise TypeError(f"{name}: got {type(flag).__name__}, want a bool")
+    if (k is None) != (v is None):
+        given, missing = ("k", "v") if v is None else ("v", "k")
+        raise ValueError(f"{missing}: got None, want an array, as {given}")
+    if block_table is not None and cache_batch_idx is not None:
+        raise ValueError("cache_batch_idx: got an array with block_table, want one of the two")
+    if cuda.target_of(q) is not None:
+        result = flash_cache_cuda.attend(
+            q, k_cache, v_cache, k, v, cache_seqlens, cache_batch_idx, cache_leftpad, block_table,
+            softmax_scale=softmax_scale, causal=causal, window_size=window_size, mode=mode,
+            softcap=softcap, alibi_slopes=alibi_slopes,
+        )  # fmt: skip
+        return result if return_softmax_lse else result[0]
     first_cache = k_cache.codes if isinstance(k_cache, QuantizedTensor) else k_cache
     pages = shape_of(first_cache, "k_cache", 4)[0]
     batch = shape_of(q, "q", 4)[0]
     table = None
     if block_table is not None:
-        if cache_batch_idx is not None:
-            raise ValueError("cache_batch_idx: got an array with block_table, want one of the two")
         table = _numbers(block_table, "block_table", (batch, -1), pages - 1)
     keys, values = _Cache(k_cache, "k_cache", table), _Cache(v_cache, "v_cache", table)
     shape, new = _check_arguments(q, k, v, keys, values)

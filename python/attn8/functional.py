@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from attn8 import _core, rotation
+from attn8 import _core, cuda, ragged, rotation
 from attn8.arrays import Array, empty, finish, shape_of, torch_of, without_grad
 from attn8.quantization import QuantizedTensor
 from attn8.runtime import isa_for, threads_for
@@ -81,6 +81,8 @@ def attention(
 ) -> Any:
     """Compute ``softmax(softmax_scale * q k^T) v`` with INT8 arithmetic.
 
+    Torch tensors on a CUDA device are computed there, on torch's current stream (docs/python.md).
+
     Parameters
     ----------
     q : Array or QuantizedTensor
@@ -128,7 +130,8 @@ def attention(
     threads : int, optional
         See :func:`attn8.get_num_threads`. Never changes the result.
     isa : str, optional
-        Insist on one instruction set of :func:`attn8.info`; ``ATTN8_ISA`` does so for all calls.
+        Insist on one instruction set of :func:`attn8.info`; ``ATTN8_ISA`` does so for all calls on
+        the CPU.
     softcap : float
         Scores s become ``softcap * tanh(s / softcap)``; 0: they stay.
     attn_mask : Array, optional
@@ -190,6 +193,7 @@ def attention(
         )  # fmt: skip
     if not isinstance(return_lse, bool):
         raise TypeError(f"return_lse: got {type(return_lse).__name__}, want a bool")
+    target = cuda.target_of(first)
     operands = operand(q, "q", layout), operand(k, "k", layout), operand(v, "v", layout)
     float_type = "float32" if isinstance(q, QuantizedTensor) else None
     out_shape = (*shape[:3], dim_v)
@@ -197,11 +201,19 @@ def attention(
     lse = None
     if return_lse:
         lse = empty(first, sizes[:3], "float32")
-    _core.attention(
-        *operands, written, lse, layout, mode, softmax_scale, causal, align, window_size, kv_block,
-        v_granularity, smooth_k, check_finite, fp8_format, threads_for(first, threads),
-        isa_for(isa), changes,
-    )  # fmt: skip
+    if target is None:
+        _core.attention(
+            *operands, written, lse, layout, mode, softmax_scale, causal, align, window_size,
+            kv_block, v_granularity, smooth_k, check_finite, fp8_format,
+            threads_for(first, threads), isa_for(isa), changes,
+        )  # fmt: skip
+    else:
+        cuda.check_call(first, (k, v, written), changes, isa)
+        _core.cuda_attention(
+            *operands, written, lse, layout, mode, softmax_scale, causal, align, window_size,
+            kv_block, v_granularity, smooth_k, check_finite, fp8_format, target.device,
+            target.stream, target.allocate, changes,
+        )  # fmt: skip
     result = finish(first, written, keep_dtype=float_type is not None) if out is None else out
     return (result, finish(first, lse, keep_dtype=True)) if return_lse else result
 
@@ -230,6 +242,8 @@ def attention_varlen(
     softcap: float = 0.0,
     alibi_slopes: Array | None = None,
     sinks: Array | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
 ) -> Any:
     """Compute attention of sequences that lie one after the other, without padding.
 
@@ -246,6 +260,9 @@ def attention_varlen(
 rotate, check_finite, fp8_format, return_lse, threads, isa, \
 softcap, alibi_slopes, sinks
         As for :func:`attention`.
+    max_seqlen_q, max_seqlen_k : int, optional
+        The longest sequence. Read only where ``cu_seqlens_q`` lies on a CUDA device: there every
+        sequence is padded to it (None: to all rows), and one that is longer gets NaN.
 
     Returns
     -------
@@ -265,6 +282,25 @@ softcap, alibi_slopes, sinks
     )
     q, k = _rotated(q, k, rotate)
     operands = without_grad(q, "q"), without_grad(k, "k"), without_grad(v, "v")
+    if cuda.target_of(first) is not None:
+        cuda.check_call(first, (k, v, first), changes, isa)
+
+        def compute(q: Array, k: Array, v: Array, slopes: Array, seqlens_k: Array) -> Any:
+            return attention(
+                q, k, v, mode=mode, softmax_scale=softmax_scale, causal=causal, align=align,
+                window_size=window_size, kv_block=kv_block, v_granularity=v_granularity,
+                smooth_k=smooth_k, check_finite=check_finite, fp8_format=fp8_format,
+                return_lse=True, softcap=softcap, alibi_slopes=slopes, sinks=sinks,
+                seqlens_k=seqlens_k,
+            )  # fmt: skip
+
+        slopes = None if changes is None else changes[2]
+        out, lse = ragged.attend(
+            *operands, (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k), align, slopes,
+            compute,
+        )  # fmt: skip
+        out = out.to(first.dtype)
+        return (out, lse) if return_lse else out
     written = empty(first, (*shape[:2], v_shape[2]))
     lse = empty(q, (shape[1], shape[0]), "float32") if return_lse else None
     _core.attention_varlen(

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from attn8 import cuda
 from attn8.arrays import Array, shape_of
 from attn8.errors import UnsupportedError
 from attn8.functional import attention, attention_varlen
@@ -108,7 +109,8 @@ def flash_attn_varlen_func(
     cu_seqlens_q, cu_seqlens_k : Array
         int32 ``[batch + 1]``, where each sequence starts.
     max_seqlen_q, max_seqlen_k : int
-        At least the longest sequence; checked, otherwise not needed.
+        At least the longest sequence; checked, otherwise not needed. With cu_seqlens on a CUDA
+        device they are what sequences are padded to, and a longer one gets NaN.
     block_table
         Only None; anything else raises UnsupportedError.
     dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, \
@@ -126,13 +128,16 @@ return_attn_probs, mode, threads
         shape_of(starts, name.replace("max", "cu").replace("seqlen", "seqlens"), 1)
         if isinstance(longest, bool) or not isinstance(longest, (int, np.integer)):
             raise TypeError(f"{name}: got {type(longest).__name__}, want an int")
+        if cuda.is_on_device(starts):
+            continue  # attention_varlen answers a longer sequence with NaN
         lengths = np.diff(np.asarray(starts))
         if lengths.size and longest < lengths.max():
             raise ValueError(f"{name}: got {longest}, want at least {lengths.max()}")
     result = attention_varlen(
         q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale=softmax_scale, causal=causal,
         window_size=window_size, mode=mode, return_lse=return_attn_probs, threads=threads,
-        softcap=softcap, alibi_slopes=alibi_slopes,
+        softcap=softcap, alibi_slopes=alibi_slopes, max_seqlen_q=int(max_seqlen_q),
+        max_seqlen_k=int(max_seqlen_k),
     )  # fmt: skip
     return (*result, None) if return_attn_probs else result
 

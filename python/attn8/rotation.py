@@ -24,10 +24,10 @@ def _hadamard(dim: int) -> NDArray[np.float32]:
 
 
 @functools.cache
-def _as_tensor(dim: int) -> Any:
+def _as_tensor(dim: int, device: Any) -> Any:
     import torch
 
-    return torch.from_numpy(_hadamard(dim))
+    return torch.from_numpy(_hadamard(dim)).to(device)
 
 
 def rotate(x: Array) -> Array:
@@ -62,7 +62,7 @@ def rotate(x: Array) -> Array:
             from attn8 import torch_ops
 
             return torch_ops.rotate(x)
-        matrix = _as_tensor(dim)
+        matrix = _as_tensor(dim, x.device)
         wide = x.to(torch.float32)
     else:
         matrix = _hadamard(dim)

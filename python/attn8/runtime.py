@@ -79,6 +79,18 @@ def _version_of(package: str) -> str | None:
         return None
 
 
+def _cuda() -> dict[str, Any]:
+    built, reason, devices = _core.cuda_support()
+    return {
+        "built": built,
+        "reason": reason,
+        "devices": [
+            {"name": name, "capability": capability, "kernels": kernels, "reason": why_not}
+            for name, capability, kernels, why_not in devices
+        ],
+    }
+
+
 def info() -> dict[str, Any]:
     """Return what this installation is and what it found on this machine.
 
@@ -86,7 +98,8 @@ def info() -> dict[str, Any]:
     -------
     dict
         ``version``; ``isa``, the instruction set that calls use; ``isas``, all of them with why
-        one is not used; ``threads``; ``kv_block``, the default; ``python``, ``platform``; and the
+        one is not used; ``cuda``, whether its kernels are built, and the devices; ``threads``;
+        ``kv_block``, the default; ``python``, ``platform``; and the
         versions of ``numpy``, ``torch`` and ``transformers``, None where missing.
 
     Examples
@@ -102,6 +115,7 @@ def info() -> dict[str, Any]:
             {"name": name, "available": available, "reason": reason}
             for name, available, reason in _core.isas()
         ],
+        "cuda": _cuda(),
         "threads": get_num_threads(),
         "kv_block": _core.default_kv_block,
         "python": sys.version.split()[0],

@@ -18,10 +18,12 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from attn8 import functional, rotation
-from attn8.errors import UnsupportedError
+from attn8.errors import UnavailableError, UnsupportedError
 from attn8.interfaces import scaled_dot_product_attention
 from attn8.quantization import QuantizedTensor
 from attn8.scores import Changes
+
+_DEVICES = ("cpu", "cuda")
 
 
 def _lse_shape(q: torch.Tensor, layout: str) -> tuple[int, int, int]:
@@ -29,7 +31,7 @@ def _lse_shape(q: torch.Tensor, layout: str) -> tuple[int, int, int]:
     return q.shape[0], first, second
 
 
-@torch.library.custom_op("attn8::attention", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("attn8::attention", mutates_args=(), device_types=_DEVICES)
 def attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -83,7 +85,9 @@ def _(
     return torch.empty(shape, dtype=q.dtype, device=q.device), lse
 
 
-@torch.library.custom_op("attn8::attention_quantized", mutates_args=(), device_types="cpu")
+@torch.library.custom_op(
+    "attn8::attention_quantized", mutates_args=(), device_types=("cpu", "cuda")
+)
 def attention_quantized(
     q: torch.Tensor,
     k_codes: torch.Tensor,
@@ -126,7 +130,7 @@ def _(
     return torch.empty(shape, dtype=q.dtype, device=q.device), lse
 
 
-@torch.library.custom_op("attn8::rotate", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("attn8::rotate", mutates_args=(), device_types=_DEVICES)
 def rotate(x: torch.Tensor) -> torch.Tensor:
     """Return :func:`attn8.rotate` of a tensor."""
     out: torch.Tensor = rotation.rotate(x.detach())
@@ -221,7 +225,7 @@ class _Route(TorchFunctionMode):  # type: ignore[misc]
         try:
             bound = _SDPA_SIGNATURE.bind(*args, **kwargs).arguments
             out = scaled_dot_product_attention(**bound, mode=self.mode)
-        except (TypeError, ValueError, UnsupportedError):
+        except (TypeError, ValueError, UnsupportedError, UnavailableError):
             if not self.fallback:
                 raise
             self.left += 1
