@@ -245,15 +245,11 @@ def _attention(
     modes = None if policy is None else policy.modes(_layer_index(module), key.shape[1])
     layer = layer_of(key, value)
     if layer is not None:
-        for got, cannot in (
-            (f"mode {mode}", mode != "accurate"),
-            (f"a policy of other modes in layer {getattr(module, 'layer_idx', None)}", modes),
-            ("a mask that is not padding at the ends", dense is not None),
-        ):
-            if cannot:
-                raise UnsupportedError(
-                    f"past_key_values: got an Int8Cache with {got}, want DynamicCache"
-                )
+        if mode != "accurate":
+            raise UnsupportedError(
+                f"past_key_values: got an Int8Cache with mode {mode}, want DynamicCache"
+            )
+        common.update(attn_mask=dense, head_modes=modes)
         return layer.attend(query, ranges, **common), None
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     finer = rotated and mode in ("accurate", "half")
