@@ -464,6 +464,22 @@ void add_changes(nb::handle changes, AttentionInputs& inputs, AttentionOptions& 
   options.mask.k_offset = to_int(fields[7], "k_offset");
 }
 
+std::vector<Mode> to_head_modes(nb::handle object) {
+  std::vector<Mode> modes;
+  if (object.is_none()) return modes;
+  if (!PyTuple_Check(object.ptr()) && !PyList_Check(object.ptr())) {
+    raise_type_error("head_modes", describe(object), "a list of modes, one for each kv head");
+  }
+  const auto names = nb::borrow<nb::sequence>(object);
+  const size_t count = nb::len(names);
+  if (count == 0) raise_value_error("head_modes", "none", "one for each kv head");
+  for (size_t i = 0; i < count; ++i) {
+    const std::string name = "head_modes[" + std::to_string(i) + "]";
+    modes.push_back(parse(names[i], name.c_str(), parse_mode));
+  }
+  return modes;
+}
+
 Context to_context(nb::handle threads, nb::handle isa) {
   Context context;
   context.threads = to_int32(threads, "threads");
