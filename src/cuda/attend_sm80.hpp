@@ -365,6 +365,8 @@ struct AttendSm80 {
         v_tile + VTile::offset(ldmatrix_b_column(lane), ldmatrix_b_byte(lane));
     ATTN8_UNROLL
     for (int columns = 0; columns < kHeadDim / 16; ++columns) {
+      // Keeps the compiler from loading V so far ahead that outputs leave their registers.
+      if constexpr (kHeadDim > 128 || kScores == Scores::kBiased) ptx::sync_warp();
       int products[2][4];  // [8-channel groups][C fragment]
       ATTN8_UNROLL
       for (int step = 0; step < kKvBlock / 32; ++step) {

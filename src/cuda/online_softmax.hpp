@@ -181,6 +181,7 @@ struct OnlineSoftmax {
     Constants previous = {};
     ATTN8_UNROLL
     for (int group = kFirst; group <= kLast; ++group) {
+      if constexpr (kScores == Scores::kBiased) ptx::sync_warp();  // as in AttendSm80::add_codes()
       previous.ratio = now.ratio;
       if (group < kLast) {
         now.scale = next_scale;
