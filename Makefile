@@ -79,7 +79,7 @@ check-format:
 	find apps benchmarks examples include python src tests -name '*.[ch]pp' -o -name '*.[ch]' -o -name '*.cu' | \
 	  xargs clang-format --dry-run -Werror
 
-PYTHON := benchmarks/call_overhead.py benchmarks/gpu benchmarks/peers examples python tools tests
+PYTHON := benchmarks/call_overhead.py benchmarks/gpu benchmarks/peers benchmarks/port_costs.py examples python tools tests
 check-python: setup-python
 	.venv/bin/ruff check $(PYTHON)
 	.venv/bin/ruff format --check $(PYTHON)
