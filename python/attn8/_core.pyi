@@ -200,6 +200,7 @@ class CudaKvCache:
         window_size: tuple[int, int],
         softcap: float,
         sinks: Any,
+        alibi_slopes: Any,
         device: int,
         stream: int,
         allocate: Callable[[int], Any],

@@ -90,9 +90,7 @@ def _(
     return torch.empty(shape, dtype=q.dtype, device=q.device), lse
 
 
-@torch.library.custom_op(
-    "attn8::attention_quantized", mutates_args=(), device_types=("cpu", "cuda")
-)
+@torch.library.custom_op("attn8::attention_quantized", mutates_args=(), device_types=_DEVICES)
 def attention_quantized(
     q: torch.Tensor,
     k_codes: torch.Tensor,
