@@ -445,14 +445,14 @@ void add_changes(nb::handle changes, AttentionInputs& inputs, AttentionOptions& 
     if (fields[field].is_none()) return found;
     keep.push_back(import_array(fields[field], name, places.size(), false));
     const Array& array = keep.back();
-    TensorView view{array.data, array.dtype, array.device, {1, 1, 1, 1}, {0, 0, 0, 0}};
+    TensorView placed{array.data, array.dtype, array.device, {1, 1, 1, 1}, {0, 0, 0, 0}};
     size_t from = 0;
     for (const size_t to : places) {
-      view.shape[to] = static_cast<int64_t>(array.handle.shape(from));
-      view.strides[to] = array.handle.stride(from);
+      placed.shape[to] = static_cast<int64_t>(array.handle.shape(from));
+      placed.strides[to] = array.handle.stride(from);
       ++from;
     }
-    found = view;
+    found = placed;
     return found;
   };
   inputs.attn_mask = view(1, "attn_mask", {0, 2, 1, 3});
