@@ -55,7 +55,8 @@ def rotate(x: Array, *, threads: int | None = None) -> Array:
     ----------
     x : Array
         ``[..., head_dim]``, float32, float16 or bfloat16, head_dim 1 to 256. Where it is no power
-        of 2, blocks of the largest power of 2 that divides it are rotated, each by itself.
+        of 2, blocks of the largest power of 2 that divides it are rotated, each by itself. Sums of
+        up to head_dim values overflow where those are beyond 1e36.
     threads : int, optional
         See :func:`attn8.get_num_threads`. Never changes the result.
 
