@@ -9,6 +9,8 @@
 #   make clean   remove what was built
 JOBS := $(shell nproc)
 RESULTS := build/test-results
+# Kernels for GPUs take minutes to build: the main job has them where there is a GPU to run them.
+CUDA := $(if $(shell nvidia-smi -L 2>/dev/null),AUTO,OFF)
 
 .NOTPARALLEL:
 .DEFAULT_GOAL := run
@@ -16,7 +18,7 @@ RESULTS := build/test-results
 .PHONY: check-cuda-built wheel checks release check-format check-tidy check-python check-sanitized check-cuda check-pytest check-release
 
 run: setup-build
-	cmake --preset release
+	cmake --preset release -DATTN8_CUDA=$(CUDA)
 	cmake --build --preset release --parallel $(JOBS) --target attn8_cli attn8_shared
 	build/release/attn8 report
 
@@ -41,7 +43,7 @@ setup-python: setup-test
 	@tools/setup.sh python
 
 release:
-	cmake --preset release
+	cmake --preset release -DATTN8_CUDA=$(CUDA)
 	cmake --build --preset release --parallel $(JOBS)
 
 check-release: release
@@ -56,7 +58,8 @@ check-sanitized:
 wheel: setup-python
 	@rm -rf build/dist
 	CMAKE_BUILD_PARALLEL_LEVEL=$(JOBS) .venv/bin/pip wheel --quiet --disable-pip-version-check \
-	  --no-build-isolation --no-deps --wheel-dir build/dist .
+	  --no-build-isolation --no-deps --wheel-dir build/dist \
+	  --config-settings=cmake.define.ATTN8_CUDA=$(CUDA) .
 	.venv/bin/pip install --quiet --disable-pip-version-check --no-deps --force-reinstall \
 	  build/dist/attn8-*.whl
 
@@ -76,7 +79,7 @@ check-format:
 	find apps benchmarks examples include python src tests -name '*.[ch]pp' -o -name '*.[ch]' -o -name '*.cu' | \
 	  xargs clang-format --dry-run -Werror
 
-PYTHON := benchmarks/call_overhead.py benchmarks/gpu benchmarks/peers examples python tools tests
+PYTHON := benchmarks/call_overhead.py benchmarks/gpu benchmarks/peers benchmarks/port_costs.py examples python tools tests
 check-python: setup-python
 	.venv/bin/ruff check $(PYTHON)
 	.venv/bin/ruff format --check $(PYTHON)

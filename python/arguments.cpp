@@ -445,14 +445,14 @@ void add_changes(nb::handle changes, AttentionInputs& inputs, AttentionOptions& 
     if (fields[field].is_none()) return found;
     keep.push_back(import_array(fields[field], name, places.size(), false));
     const Array& array = keep.back();
-    TensorView view{array.data, array.dtype, array.device, {1, 1, 1, 1}, {0, 0, 0, 0}};
+    TensorView placed{array.data, array.dtype, array.device, {1, 1, 1, 1}, {0, 0, 0, 0}};
     size_t from = 0;
     for (const size_t to : places) {
-      view.shape[to] = static_cast<int64_t>(array.handle.shape(from));
-      view.strides[to] = array.handle.stride(from);
+      placed.shape[to] = static_cast<int64_t>(array.handle.shape(from));
+      placed.strides[to] = array.handle.stride(from);
       ++from;
     }
-    found = view;
+    found = placed;
     return found;
   };
   inputs.attn_mask = view(1, "attn_mask", {0, 2, 1, 3});
@@ -462,6 +462,22 @@ void add_changes(nb::handle changes, AttentionInputs& inputs, AttentionOptions& 
   inputs.leftpad_k = view(5, "leftpad_k", {0});
   options.mask.q_offset = to_int(fields[6], "q_offset");
   options.mask.k_offset = to_int(fields[7], "k_offset");
+}
+
+std::vector<Mode> to_head_modes(nb::handle object) {
+  std::vector<Mode> modes;
+  if (object.is_none()) return modes;
+  if (!PyTuple_Check(object.ptr()) && !PyList_Check(object.ptr())) {
+    raise_type_error("head_modes", describe(object), "a list of modes, one for each kv head");
+  }
+  const auto names = nb::borrow<nb::sequence>(object);
+  const size_t count = nb::len(names);
+  if (count == 0) raise_value_error("head_modes", "none", "one for each kv head");
+  for (size_t i = 0; i < count; ++i) {
+    const std::string name = "head_modes[" + std::to_string(i) + "]";
+    modes.push_back(parse(names[i], name.c_str(), parse_mode));
+  }
+  return modes;
 }
 
 Context to_context(nb::handle threads, nb::handle isa) {

@@ -99,6 +99,9 @@ AttentionOptions to_options(nb::handle mode, nb::handle softmax_scale, nb::handl
 void add_changes(nb::handle changes, AttentionInputs& inputs, AttentionOptions& options,
                  Arrays& keep);
 
+/// Modes of the kv heads: a list or tuple of names; None: none.
+std::vector<Mode> to_head_modes(nb::handle object);
+
 /// CPU context; `isa` is None or a name.
 Context to_context(nb::handle threads, nb::handle isa);
 

@@ -20,6 +20,7 @@
 
 #include "arguments.hpp"
 #include "attn8/attn8.hpp"
+#include "rotation.hpp"
 
 namespace attn8::python {
 namespace {
@@ -28,10 +29,13 @@ void attention(nb::handle q, nb::handle k, nb::handle v, nb::handle out, nb::han
                nb::handle layout_name, nb::handle mode, nb::handle softmax_scale, nb::handle causal,
                nb::handle align, nb::handle window_size, nb::handle kv_block,
                nb::handle v_granularity, nb::handle smooth_k, nb::handle check_finite,
-               nb::handle fp8_format, nb::handle threads, nb::handle isa, nb::handle changes) {
+               nb::handle fp8_format, nb::handle threads, nb::handle isa, nb::handle changes,
+               nb::handle head_modes) {
   const Layout layout = to_layout(layout_name);
   AttentionOptions options = to_options(mode, softmax_scale, causal, align, window_size, kv_block,
                                         v_granularity, smooth_k, check_finite, fp8_format);
+  const std::vector<Mode> modes = to_head_modes(head_modes);
+  options.head_modes = modes;
   const Context context = to_context(threads, isa);
   Arrays keep;
   keep.reserve(16);  // three operands of at most three arrays, five of changes, out, lse
@@ -88,9 +92,12 @@ void attention_varlen(nb::handle q, nb::handle k, nb::handle v, nb::handle out, 
                       nb::handle softmax_scale, nb::handle causal, nb::handle align,
                       nb::handle window_size, nb::handle kv_block, nb::handle v_granularity,
                       nb::handle smooth_k, nb::handle check_finite, nb::handle fp8_format,
-                      nb::handle threads, nb::handle isa, nb::handle changes) {
+                      nb::handle threads, nb::handle isa, nb::handle changes,
+                      nb::handle head_modes) {
   AttentionOptions options = to_options(mode, softmax_scale, causal, align, window_size, kv_block,
                                         v_granularity, smooth_k, check_finite, fp8_format);
+  const std::vector<Mode> modes = to_head_modes(head_modes);
+  options.head_modes = modes;
   const Context context = to_context(threads, isa);
   const Arrays read = {import_array(q, "q", 3, false), import_array(k, "k", 3, false),
                        import_array(v, "v", 3, false)};
@@ -233,6 +240,29 @@ void dequantize(nb::handle x, nb::handle out, nb::handle layout_name, nb::handle
   check(status);
 }
 
+/// x rotated, to out [.., head_dim], which may be x itself.
+void rotate(nb::handle x, nb::handle out, nb::handle threads) {
+  const Context context = to_context(threads, nb::none());
+  const Arrays read = {import_array(x, "x", 4, false)};
+  const Array written = import_array(out, "out", 4, true);
+  const TensorView from = view_of(read[0], Layout::kBshd);
+  const TensorView to = view_of(written, Layout::kBshd);
+  for (const auto& [view, name, handle] : {std::tuple(from, "x", x), std::tuple(to, "out", out)}) {
+    if (!is_float(view.dtype)) {
+      raise_type_error(name, describe(handle), "float32, float16 or bfloat16");
+    }
+    if (view.device.type != DeviceType::kCpu) raise_value_error(name, "device cuda", "the CPU");
+  }
+  if (from.shape[3] < 1 || from.shape[3] > kMaxRotatedDim) {
+    raise_value_error("x", "head_dim " + std::to_string(from.shape[3]), "1 to 256");
+  }
+  if (to.shape != from.shape) raise_value_error("out", "another shape", "that of x");
+  const bool same = to.data == from.data && to.dtype == from.dtype && to.strides == from.strides;
+  if (!same) check_apart(to, "out", read);
+  const nb::gil_scoped_release release;
+  rotate_rows(from, to, context.threads);
+}
+
 /// (name, available, why not) of every instruction set, best first.
 std::vector<std::tuple<std::string, bool, std::string>> isas() {
   std::vector<std::tuple<std::string, bool, std::string>> found;
@@ -258,6 +288,7 @@ NB_MODULE(_core, module) {
   add(module, "quantize", &quantize);
   add(module, "dequantize", &dequantize);
   add(module, "merge_states", &merge_states);
+  add(module, "rotate", &rotate);
   add_reference(module);
   add_kv_cache(module);
   add_cuda(module);

@@ -94,8 +94,8 @@ support() {
   return {found.built, found.reason, std::move(devices)};
 }
 
-/// A tensor of rank 1, 2 or 4 as the cache's tables and tokens are.
-ConstTensorView int32_view(nb::handle object, const char* name, size_t rank, Arrays& keep) {
+/// A tensor whose dimensions come first among four.
+ConstTensorView view_of_rank(nb::handle object, const char* name, size_t rank, Arrays& keep) {
   keep.push_back(import_array(object, name, rank, false));
   const Array& array = keep.back();
   TensorView view{array.data, array.dtype, array.device, {1, 1, 1, 1}, {0, 0, 0, 0}};
@@ -118,10 +118,10 @@ TensorView tokens_view(nb::handle object, const char* name, bool ragged, bool wr
 CudaKvTables to_tables(nb::handle block_table, nb::handle cache_seqlens, nb::handle cu_seqlens,
                        nb::handle max_seqlen, Arrays& keep) {
   CudaKvTables tables;
-  tables.block_table = int32_view(block_table, "block_table", 2, keep);
-  tables.cache_seqlens = int32_view(cache_seqlens, "cache_seqlens", 1, keep);
+  tables.block_table = view_of_rank(block_table, "block_table", 2, keep);
+  tables.cache_seqlens = view_of_rank(cache_seqlens, "cache_seqlens", 1, keep);
   if (!cu_seqlens.is_none()) {
-    tables.cu_seqlens = int32_view(cu_seqlens, "cu_seqlens", 1, keep);
+    tables.cu_seqlens = view_of_rank(cu_seqlens, "cu_seqlens", 1, keep);
   }
   tables.max_seqlen = to_int(max_seqlen, "max_seqlen");
   return tables;
@@ -167,8 +167,8 @@ void append(const CudaKvCache& cache, nb::handle k, nb::handle v, nb::handle blo
 void attend(const CudaKvCache& cache, nb::handle q, nb::handle out, nb::handle lse,
             nb::handle block_table, nb::handle cache_seqlens, nb::handle cu_seqlens,
             nb::handle max_seqlen, nb::handle softmax_scale, nb::handle causal, nb::handle align,
-            nb::handle window_size, nb::handle softcap, nb::handle sinks, nb::handle device,
-            nb::handle stream, nb::handle allocate) {
+            nb::handle window_size, nb::handle softcap, nb::handle sinks, nb::handle alibi_slopes,
+            nb::handle device, nb::handle stream, nb::handle allocate) {
   const Context context = to_cuda_context(device, stream);
   const nb::callable allocate_bytes = to_allocate(allocate);
   CudaKvAttentionOptions options;
@@ -181,10 +181,16 @@ void attend(const CudaKvCache& cache, nb::handle q, nb::handle out, nb::handle l
   const ConstTensorView q_view(tokens_view(q, "q", ragged, false, keep));
   const CudaKvTables tables = to_tables(block_table, cache_seqlens, cu_seqlens, max_seqlen, keep);
   if (!sinks.is_none()) {
-    ConstTensorView view = int32_view(sinks, "sinks", 1, keep);
+    ConstTensorView view = view_of_rank(sinks, "sinks", 1, keep);
     std::swap(view.shape[0], view.shape[2]);
     std::swap(view.strides[0], view.strides[2]);
     options.sinks = view;
+  }
+  if (!alibi_slopes.is_none()) {
+    ConstTensorView view = view_of_rank(alibi_slopes, "alibi_slopes", 2, keep);
+    std::swap(view.shape[1], view.shape[2]);
+    std::swap(view.strides[1], view.strides[2]);
+    options.alibi_slopes = view;
   }
   AttentionOutputs outputs{tokens_view(out, "out", ragged, true, keep), std::nullopt};
   check_apart(outputs.out, "out", {keep.front()});

@@ -18,6 +18,7 @@
 
 #include "arguments.hpp"
 #include "attn8/attn8.hpp"
+#include "rotation.hpp"
 
 namespace attn8::python {
 namespace {
@@ -58,17 +59,20 @@ auto without_gil(Body body) {
 }
 
 /// All rows of a packed array as one sequence.
-ConstTensorView whole(const Array& array) {
+TensorView whole(const Array& array) {
   return sequence(array, 0, static_cast<int64_t>(array.handle.shape(0)));
 }
 
-void append(KvCache& cache, nb::handle sequence, nb::handle k, nb::handle v, nb::handle threads,
-            nb::handle isa) {
+void append(KvCache& cache, nb::handle sequence, nb::handle k, nb::handle v, nb::handle rotate,
+            nb::handle threads, nb::handle isa) {
   const KvSequence to = to_sequence(sequence, "sequence");
   const Context context = to_context(threads, isa);
   const Array k_array = import_array(k, "k", 3, false);
   const Array v_array = import_array(v, "v", 3, false);
-  without_gil([&] { return cache.append(to, whole(k_array), whole(v_array), context); });
+  Rotation rotation(to_bool(rotate, "rotate"), context.threads);
+  without_gil([&] {
+    return cache.append(to, rotation.of(whole(k_array)), rotation.of(whole(v_array)), context);
+  });
 }
 
 /// Starts of the queries of each sequence; None: the same number for each.
@@ -96,19 +100,28 @@ std::vector<int32_t> query_starts(nb::handle cu_seqlens_q, size_t total, size_t 
 
 void attend(const KvCache& cache, nb::handle sequences, nb::handle q, nb::handle cu_seqlens_q,
             nb::handle out, nb::handle lse, nb::handle softmax_scale, nb::handle causal,
-            nb::handle align, nb::handle window_size, nb::handle threads, nb::handle isa) {
+            nb::handle align, nb::handle window_size, nb::handle changes, nb::handle rotate,
+            nb::handle threads, nb::handle isa) {
   KvCacheAttentionOptions options;
   options.softmax_scale = to_optional_float(softmax_scale, "softmax_scale");
   options.mask = to_mask(causal, align, window_size);
+  AttentionInputs changed;
+  AttentionOptions changed_options;
+  Arrays read;
+  add_changes(changes, changed, changed_options, read);
+  options.softcap = changed_options.softcap;
+  options.alibi_slopes = changed.alibi_slopes;
+  options.sinks = changed.sinks;
   const Context context = to_context(threads, isa);
   const nb::list names = to_list(sequences, "sequences");
   std::vector<KvSequence> of;
   for (size_t i = 0; i < nb::len(names); ++i) {
     of.push_back(to_sequence(names[i], "sequences[" + std::to_string(i) + "]"));
   }
-  const Arrays read = {import_array(q, "q", 3, false)};
-  if (!is_float(read[0].dtype)) raise_type_error("q", describe(q), "float32, float16 or bfloat16");
-  const size_t total = read[0].handle.shape(0);
+  read.push_back(import_array(q, "q", 3, false));
+  const Array q_array = read.back();
+  if (!is_float(q_array.dtype)) raise_type_error("q", describe(q), "float32, float16 or bfloat16");
+  const size_t total = q_array.handle.shape(0);
   const std::vector<int32_t> starts = query_starts(cu_seqlens_q, total, of.size());
   const Array out_array = import_array(out, "out", 3, true);
   AttentionOutputs outputs;
@@ -120,7 +133,14 @@ void attend(const KvCache& cache, nb::handle sequences, nb::handle q, nb::handle
     outputs.lse = packed_lse(*lse_array, 0, static_cast<int64_t>(lse_array->handle.shape(1)));
     check_apart(*outputs.lse, "lse", read);
   }
-  without_gil([&] { return cache.attend(of, whole(read[0]), starts, outputs, options, context); });
+  Rotation rotation(to_bool(rotate, "rotate"), context.threads);
+  without_gil([&] {
+    const AttentionOutputs computed = {rotation.output(outputs.out), outputs.lse};
+    Status status =
+        cache.attend(of, rotation.of(whole(q_array)), starts, computed, options, context);
+    if (status.ok()) rotation.finish();
+    return status;
+  });
 }
 
 /// sequences, pages_used, pages_free, bytes_used, bytes_per_page.
@@ -145,7 +165,7 @@ void add_kv_cache(nb::module_& module) {
   nb::class_<KvCache>(module, "KvCache")
       .def("create", [](KvCache& cache) { return without_gil([&] { return cache.create(); }); })
       .def("append", &append, nb::arg().none(), nb::arg().none(), nb::arg().none(),
-           nb::arg().none(), nb::arg().none())
+           nb::arg().none(), nb::arg().none(), nb::arg().none())
       .def(
           "fork",
           [](KvCache& cache, nb::handle parent, nb::handle length) {
@@ -179,7 +199,8 @@ void add_kv_cache(nb::module_& module) {
       .def("usage", &usage)
       .def("attend", &attend, nb::arg().none(), nb::arg().none(), nb::arg().none(),
            nb::arg().none(), nb::arg().none(), nb::arg().none(), nb::arg().none(), nb::arg().none(),
-           nb::arg().none(), nb::arg().none(), nb::arg().none());
+           nb::arg().none(), nb::arg().none(), nb::arg().none(), nb::arg().none(),
+           nb::arg().none());
   add(module, "make_kv_cache", &make_kv_cache);
 }
 

@@ -54,6 +54,8 @@ struct CudaKvAttentionOptions {
   float softcap = 0;  ///< as AttentionOptions::softcap
   /// As AttentionInputs::sinks.
   std::optional<ConstTensorView> sinks = std::nullopt;
+  /// As AttentionInputs::alibi_slopes, its batch that of the block table.
+  std::optional<ConstTensorView> alibi_slopes = std::nullopt;
 };
 
 /// Paged KV cache in INT8 in the memory of a CUDA device, for Mode::kAccurate with one V scale per

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The extension module: every argument is positional and checked there; see bindings.cpp."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -36,6 +36,7 @@ def attention(
     threads: int,
     isa: str | None,
     changes: Changes | None,
+    head_modes: Sequence[str] | None,
     /,
 ) -> None: ...
 def cuda_attention(
@@ -84,6 +85,7 @@ def attention_varlen(
     threads: int,
     isa: str | None,
     changes: Changes | None,
+    head_modes: Sequence[str] | None,
     /,
 ) -> None: ...
 def quantize(
@@ -121,6 +123,7 @@ def reference_attention(
 def merge_states(
     outs: list[Any], lses: list[Any], out: Any, lse: Any, layout: str, threads: int, /
 ) -> None: ...
+def rotate(x: Any, out: Any, threads: int, /) -> None: ...
 def error_report(
     out: NDArray[np.float64], reference: NDArray[np.float64], /
 ) -> tuple[float, float, float, float, float]: ...
@@ -131,7 +134,7 @@ class KVSequence:
 class KvCache:
     def create(self) -> KVSequence: ...
     def append(
-        self, sequence: KVSequence, k: Any, v: Any, threads: int, isa: str | None, /
+        self, sequence: KVSequence, k: Any, v: Any, rotate: bool, threads: int, isa: str | None, /
     ) -> None: ...
     def fork(self, parent: KVSequence, length: int, /) -> KVSequence: ...
     def truncate(self, sequence: KVSequence, length: int, /) -> None: ...
@@ -149,6 +152,8 @@ class KvCache:
         causal: bool,
         align: str,
         window_size: tuple[int, int],
+        changes: Changes | None,
+        rotate: bool,
         threads: int,
         isa: str | None,
         /,
@@ -187,6 +192,7 @@ class CudaKvCache:
         window_size: tuple[int, int],
         softcap: float,
         sinks: Any,
+        alibi_slopes: Any,
         device: int,
         stream: int,
         allocate: Callable[[int], Any],

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from typing import Any, TypeAlias
 
@@ -11,6 +12,9 @@ import numpy as np
 
 Array: TypeAlias = Any
 """An array of any framework that shares its memory through DLPack or the buffer protocol."""
+
+
+_ALIGNMENT = 64  # of memory that JAX takes over by DLPack; it copies any other
 
 
 def torch_of(x: Array) -> Any:
@@ -42,6 +46,20 @@ def without_grad(x: Array, name: str) -> Array:
     return x.detach()
 
 
+def to_write(x: Array, name: str) -> Array:
+    """Return an array that a call writes to, a torch tensor without its gradient.
+
+    Raises
+    ------
+    TypeError
+        The framework says that its arrays never change, but its DLPack lets one write.
+    """
+    jax = sys.modules.get("jax")
+    if jax is not None and isinstance(x, jax.Array):
+        raise TypeError(f"{name}: got a JAX array, which never changes, want one of NumPy or torch")
+    return without_grad(x, name)
+
+
 def empty(like: Array, shape: tuple[int, ...], dtype: str | None = None) -> Array:
     """Allocate an array to write to, in the framework of ``like`` where that can be written.
 
@@ -62,7 +80,13 @@ def empty(like: Array, shape: tuple[int, ...], dtype: str | None = None) -> Arra
         dtype = str(getattr(like, "dtype", ""))
         if dtype not in ("float32", "float16"):
             dtype = "float32"  # NumPy has no bfloat16: finish() converts
-    return np.empty(shape, np.dtype(dtype))
+    if isinstance(like, np.ndarray):
+        return np.empty(shape, np.dtype(dtype))
+    kind = np.dtype(dtype)
+    size = math.prod(shape) * kind.itemsize
+    memory = np.empty(size + _ALIGNMENT, np.uint8)
+    first = -memory.ctypes.data % _ALIGNMENT
+    return memory[first : first + size].view(kind).reshape(shape)
 
 
 def finish(like: Array, written: Array, keep_dtype: bool = False) -> Array:

@@ -110,6 +110,7 @@ class CudaKVCache:
         window_size: tuple[int, int] = (-1, -1),
         softcap: float = 0.0,
         sinks: Array | None = None,
+        alibi_slopes: Array | None = None,
         return_lse: bool = False,
         out: Array | None = None,
     ) -> Any:
@@ -122,7 +123,7 @@ class CudaKVCache:
             head_dim]``; nheads_k divides nheads_q.
         block_table, cache_seqlens, cu_seqlens, max_seqlen
             As for :meth:`append`; cache_seqlens counts what was appended.
-        softmax_scale, causal, align, window_size, softcap, sinks
+        softmax_scale, causal, align, window_size, softcap, sinks, alibi_slopes
             As for :func:`attn8.attention`, per sequence.
         return_lse : bool
             Return ``(out, lse)``.
@@ -138,7 +139,9 @@ class CudaKVCache:
             ``[nheads_q, total]``.
         """
         target = self._target(q, "q")
-        cuda.check_place(q, [("sinks", sinks), ("out", out)])
+        cuda.check_place(q, [("sinks", sinks), ("alibi_slopes", alibi_slopes), ("out", out)])
+        if alibi_slopes is not None and len(alibi_slopes.shape) == 1:
+            alibi_slopes = alibi_slopes[None]
         if not isinstance(return_lse, bool):
             raise TypeError(f"return_lse: got {type(return_lse).__name__}, want a bool")
         q = without_grad(q, "q")
@@ -149,7 +152,7 @@ class CudaKVCache:
             lse = empty(q, (*shape[:-3], shape[-2], shape[-3]), "float32")
         self._cache.attend(
             q, written, lse, block_table, cache_seqlens, cu_seqlens, max_seqlen, softmax_scale,
-            causal, align, window_size, softcap, sinks, *target,
+            causal, align, window_size, softcap, sinks, alibi_slopes, *target,
         )  # fmt: skip
         return (written, lse) if return_lse else written
 

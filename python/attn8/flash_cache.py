@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attn8 import _core, cuda, flash_cache_cuda
-from attn8.arrays import Array, empty, shape_of, without_grad
+from attn8.arrays import Array, empty, shape_of, to_write, without_grad
 from attn8.errors import UnsupportedError
 from attn8.functional import Operand, attention
 from attn8.quantization import QuantizedTensor
@@ -56,6 +56,8 @@ class _Cache:
             self.shape = shape_of(cache.codes, name, 4)
         else:
             self.shape = shape_of(cache, name, 4)
+        if table is not None and self.shape[1] == 0:
+            raise ValueError(f"{name}: got a page_size of 0 with block_table, want at least 1")
 
     def _pieces(self, row: int, sequence: int, first: int, last: int) -> Iterator[Any]:
         """Yield (index of row or page, first, last, offset) that hold tokens [first, last)."""
@@ -145,6 +147,7 @@ def flash_attn_with_kvcache(
     *,
     mode: str = "accurate",
     threads: int | None = None,
+    sinks: Any = None,
 ) -> Any:
     """Append to a cache in place and attend to it, with flash-attn's signature.
 
@@ -176,7 +179,7 @@ def flash_attn_with_kvcache(
         Aligned to the bottom-right corner: the last query sees the last key.
     rotary_cos, rotary_sin
         Only None; anything else raises UnsupportedError. Rotate q and k before the call.
-    softcap, alibi_slopes
+    softcap, alibi_slopes, sinks
         As for :func:`attn8.attention`.
     rotary_interleaved, num_splits
         Any value: nothing depends on them.
@@ -210,7 +213,7 @@ def flash_attn_with_kvcache(
         result = flash_cache_cuda.attend(
             q, k_cache, v_cache, k, v, cache_seqlens, cache_batch_idx, cache_leftpad, block_table,
             softmax_scale=softmax_scale, causal=causal, window_size=window_size, mode=mode,
-            softcap=softcap, alibi_slopes=alibi_slopes,
+            softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks,
         )  # fmt: skip
         return result if return_softmax_lse else result[0]
     first_cache = k_cache.codes if isinstance(k_cache, QuantizedTensor) else k_cache
@@ -242,6 +245,8 @@ def flash_attn_with_kvcache(
     q = without_grad(q, "q")
     if k is not None and v is not None:
         k, v = without_grad(k, "k"), without_grad(v, "v")
+        for cache, name in ((k_cache, "k_cache"), (v_cache, "v_cache")):
+            to_write(getattr(cache, "codes", cache), name)
         for i in range(batch):
             keys.write(k[i], int(rows[i]), i, int(held[i]), count)
             values.write(v[i], int(rows[i]), i, int(held[i]), count)
@@ -257,5 +262,6 @@ def flash_attn_with_kvcache(
             q[i : i + 1], keys.read(*part), values.read(*part), softmax_scale=softmax_scale,
             causal=causal, window_size=window_size, mode=mode, return_lse=True,
             out=out[i : i + 1], threads=count, softcap=softcap, alibi_slopes=_row_of(slopes, i),
+            sinks=sinks,
         )  # fmt: skip
     return (out, lse) if return_softmax_lse else out

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from attn8 import _core, cuda, ragged, rotation
-from attn8.arrays import Array, empty, finish, shape_of, torch_of, without_grad
+from attn8.arrays import Array, empty, finish, shape_of, to_write, torch_of, without_grad
+from attn8.errors import UnsupportedError
 from attn8.quantization import QuantizedTensor
 from attn8.runtime import isa_for, threads_for
 from attn8.scores import score_changes
@@ -38,15 +39,36 @@ def sizes_of(q: Operand, k: Operand, layout: str) -> tuple[int, int, int, int]:
     return shape[0], shape[heads], shape[tokens], operand_shape(k, "k")[tokens]
 
 
-def _rotated(q: Operand, k: Operand, wanted: bool) -> tuple[Operand, Operand]:
+def _check_head_modes(head_modes: Sequence[str] | None, mode: str, q: Array) -> None:
+    if head_modes is None:
+        return
+    if not isinstance(head_modes, (list, tuple)):
+        raise TypeError(
+            f"head_modes: got {type(head_modes).__name__}, want a list of modes, one for each kv "
+            "head"
+        )
+    if mode != "accurate":
+        raise ValueError(f"mode: got {mode!r} with head_modes, want one of the two")
+    if cuda.is_on_device(q):
+        raise UnsupportedError("head_modes: got modes with CUDA tensors, want None")
+
+
+def _rotated(
+    q: Operand, k: Operand, v: Operand, modes: Sequence[str], wanted: bool, threads: int | None
+) -> tuple[Operand, Operand, Operand, bool]:
+    """Return the operands as rotation has them, and whether the output is to be rotated back."""
     if not isinstance(wanted, bool):
         raise TypeError(f"rotate: got {type(wanted).__name__}, want a bool")
     if not wanted:
-        return q, k
-    for name, x in (("q", q), ("k", k)):
+        return q, k, v, False
+    for name, x in (("q", q), ("k", k), ("v", v)):
         if isinstance(x, QuantizedTensor):
             raise TypeError(f"{name}: got a QuantizedTensor with rotate=True, want floats")
-    return rotation.rotate(without_grad(q, "q")), rotation.rotate(without_grad(k, "k"))
+    q, k, v = without_grad(q, "q"), without_grad(k, "k"), without_grad(v, "v")
+    q, k = (rotation.rotate(x, threads=threads) for x in (q, k))
+    if all(x in ("half", "exact") for x in modes):  # V is no INT8 there, and has nothing to gain
+        return q, k, v, False
+    return q, k, rotation.rotate(v, threads=threads), True
 
 
 def attention(
@@ -78,6 +100,7 @@ def attention(
     leftpad_k: Array | None = None,
     q_offset: int = 0,
     k_offset: int = 0,
+    head_modes: Sequence[str] | None = None,
 ) -> Any:
     """Compute ``softmax(softmax_scale * q k^T) v`` with INT8 arithmetic.
 
@@ -115,8 +138,9 @@ def attention(
     smooth_k : bool
         Subtract the mean of K before quantizing it (modes accurate and half).
     rotate : bool
-        Pass q and k through :func:`attn8.rotate` first: the error of INT8 scores of language
-        models falls to about half (docs/eval.md), for one small matrix product. Floats only.
+        Pass q, k and, where it becomes INT8, v through :func:`attn8.rotate` first, and the output
+        back: the error on language models falls to about 60 % (docs/eval.md), for a few percent of
+        the time. Floats only.
     check_finite : bool
         Raise ValueError when an operand holds a NaN or an Inf.
     fp8_format : {"e4m3", "e5m2"}
@@ -150,6 +174,9 @@ def attention(
     q_offset, k_offset : int
         Where a longer sequence's queries and keys start of which these are a part; with "top_left"
         the mask is that of the whole one.
+    head_modes : sequence of str, optional
+        Mode of each of the nheads_k kv heads, which its query heads share, in place of ``mode``
+        (docs/precision.md). On the CPU only.
 
     Returns
     -------
@@ -181,7 +208,8 @@ def attention(
     changes = score_changes(
         sizes, softcap, attn_mask, alibi_slopes, sinks, seqlens_k, leftpad_k, q_offset, k_offset
     )
-    q, k = _rotated(q, k, rotate)
+    _check_head_modes(head_modes, mode, first)
+    q, k, v, turned = _rotated(q, k, v, head_modes or (mode,), rotate, threads)
     torch = torch_of(first)
     if torch is not None and torch.compiler.is_compiling():
         from attn8 import torch_ops
@@ -189,7 +217,7 @@ def attention(
         return torch_ops.traced_attention(
             q, k, v, layout, mode, softmax_scale, causal, align, window_size, kv_block,
             v_granularity, smooth_k, check_finite, fp8_format, return_lse, out, threads, isa,
-            first.dtype, changes,
+            first.dtype, changes, turned, head_modes,
         )  # fmt: skip
     if not isinstance(return_lse, bool):
         raise TypeError(f"return_lse: got {type(return_lse).__name__}, want a bool")
@@ -197,7 +225,12 @@ def attention(
     operands = operand(q, "q", layout), operand(k, "k", layout), operand(v, "v", layout)
     float_type = "float32" if isinstance(q, QuantizedTensor) else None
     out_shape = (*shape[:3], dim_v)
-    written = empty(first, out_shape, float_type) if out is None else without_grad(out, "out")
+    if turned:
+        if out is not None and shape_of(to_write(out, "out"), "out", 4) != out_shape:
+            raise ValueError(f"out: got shape {tuple(out.shape)}, want {out_shape}")
+        written = empty(first, out_shape, "float32")
+    else:
+        written = empty(first, out_shape, float_type) if out is None else to_write(out, "out")
     lse = None
     if return_lse:
         lse = empty(first, sizes[:3], "float32")
@@ -205,16 +238,19 @@ def attention(
         _core.attention(
             *operands, written, lse, layout, mode, softmax_scale, causal, align, window_size,
             kv_block, v_granularity, smooth_k, check_finite, fp8_format,
-            threads_for(first, threads), isa_for(isa), changes,
+            threads_for(first, threads), isa_for(isa), changes, head_modes,
         )  # fmt: skip
     else:
-        cuda.check_call(first, (k, v, written), changes, isa)
+        cuda.check_call(first, (k, v, written if out is None else out), changes, isa)
         _core.cuda_attention(
             *operands, written, lse, layout, mode, softmax_scale, causal, align, window_size,
             kv_block, v_granularity, smooth_k, check_finite, fp8_format, target.device,
             target.stream, target.allocate, changes,
         )  # fmt: skip
-    result = finish(first, written, keep_dtype=float_type is not None) if out is None else out
+    if turned:
+        result = rotation.rotate_back(written, first, out, threads)
+    else:
+        result = finish(first, written, keep_dtype=float_type is not None) if out is None else out
     return (result, finish(first, lse, keep_dtype=True)) if return_lse else result
 
 
@@ -244,6 +280,7 @@ def attention_varlen(
     sinks: Array | None = None,
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
+    head_modes: Sequence[str] | None = None,
 ) -> Any:
     """Compute attention of sequences that lie one after the other, without padding.
 
@@ -258,7 +295,7 @@ def attention_varlen(
         i + 1; the first is 0, the last the number of rows.
     mode, softmax_scale, causal, align, window_size, kv_block, v_granularity, smooth_k, \
 rotate, check_finite, fp8_format, return_lse, threads, isa, \
-softcap, alibi_slopes, sinks
+softcap, alibi_slopes, sinks, head_modes
         As for :func:`attention`.
     max_seqlen_q, max_seqlen_k : int, optional
         The longest sequence. Read only where ``cu_seqlens_q`` lies on a CUDA device: there every
@@ -280,7 +317,8 @@ softcap, alibi_slopes, sinks
     changes = score_changes(
         (sequences, shape[1], 0, 0), softcap, alibi_slopes=alibi_slopes, sinks=sinks
     )
-    q, k = _rotated(q, k, rotate)
+    _check_head_modes(head_modes, mode, first)
+    q, k, v, turned = _rotated(q, k, v, head_modes or (mode,), rotate, threads)
     operands = without_grad(q, "q"), without_grad(k, "k"), without_grad(v, "v")
     if cuda.target_of(first) is not None:
         cuda.check_call(first, (k, v, first), changes, isa)
@@ -299,16 +337,19 @@ softcap, alibi_slopes, sinks
             *operands, (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k), align, slopes,
             compute,
         )  # fmt: skip
-        out = out.to(first.dtype)
+        out = rotation.rotate_back(out, first, None, threads) if turned else out.to(first.dtype)
         return (out, lse) if return_lse else out
-    written = empty(first, (*shape[:2], v_shape[2]))
+    written = empty(first, (*shape[:2], v_shape[2]), "float32" if turned else None)
     lse = empty(q, (shape[1], shape[0]), "float32") if return_lse else None
     _core.attention_varlen(
         *operands, written, lse, cu_seqlens_q, cu_seqlens_k, mode, softmax_scale, causal, align,
         window_size, kv_block, v_granularity, smooth_k, check_finite, fp8_format,
-        threads_for(q, threads), isa_for(isa), changes,
+        threads_for(q, threads), isa_for(isa), changes, head_modes,
     )  # fmt: skip
-    result = finish(first, written)
+    if turned:
+        result = rotation.rotate_back(written, first, None, threads)
+    else:
+        result = finish(first, written)
     return (result, finish(q, lse, keep_dtype=True)) if return_lse else result
 
 

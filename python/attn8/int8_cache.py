@@ -16,7 +16,6 @@ from attn8.arrays import without_grad
 from attn8.errors import UnsupportedError
 from attn8.kv_cache import KVCache
 from attn8.padding import KeyRange, query_range
-from attn8.rotation import rotate
 
 Window = tuple[int, int]
 
@@ -73,12 +72,12 @@ class _Row:
 class _Pages:
     """The pages of the layers of one cache; layers whose heads have the same shape share them."""
 
-    def __init__(self, max_bytes: int | None, page_size: int, rotated: bool) -> None:
+    def __init__(self, max_bytes: int | None, page_size: int, rotate: bool) -> None:
         if max_bytes is None:
             max_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
         self.max_bytes = max_bytes
         self.page_size = page_size
-        self.rotated = rotated
+        self.rotate = rotate
         self.pools: dict[tuple[int, int], KVCache] = {}
 
     def __deepcopy__(self, _memo: Any) -> _Pages:
@@ -88,8 +87,9 @@ class _Pages:
         found = self.pools.get((nheads_k, head_dim))
         if found is None:
             make = functools.partial(
-                KVCache, nheads_k=nheads_k, head_dim=head_dim, page_size=self.page_size
-            )
+                KVCache, nheads_k=nheads_k, head_dim=head_dim, page_size=self.page_size,
+                rotate=self.rotate,
+            )  # fmt: skip
             count = self.max_bytes // make(max_pages=1).usage().bytes_per_page
             found = self.pools[nheads_k, head_dim] = make(max_pages=max(count, 1))
         return found
@@ -167,11 +167,8 @@ class _Int8Layer(DynamicLayer):  # type: ignore[misc]
             if new > 0:
                 last = ranges[i][1] - start
                 k, v = (x[i, :, last - new : last].transpose(0, 1) for x in self.waiting)
-                row.pages.append(row.sequence, self._rotated(k), v)
+                row.pages.append(row.sequence, k, v)
         self.waiting = None
-
-    def _rotated(self, x: torch.Tensor) -> torch.Tensor:
-        return rotate(x) if self.shared_pages.rotated else x
 
     def _expose(self) -> None:
         """Make keys and values stand-ins that know this layer."""
@@ -212,11 +209,11 @@ class _Int8Layer(DynamicLayer):  # type: ignore[misc]
         pages = self.rows[0].pages
         names = [row.sequence for row in self.rows]
         mask: dict[str, Any] = {"causal": causal, "window_size": window_size}
-        q = self._rotated(query.transpose(1, 2))
+        q = query.transpose(1, 2)
         if list(seen) == whole:
             packed = q.reshape(batch * seqlen_q, heads, dim)
             out: torch.Tensor = pages.attend(names, packed, **mask, **options)
-            return out.view(q.shape).to(query.dtype)
+            return out.view(q.shape)
         masked = causal or window_size != (-1, -1)
         spans = [query_range(keys, seqlen_q, self.tokens, masked) for keys in seen]
         starts = torch.tensor([0, *(last - first for first, last in spans)], dtype=torch.int32)
@@ -227,7 +224,7 @@ class _Int8Layer(DynamicLayer):  # type: ignore[misc]
         for i, (first, last) in enumerate(spans):
             out[i, first:last] = found[at : at + last - first]
             at += last - first
-        return out.to(query.dtype)
+        return out
 
     def get_seq_length(self, *_args: Any) -> int:
         return self.tokens
@@ -277,16 +274,17 @@ class Int8Cache(Cache):  # type: ignore[misc]
         Room for K and V. None: half of the machine's memory. It is reserved as address space, and
         becomes memory page by page as tokens arrive.
     page_size : int
-        Tokens per page, as for :class:`attn8.KVCache`. A sequence takes whole pages.
+        Tokens per page, as for :class:`attn8.KVCache`. A sequence takes whole pages, and the
+        weights of a page's tokens are rounded together: fewer are finer, and cost time.
     rotate : bool
-        Store K, and look it up with q, as :func:`attn8.rotate` has them: finer codes.
+        As for :class:`attn8.KVCache`.
     """
 
     def __init__(
         self,
         *_args: Any,
         max_bytes: int | None = None,
-        page_size: int = 0,
+        page_size: int = 128,
         rotate: bool = True,
         **_options: Any,
     ) -> None:

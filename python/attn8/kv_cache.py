@@ -10,8 +10,9 @@ from typing import Any
 
 from attn8 import _core
 from attn8._core import KVSequence
-from attn8.arrays import Array, empty, finish, shape_of, without_grad
+from attn8.arrays import Array, empty, finish, shape_of, to_write, without_grad
 from attn8.runtime import isa_for, threads_for
+from attn8.scores import score_changes
 
 __all__ = ["KVCache", "KVCacheUsage", "KVSequence"]
 
@@ -60,6 +61,9 @@ class KVCache:
         for the default of :func:`attn8.info`.
     smooth_k : bool
         Subtract from K of a sequence the mean over its first append: make that the prompt.
+    rotate : bool
+        Store K and V as :func:`attn8.rotate` has them, rotate q before it meets K, and the output
+        back: finer codes, as with ``attention(rotate=True)``.
 
     Examples
     --------
@@ -79,11 +83,15 @@ class KVCache:
         max_pages: int,
         page_size: int = 0,
         smooth_k: bool = True,
+        rotate: bool = False,
     ) -> None:
+        if not isinstance(rotate, bool):
+            raise TypeError(f"rotate: got {type(rotate).__name__}, want a bool")
         if page_size == 0 and not isinstance(page_size, bool):
             page_size = _core.default_kv_block
         self._cache = _core.make_kv_cache(nheads_k, head_dim, page_size, max_pages, smooth_k)
         self._page_size = page_size
+        self._rotate = rotate
 
     @property
     def page_size(self) -> int:
@@ -121,7 +129,7 @@ class KVCache:
             Fewer pages are free than it takes.
         """
         k, v = without_grad(k, "k"), without_grad(v, "v")
-        self._cache.append(sequence, k, v, threads_for(k, threads), isa_for(isa))
+        self._cache.append(sequence, k, v, self._rotate, threads_for(k, threads), isa_for(isa))
 
     def fork(self, sequence: KVSequence, length: int | None = None) -> KVSequence:
         """Return a new sequence with the first ``length`` tokens of another; None: with all.
@@ -158,6 +166,9 @@ class KVCache:
         causal: bool = False,
         align: str = "bottom_right",
         window_size: tuple[int, int] = (-1, -1),
+        softcap: float = 0.0,
+        alibi_slopes: Array | None = None,
+        sinks: Array | None = None,
         return_lse: bool = False,
         out: Array | None = None,
         threads: int | None = None,
@@ -175,8 +186,9 @@ class KVCache:
         cu_seqlens_q : Array, optional
             int32 ``[sequences + 1]``: the queries of sequence i are the rows of q from element i
             up to, without, element i + 1. None: the same number for each, one in a step of decode.
-        softmax_scale, causal, align, window_size, threads, isa
-            As for :func:`attn8.attention`, per sequence: seqlen_k is its length.
+        softmax_scale, causal, align, window_size, softcap, alibi_slopes, sinks, threads, isa
+            As for :func:`attn8.attention`, per sequence: seqlen_k is its length. alibi_slopes are
+            ``[nheads_q]``.
         return_lse : bool
             Return ``(out, lse)``.
         out : Array, optional
@@ -193,13 +205,16 @@ class KVCache:
         shape = shape_of(q, "q", 3)
         if not isinstance(return_lse, bool):
             raise TypeError(f"return_lse: got {type(return_lse).__name__}, want a bool")
+        changes = score_changes(
+            (1, shape[1], 0, 0), softcap, alibi_slopes=alibi_slopes, sinks=sinks
+        )
         q = without_grad(q, "q")
-        written = empty(q, shape) if out is None else without_grad(out, "out")
+        written = empty(q, shape) if out is None else to_write(out, "out")
         lse = empty(q, (shape[1], shape[0]), "float32") if return_lse else None
         names: Any = list(sequences) if isinstance(sequences, Iterable) else sequences
         self._cache.attend(
             names, q, cu_seqlens_q, written, lse, softmax_scale, causal, align,
-            window_size, threads_for(q, threads), isa_for(isa),
+            window_size, changes, self._rotate, threads_for(q, threads), isa_for(isa),
         )  # fmt: skip
         result = finish(q, written) if out is None else out
         return (result, finish(q, lse, keep_dtype=True)) if return_lse else result

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -58,8 +58,12 @@ def attention(
     leftpad_k: torch.Tensor | None = None,
     q_offset: int = 0,
     k_offset: int = 0,
+    head_modes: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (out, lse) of :func:`attn8.attention`, for float tensors."""
+    """Return (out, lse) of :func:`attn8.attention`, for float tensors.
+
+    ``head_modes`` are joined by commas: an operator takes no list of str.
+    """
     out, lse = functional.attention(
         q.detach(), k.detach(), v.detach(), layout=layout, mode=mode, softmax_scale=softmax_scale,
         causal=causal, align=align, window_size=(window_left, window_right), kv_block=kv_block,
@@ -67,6 +71,7 @@ def attention(
         fp8_format=fp8_format, return_lse=True, threads=threads, isa=isa, softcap=softcap,
         attn_mask=attn_mask, alibi_slopes=alibi_slopes, sinks=sinks, seqlens_k=seqlens_k,
         leftpad_k=leftpad_k, q_offset=q_offset, k_offset=k_offset,
+        head_modes=None if head_modes is None else head_modes.split(","),
     )  # fmt: skip
     return out, lse
 
@@ -85,9 +90,7 @@ def _(
     return torch.empty(shape, dtype=q.dtype, device=q.device), lse
 
 
-@torch.library.custom_op(
-    "attn8::attention_quantized", mutates_args=(), device_types=("cpu", "cuda")
-)
+@torch.library.custom_op("attn8::attention_quantized", mutates_args=(), device_types=_DEVICES)
 def attention_quantized(
     q: torch.Tensor,
     k_codes: torch.Tensor,
@@ -142,6 +145,9 @@ def _(x: torch.Tensor) -> torch.Tensor:
     return torch.empty(x.shape, dtype=torch.float32, device=x.device)
 
 
+_UNCHANGED: Changes = (0.0, None, None, None, None, None, 0, 0)
+
+
 def traced_attention(
     q: Any,
     k: Any,
@@ -163,6 +169,8 @@ def traced_attention(
     isa: str | None,
     out_dtype: torch.dtype,
     changes: Changes | None,
+    turned: bool,
+    head_modes: Sequence[str] | None,
 ) -> Any:
     """Stand in for :func:`attn8.attention` while torch traces."""
     if out is not None:
@@ -174,16 +182,17 @@ def traced_attention(
         result = attention(
             q, k, v, layout, mode, softmax_scale, causal, align, window_size[0], window_size[1],
             kv_block, v_granularity, smooth_k, check_finite, fp8_format, threads, isa,
-            *(changes or ()),
+            *(changes or _UNCHANGED), None if head_modes is None else ",".join(head_modes),
         )  # fmt: skip
     else:
-        plain = (mode, align, kv_block, check_finite, isa, changes) == (
-            "accurate", "bottom_right", 0, False, None, None,
+        plain = (mode, align, kv_block, check_finite, isa, changes, head_modes) == (
+            "accurate", "bottom_right", 0, False, None, None, None,
         )  # fmt: skip
         if not all(quantized) or not plain:
             raise UnsupportedError(
                 "k, v: got a QuantizedTensor under torch.compile, want both quantized and mode, "
-                "align, kv_block, check_finite, isa and what changes scores at their defaults"
+                "align, kv_block, check_finite, isa, head_modes and what changes scores at their "
+                "defaults"
             )
         for name, x in (("k", k), ("v", v)):
             if x.granularity != "token" or x.layout != layout:
@@ -195,7 +204,8 @@ def traced_attention(
             q, k.codes, k.scale, k.mean, v.codes, v.scale, layout, softmax_scale, causal,
             window_size[0], window_size[1], threads,
         )  # fmt: skip
-    written = result[0].to(out_dtype)  # a rotated q is wider than what the caller gave
+    # A rotated q is wider than what the caller gave.
+    written = (rotate(result[0]) if turned else result[0]).to(out_dtype)
     return (written, result[1]) if return_lse else written
 
 

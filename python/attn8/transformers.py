@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -18,12 +19,11 @@ import torch
 from transformers import AttentionInterface, masking_utils
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function
 
-from attn8.arrays import without_grad
 from attn8.errors import UnsupportedError
 from attn8.functional import attention
 from attn8.int8_cache import Int8Cache, layer_of
 from attn8.padding import KeyRange
-from attn8.rotation import rotate
+from attn8.policy import HeadPolicy
 
 __all__ = ["Int8Cache", "attention_function", "register"]
 
@@ -150,6 +150,15 @@ def _module_window(sliding_window: int | None, causal: bool) -> Window:
     return sliding_window - 1, -1 if causal else sliding_window - 1
 
 
+def _layer_index(module: torch.nn.Module) -> int:
+    index = getattr(module, "layer_idx", None)
+    if not isinstance(index, int):
+        raise UnsupportedError(
+            f"policy: got {type(module).__name__} without layer_idx, want a layer that has it"
+        )
+    return index
+
+
 def _attention(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -165,6 +174,8 @@ def _attention(
     *,
     mode: str = "accurate",
     rotated: bool = True,
+    kv_block: int = 128,
+    policy: HeadPolicy | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attend, as transformers asks a registered function to.
@@ -231,13 +242,13 @@ def _attention(
         common["softcap"] = softcap
     if s_aux is not None:
         common["sinks"] = s_aux.detach().to(torch.float32)
+    modes = None if policy is None else policy.modes(_layer_index(module), key.shape[1])
     layer = layer_of(key, value)
     if layer is not None:
         for got, cannot in (
             (f"mode {mode}", mode != "accurate"),
+            (f"a policy of other modes in layer {getattr(module, 'layer_idx', None)}", modes),
             ("a mask that is not padding at the ends", dense is not None),
-            ("softcap", softcap is not None),
-            ("attention sinks", s_aux is not None),
         ):
             if cannot:
                 raise UnsupportedError(
@@ -245,25 +256,40 @@ def _attention(
                 )
         return layer.attend(query, ranges, **common), None
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    if rotated and mode in ("accurate", "half"):
-        q, k = rotate(without_grad(q, "q")), rotate(without_grad(k, "k"))
+    finer = rotated and mode in ("accurate", "half")
     if ranges is not None:
         # Queries keep their positions among the padded keys.
         common.update(align="top_left", q_offset=seqlen_k - seqlen_q)
         first, last = torch.tensor(ranges, dtype=torch.int32).unbind(1)
         common.update(leftpad_k=first, seqlens_k=last)
-    out = attention(q, k, v, attn_mask=dense, mode=mode, **common)
-    return out.to(query.dtype), None
+    common["kv_block"] = (
+        kv_block if query.device.type == "cpu" else 0
+    )  # CUDA kernels have their own
+    out = attention(q, k, v, attn_mask=dense, mode=mode, head_modes=modes, rotate=finer, **common)
+    return out, None
 
 
 def attention_function(
-    mode: str = "accurate", *, rotate: bool = True
+    mode: str = "accurate",
+    *,
+    rotate: bool = True,
+    kv_block: int = 128,
+    policy: HeadPolicy | None = None,
 ) -> Callable[..., tuple[torch.Tensor, None]]:
     """Return the attention function that :func:`register` registers."""
-    return functools.partial(_attention, mode=mode, rotated=rotate)
+    return functools.partial(
+        _attention, mode=mode, rotated=rotate, kv_block=kv_block, policy=policy
+    )
 
 
-def register(name: str = "attn8", *, mode: str = "accurate", rotate: bool = True) -> None:
+def register(
+    name: str = "attn8",
+    *,
+    mode: str = "accurate",
+    rotate: bool = True,
+    kv_block: int = 128,
+    policy: str | os.PathLike[str] | None = None,
+) -> None:
     """Make ``attn_implementation=name`` known to transformers: attention and mask function.
 
     Parameters
@@ -273,8 +299,15 @@ def register(name: str = "attn8", *, mode: str = "accurate", rotate: bool = True
     mode : str
         Mode of :func:`attn8.attention`.
     rotate : bool
-        Pass q and k through :func:`attn8.rotate` (modes accurate and half). An
-        :class:`Int8Cache` has its own switch, because it holds K as it was stored.
+        As for :func:`attn8.attention`, in modes accurate and half. An :class:`Int8Cache` has its
+        own switch, because it holds K and V as they were stored.
+    kv_block : int
+        As for :func:`attn8.attention`; an :class:`Int8Cache` has its ``page_size`` instead. Half
+        of the library's default rounds P more finely and costs a few percent of the time.
+    policy : str or os.PathLike, optional
+        A file of ``attn8 calibrate`` (docs/precision.md): the modes of single heads, all others
+        running in accurate. It is read once, here. Attention layers need the attribute
+        ``layer_idx``, as those of Transformers have it.
 
     Notes
     -----
@@ -289,5 +322,13 @@ def register(name: str = "attn8", *, mode: str = "accurate", rotate: bool = True
         raise ValueError(f"mode: got {mode!r}, want accurate, paper, half, exact or fp8")
     if not isinstance(rotate, bool):
         raise TypeError(f"rotate: got {type(rotate).__name__}, want a bool")
-    AttentionInterface.register(name, attention_function(mode, rotate=rotate))
+    if isinstance(kv_block, bool) or not isinstance(kv_block, int):
+        raise TypeError(f"kv_block: got {type(kv_block).__name__}, want an int")
+    if kv_block != 0 and (kv_block % 64 != 0 or not 64 <= kv_block <= 512):
+        raise ValueError(f"kv_block: got {kv_block}, want 0 or a multiple of 64 up to 512")
+    if policy is not None and mode != "accurate":
+        raise ValueError(f"mode: got {mode!r} with a policy, want accurate")
+    heads = None if policy is None else HeadPolicy(policy)
+    function = attention_function(mode, rotate=rotate, kv_block=kv_block, policy=heads)
+    AttentionInterface.register(name, function)
     AttentionMaskInterface.register(name, _mask)

@@ -51,64 +51,87 @@ struct AttendSm80 {
   static constexpr float kMagic = 12582912.0f;
   static_assert(127 * 127 * kHeadDim <= 1 << 22 && 255 * 127 * kKvBlock <= 1 << 22);
 
-  /// Q stays in registers unless the accumulators need them.
-  static constexpr bool kQInRegisters = kHeadDim <= 128;
+  /// Q stays in registers unless accumulators and score changes need them.
+  static constexpr bool kQInRegisters = kHeadDim <= (kScores == Scores::kBiased ? 64 : 128);
+  /// Parts of a block whose scores are computed one after the other, for want of registers.
+  static constexpr int kScoreParts = kScores == Scores::kBiased ? 2 : 1;
 
-  /// All threads: `bytes` of contiguous memory, a multiple of 16 times the threads or less.
+  /// Where in a copy a thread's first 16 bytes lie.
+  static ATTN8_DEVICE uint32_t copy_offset() { return ptx::thread_index() * 16; }
+
+  /// All threads: kBytes of contiguous memory. Target and source are those of the copy, each
+  /// copy_offset() further.
   template <int kBytes>
-  static ATTN8_DEVICE void copy(uint32_t target, const void* source) {
-    const int8_t* bytes = static_cast<const int8_t*>(source);
+  static ATTN8_DEVICE void copy(uint32_t target, const int8_t* source) {
+    constexpr int kAtOnce = 16 * kThreads;
     ATTN8_UNROLL
-    for (int i = 0; i < (kBytes + 16 * kThreads - 1) / (16 * kThreads); ++i) {
-      const int at = (i * kThreads + ptx::thread_index()) * 16;
-      if (at < kBytes) ptx::cp_async16(target + at, bytes + at, true);
+    for (int at = 0; at < kBytes; at += kAtOnce) {
+      if (at + kAtOnce <= kBytes || at + static_cast<int>(copy_offset()) < kBytes) {
+        ptx::cp_async16(target + at, source + at, true);
+      }
     }
   }
 
-  /// The keys of one head: of its image, or of its first in pages.
+  /// The keys of one head: of its image, or of its first in pages. Pointers are copy_offset()
+  /// further.
   struct Sources {
+    static constexpr int kKeyBytes = VTile::kBytes / kKvBlock;  // of packed V
+    static constexpr int kConstantRow = kConstantBytes / kKvBlock;
     const AttendParams& p;
     const int8_t* k;
     const int8_t* v;
-    const float* constants;
-    int batch;
+    const int8_t* constants;
+    const int* pages;  ///< of the sequence, or nullptr
+    int page_shift;    ///< log2 of a page's blocks
 
-    ATTN8_DEVICE Sources(const AttendParams& params, int of_batch, int kv_head)
-        : p(params), batch(of_batch) {
-      const int64_t image =
-          p.block_table == nullptr ? static_cast<int64_t>(batch) * p.nheads_k + kv_head : kv_head;
-      k = p.k + image * p.rows_k * kRowBytes;
-      v = p.v + image * p.rows_k * (VTile::kBytes / kKvBlock);
-      constants = p.key_constants + image * p.rows_k * 2;
+    ATTN8_DEVICE Sources(const AttendParams& params, int batch, int kv_head) : p(params) {
+      const bool paged = p.block_table != nullptr;
+      const int64_t rows =
+          (paged ? kv_head : static_cast<int64_t>(batch) * p.nheads_k + kv_head) * p.rows_k;
+      k = p.k + rows * kRowBytes + copy_offset();
+      v = p.v + rows * kKeyBytes + copy_offset();
+      constants =
+          reinterpret_cast<const int8_t*>(p.key_constants) + rows * kConstantRow + copy_offset();
+      pages = paged ? p.block_table + static_cast<int64_t>(batch) * p.block_table_stride : nullptr;
+      page_shift = p.page_shift;
+      for (int keys = kKvBlock; keys > 1; keys /= 2) --page_shift;
     }
 
-    /// Elements before a block, of which a row has `row_elements` in its image, and `tile_elements`
-    /// in its tile's first panel. Constants alone where keys are not in pages.
-    ATTN8_DEVICE int64_t before(int block, int row_elements, int tile_elements) const {
-      if (p.block_table == nullptr) return static_cast<int64_t>(block) * (kKvBlock * tile_elements);
-      const KeyTile tile = KeyTile::of(p, batch, 0, static_cast<int64_t>(block) * kKvBlock);
-      return tile.image * p.rows_k * row_elements + tile.row * tile_elements;
+    /// Where a block lies: rows of the images before its page's, blocks before it there.
+    struct Place {
+      int64_t rows;
+      int block;
+    };
+    ATTN8_DEVICE Place place_of(int block) const {
+      if (pages == nullptr) return {0, block};
+      const int page = ptx::ld_global(pages + (block >> page_shift));
+      return {static_cast<int64_t>(page * p.nheads_k) * p.rows_k, block & ((1 << page_shift) - 1)};
     }
   };
 
   static ATTN8_DEVICE void load_k(uint32_t shared, const Sources& from, int block) {
-    const uint32_t stage = block % kStages;
-    const int8_t* k = from.k + from.before(block, kRowBytes, KTile::kSpan);
+    const uint32_t stage = static_cast<uint32_t>(block) % kStages;
+    const uint32_t target = shared + copy_offset();
+    const typename Sources::Place place = from.place_of(block);
+    const int8_t* k = from.k + place.rows * kRowBytes +
+                      static_cast<int64_t>(place.block) * (kKvBlock * KTile::kSpan);
     ATTN8_UNROLL
     for (int panel = 0; panel < KTile::kPanels; ++panel) {
-      copy<KTile::kPanelBytes>(shared + kK + stage * KTile::kBytes + panel * KTile::kPanelBytes,
+      copy<KTile::kPanelBytes>(target + kK + stage * KTile::kBytes + panel * KTile::kPanelBytes,
                                k + static_cast<int64_t>(panel) * from.p.rows_k * KTile::kSpan);
     }
-    copy<kConstantBytes>(shared + kConstants + stage * kConstantBytes,
-                         from.constants + from.before(block, 2, 2));
+    copy<kConstantBytes>(target + kConstants + stage * kConstantBytes,
+                         from.constants + place.rows * Sources::kConstantRow +
+                             static_cast<int64_t>(place.block) * kConstantBytes);
     ptx::cp_commit();
   }
 
   static ATTN8_DEVICE void load_v(uint32_t shared, const Sources& from, int block) {
-    const uint32_t stage = block % kStages;
-    constexpr int kBytes = VTile::kBytes / kKvBlock;
-    copy<VTile::kBytes>(shared + kV + stage * VTile::kBytes,
-                        from.v + from.before(block, kBytes, kBytes));
+    const uint32_t stage = static_cast<uint32_t>(block) % kStages;
+    const typename Sources::Place place = from.place_of(block);
+    copy<VTile::kBytes>(shared + copy_offset() + kV + stage * VTile::kBytes,
+                        from.v + place.rows * Sources::kKeyBytes +
+                            static_cast<int64_t>(place.block) * VTile::kBytes);
     ptx::cp_commit();
   }
 
@@ -117,7 +140,15 @@ struct AttendSm80 {
     uint32_t q[kQInRegisters ? kRowBytes / 32 : 1][4];  // [k32 steps][A fragment]
     float out[kHeadDim / 8][4];                         // [16 rows, kHeadDim]
     Softmax softmax;
+    int magic[4];  // kMagicBits
   };
+
+  /// A scale whose product with kMagic is exact, so that one multiply-add takes a score out of its
+  /// accumulator as if both operations were: a float without its last two bits.
+  static ATTN8_DEVICE float exact_with_magic(float scale) {
+    const float rounded = ptx::as_float((ptx::as_uint(scale) + 2) & ~3u);
+    return ptx::max(scale, -scale) <= FLT_MAX ? rounded : scale;
+  }
 
   static ATTN8_DEVICE void load_q_fragment(uint32_t shared, int step, uint32_t (&fragment)[4]) {
     const int lane = ptx::thread_index() % 32;
@@ -138,16 +169,24 @@ struct AttendSm80 {
     const int row = block_row + warp * 16 + lane / 4;
     const Sources from(p, batch, head / (p.nheads_q / p.nheads_k));
 
+    State state;
+    int4 magic = {kMagicBits, kMagicBits, kMagicBits, kMagicBits};
+    // By way of memory: the compiler would fill registers with a constant in every block again.
+    ptx::st_shared(row_address(shared), magic);
+    magic = ptx::ld_shared<int4>(row_address(shared));
+    state.magic[0] = magic.x;
+    state.magic[1] = magic.y;
+    state.magic[2] = magic.z;
+    state.magic[3] = magic.w;
     VisibleKeys::of(p, sequence, row).keep(row_address(shared));
     if constexpr (kScores != Scores::kPlain) {
       RowChanges::of(p, sequence, batch, head, row).keep(row_address(shared) + VisibleKeys::kBytes);
     }
-    State state;
     state.softmax.start();
     ATTN8_UNROLL
     for (int r = 0; r < 2; ++r) {
-      state.softmax.score_scale[r] =
-          ptx::ld_global(p.q_scale + sequence.row_index(p, head, row + 8 * r)) * p.score_scale;
+      state.softmax.score_scale[r] = exact_with_magic(
+          ptx::ld_global(p.q_scale + sequence.row_index(p, head, row + 8 * r)) * p.score_scale);
     }
     ATTN8_UNROLL
     for (int group = 0; group < kHeadDim / 8; ++group) {
@@ -160,10 +199,11 @@ struct AttendSm80 {
       ATTN8_UNROLL
       for (int panel = 0; panel < QTile::kPanels; ++panel) {
         copy<QTile::kPanelBytes>(
-            shared + kQ + panel * QTile::kPanelBytes,
+            shared + kQ + panel * QTile::kPanelBytes + copy_offset(),
             p.q + (sequence.first_image + head) * p.rows_q * kRowBytes +
                 (static_cast<int64_t>(panel) * p.rows_q + sequence.first_row + block_row) *
-                    QTile::kSpan);
+                    QTile::kSpan +
+                copy_offset());
       }
       load_k(shared, from, visited.begin);
       load_v(shared, from, visited.begin);
@@ -205,8 +245,9 @@ struct AttendSm80 {
   static ATTN8_DEVICE void attend_block(uint32_t shared, const Sources& from, int block, int end,
                                         State& state) {
     const int lane = ptx::thread_index() % 32;
-    const uint32_t stage = block % kStages;
-    const uint32_t k_tile = shared + kK + stage * KTile::kBytes;
+    const uint32_t stage = static_cast<uint32_t>(block) % kStages;
+    const uint32_t k_fragment = shared + kK + stage * KTile::kBytes +
+                                KTile::offset(ldmatrix_b_column(lane), ldmatrix_b_byte(lane));
     const uint32_t v_tile = shared + kV + stage * VTile::kBytes;
     const uint32_t constants = shared + kConstants + stage * kConstantBytes;
 
@@ -222,37 +263,12 @@ struct AttendSm80 {
     float p[Softmax::kElements];  // [16 rows, kKvBlock] weights
     float4 next_scale = Softmax::load_scale(constants, 0);
     state.softmax.start_block();
-    {
-      int products[kKvBlock / 8][4];  // [8-key groups][C fragment]
-      ATTN8_UNROLL
-      for (int step = 0; step < kRowBytes / 32; ++step) {
-        uint32_t q[4];
-        if constexpr (kQInRegisters) {
-          ATTN8_UNROLL
-          for (int i = 0; i < 4; ++i) q[i] = state.q[step][i];
-        } else {
-          load_q_fragment(shared, step, q);
-        }
-        ATTN8_UNROLL
-        for (int group = 0; group < kKvBlock / 16; ++group) {
-          uint32_t b[4];
-          ptx::ldmatrix_x4(b, k_tile + KTile::offset(group * 16 + ldmatrix_b_column(lane),
-                                                     step * 32 + ldmatrix_b_byte(lane)));
-          ATTN8_UNROLL
-          for (int half = 0; half < 2; ++half) {
-            const uint32_t columns[2] = {b[2 * half], b[2 * half + 1]};
-            if (step == 0) {
-              ptx::mma_s8_from(products[2 * group + half], q, columns, kMagicBits);
-            } else {
-              ptx::mma_s8(products[2 * group + half], q, columns);
-            }
-          }
-        }
-      }
-      state.softmax.template weights<0, kKvBlock / kKeyGroup, kMasked>(
-          from.p.changes, row_address(shared),
-          [&](int i) { return ptx::add(as_magic(products[i / 4][i % 4]), -kMagic); }, constants,
-          block * kKvBlock, next_scale, p);
+    constexpr int kPartGroups = kKvBlock / kKeyGroup / kScoreParts;
+    weigh<0, kPartGroups, kMasked>(shared, k_fragment, constants, from.p.changes, block, state,
+                                   next_scale, p);
+    if constexpr (kScoreParts == 2) {
+      weigh<kPartGroups, 2 * kPartGroups, kMasked>(shared, k_fragment, constants, from.p.changes,
+                                                   block, state, next_scale, p);
     }
 
     // Codes of the weights: [k32 steps][A fragment], or bfloat16: [k16 steps][A fragment].
@@ -279,18 +295,59 @@ struct AttendSm80 {
     }
   }
 
+  /// Weights p of key groups [kFirst, kLast) of a block.
+  template <int kFirst, int kLast, bool kMasked>
+  static ATTN8_DEVICE void weigh(uint32_t shared, uint32_t k_fragment, uint32_t constants,
+                                 const ScoreChanges& changes, int block, State& state,
+                                 float4& next_scale, float (&p)[Softmax::kElements]) {
+    int products[2 * (kLast - kFirst)][4];  // [8-key groups][C fragment]
+    ATTN8_UNROLL
+    for (int step = 0; step < kRowBytes / 32; ++step) {
+      uint32_t q[4];
+      if constexpr (kQInRegisters) {
+        ATTN8_UNROLL
+        for (int i = 0; i < 4; ++i) q[i] = state.q[step][i];
+      } else {
+        load_q_fragment(shared, step, q);
+      }
+      ATTN8_UNROLL
+      for (int group = 0; group < kLast - kFirst; ++group) {
+        uint32_t b[4];
+        ptx::ldmatrix_x4(b, KTile::advance(k_fragment, (kFirst + group) * 16, step * 32));
+        ATTN8_UNROLL
+        for (int half = 0; half < 2; ++half) {
+          const uint32_t columns[2] = {b[2 * half], b[2 * half + 1]};
+          if (step == 0) {
+            ptx::mma_s8_from(products[2 * group + half], q, columns, state.magic);
+          } else {
+            ptx::mma_s8(products[2 * group + half], q, columns);
+          }
+        }
+      }
+    }
+    const float magic_score[2] = {-kMagic * state.softmax.score_scale[0],
+                                  -kMagic * state.softmax.score_scale[1]};
+    state.softmax.template weights<kFirst, kLast, kMasked>(
+        changes, row_address(shared),
+        [&](int i, int r, float scale) {
+          const float product = as_magic(products[i / 4 - 2 * kFirst][i % 4]);
+          return ptx::mul(ptx::fma(product, state.softmax.score_scale[r], magic_score[r]), scale);
+        },
+        constants, block * kKvBlock, next_scale, p);
+  }
+
   /// out += weights times V, in bfloat16.
   static ATTN8_DEVICE void add_halves(uint32_t v_tile, const uint32_t (&packed)[kKvBlock / 16][4],
                                       float (&out)[kHeadDim / 8][4]) {
     const int lane = ptx::thread_index() % 32;
+    // Transposed: rows of the matrices are keys, {0, 1} for 8 channels and {2, 3} for 8 more.
+    const uint32_t fragment = v_tile + VTile::offset(lane % 16, lane / 16 * 16);
     ATTN8_UNROLL
     for (int step = 0; step < kKvBlock / 16; ++step) {
       ATTN8_UNROLL
       for (int columns = 0; columns < kHeadDim / 16; ++columns) {
-        // Transposed: rows of the matrices are keys, {0, 1} for 8 channels and {2, 3} for 8 more.
         uint32_t b[4];
-        ptx::ldmatrix_x4_trans(
-            b, v_tile + VTile::offset(step * 16 + lane % 16, columns * 32 + lane / 16 * 16));
+        ptx::ldmatrix_x4_trans(b, VTile::advance(fragment, step * 16, columns * 32));
         ATTN8_UNROLL
         for (int half = 0; half < 2; ++half) {
           const uint32_t keys[2] = {b[2 * half], b[2 * half + 1]};
@@ -304,19 +361,22 @@ struct AttendSm80 {
   static ATTN8_DEVICE void add_codes(uint32_t v_tile, const uint32_t (&packed)[kKvBlock / 32][4],
                                      State& state) {
     const int lane = ptx::thread_index() % 32;
+    const uint32_t fragment =
+        v_tile + VTile::offset(ldmatrix_b_column(lane), ldmatrix_b_byte(lane));
     ATTN8_UNROLL
     for (int columns = 0; columns < kHeadDim / 16; ++columns) {
+      // Keeps the compiler from loading V so far ahead that outputs leave their registers.
+      if constexpr (kHeadDim > 128 || kScores == Scores::kBiased) ptx::sync_warp();
       int products[2][4];  // [8-channel groups][C fragment]
       ATTN8_UNROLL
       for (int step = 0; step < kKvBlock / 32; ++step) {
         uint32_t b[4];
-        ptx::ldmatrix_x4(b, v_tile + VTile::offset(columns * 16 + ldmatrix_b_column(lane),
-                                                   step * 32 + ldmatrix_b_byte(lane)));
+        ptx::ldmatrix_x4(b, VTile::advance(fragment, columns * 16, step * 32));
         ATTN8_UNROLL
         for (int half = 0; half < 2; ++half) {
           const uint32_t keys[2] = {b[2 * half], b[2 * half + 1]};
           if (step == 0) {
-            ptx::mma_u8_from(products[half], packed[step], keys, kMagicBits);
+            ptx::mma_u8_from(products[half], packed[step], keys, state.magic);
           } else {
             ptx::mma_u8(products[half], packed[step], keys);
           }

@@ -241,8 +241,9 @@ struct AttendSm90 {
       const auto weights = [&]<int kFirst, int kLast>() {
         softmax.template weights<kFirst, kLast, kMasked>(
             changes, row_address(shared),
-            [&](int i) {
-              return static_cast<float>(products[i / (kScoreColumns / 2)][i % (kScoreColumns / 2)]);
+            [&](int i, int r, float scale) {
+              const int product = products[i / (kScoreColumns / 2)][i % (kScoreColumns / 2)];
+              return ptx::mul(ptx::mul(static_cast<float>(product), scale), softmax.score_scale[r]);
             },
             constants, block * kKvBlock, next_scale, p);
       };

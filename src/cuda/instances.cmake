@@ -4,9 +4,35 @@
 # The attention kernels that are built. Each becomes one source file in the build tree, so that they
 # compile in parallel, and one line of instances.inc, which backend.cu reads.
 
-set(ATTN8_CUDA_ARCHITECTURES "80-real;86-real;89-real;80-virtual" CACHE STRING
-    "Architectures of the mma.sync kernels and the quantize kernels; the PTX runs on later chips")
-option(ATTN8_CUDA_SM90A "Build the Hopper kernels (wgmma)" ON)
+# Those of this machine's GPUs; where it has none, what runs on every chip from Ampere on: the code
+# for sm_80 on sm_86 and sm_89, too, its PTX on later ones.
+set(architectures "")
+find_program(ATTN8_NVIDIA_SMI nvidia-smi)
+mark_as_advanced(ATTN8_NVIDIA_SMI)
+if(ATTN8_NVIDIA_SMI)
+  execute_process(COMMAND "${ATTN8_NVIDIA_SMI}" --query-gpu=compute_cap --format=csv,noheader
+                  OUTPUT_VARIABLE found RESULT_VARIABLE failed ERROR_QUIET)
+  if(failed EQUAL 0)
+    string(REGEX MATCHALL "[0-9]+\\.[0-9]" capabilities "${found}")
+    foreach(capability IN LISTS capabilities)
+      string(REPLACE "." "" capability "${capability}")
+      if(capability GREATER_EQUAL 80)
+        list(APPEND architectures "${capability}-real")
+      endif()
+    endforeach()
+    list(REMOVE_DUPLICATES architectures)
+  endif()
+endif()
+set(has_hopper ON)
+if(architectures AND NOT "90-real" IN_LIST architectures)
+  set(has_hopper OFF)
+endif()
+if(NOT architectures)
+  set(architectures 80-real 80-virtual)
+endif()
+set(ATTN8_CUDA_ARCHITECTURES "${architectures}" CACHE STRING
+    "Architectures of the mma.sync kernels and the quantize kernels")
+option(ATTN8_CUDA_SM90A "Build the Hopper kernels (wgmma)" ${has_hopper})
 
 set(ATTN8_CUDA_INSTANCE_DIR ${CMAKE_CURRENT_BINARY_DIR}/instances)
 set(ATTN8_CUDA_SM80_SOURCES)

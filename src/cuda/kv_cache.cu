@@ -1,63 +1,23 @@
 // SPDX-FileCopyrightText: The attn8 authors
 // SPDX-License-Identifier: Apache-2.0
+#include "kv_cache.hpp"
+
 #include <algorithm>
 #include <cmath>
 #include <memory>
 #include <new>
-#include <string>
-#include <vector>
-
-#include "append.hpp"
-#include "attn8/cuda.hpp"
-#include "attn8/cuda_kv_cache.hpp"
-#include "plan.hpp"
 
 /// The paged cache behind attn8/cuda_kv_cache.hpp.
 namespace attn8 {
-
-struct CudaKvCache::State {
-  CudaKvCacheOptions options;
-  int device = 0;
-  int multiprocessors = 0;
-  const cuda::AttendEntry* entry = nullptr;          ///< without softcap
-  const cuda::AttendEntry* softcap_entry = nullptr;  ///< with it; as wide
-  CudaMemory memory;
-  cuda::Pages pages = {};
-  size_t bytes_per_page = 0;
-
-  [[nodiscard]] int packed_dim() const { return entry->head_dim; }
-  [[nodiscard]] int row_bytes() const { return cuda::packed_row_bytes(entry->head_dim); }
-};
-
 namespace {
 
 using cuda::AttendParams;
+using cuda::CacheCall;
+using cuda::CacheLayout;
+using cuda::check_shape;
+using cuda::invalid;
+using cuda::launch_cache;
 using cuda::Weights;
-
-template <class Kernel, class Params>
-__global__ void __launch_bounds__(Kernel::kThreads)
-    cache_kernel(const __grid_constant__ Params params) {
-  Kernel::run(params);
-}
-
-template <class Kernel, class Params>
-void launch(const Params& params, int64_t x, int64_t y, cudaStream_t stream) {
-  if (x <= 0 || y <= 0) return;
-  cache_kernel<Kernel, Params><<<dim3(static_cast<unsigned>(x), static_cast<unsigned>(y)),
-                                 Kernel::kThreads, Kernel::kSharedBytes, stream>>>(params);
-}
-
-Status invalid(std::string message) { return {StatusCode::kInvalidArgument, std::move(message)}; }
-
-std::string text(const Extents& e) {
-  return "[" + std::to_string(e[0]) + ", " + std::to_string(e[1]) + ", " + std::to_string(e[2]) +
-         ", " + std::to_string(e[3]) + "]";
-}
-
-Status check_shape(const char* name, const ConstTensorView& view, const Extents& want) {
-  if (view.shape == want) return {};
-  return invalid(std::string(name) + ".shape=" + text(view.shape) + ", want " + text(want));
-}
 
 Status check_tokens(const char* name, const ConstTensorView& view, int device) {
   if (!is_float(view.dtype)) {
@@ -66,251 +26,6 @@ Status check_tokens(const char* name, const ConstTensorView& view, int device) {
   }
   if (view.shape[0] * view.shape[1] * view.shape[2] * view.shape[3] == 0) return {};
   return cuda::check_memory(view.data, name, device);
-}
-
-int table_value(const ConstTensorView& view, int64_t i, int64_t j = 0) {
-  return static_cast<const int32_t*>(view.data)[i * view.strides[0] + j * view.strides[1]];
-}
-
-/// What the tables of a call say on the host.
-struct Call {
-  int batch = 0, max_pages = 0;
-  bool ragged = false;
-  bool on_host = false;
-  int seqlen = 0;     ///< of a sequence; of a ragged batch the most
-  int64_t total = 0;  ///< tokens of the call
-};
-
-/// Where the checked tables lie in the workspace, then what follows them.
-struct Layout {
-  size_t table = 0, seqlens = 0, cu = 0, bad = 0, raw = 0, sums = 0, q = 0, q_scale = 0,
-         lse_shift = 0, split_out = 0, split_lse = 0, bytes = 0;
-};
-
-class Bytes {
- public:
-  size_t take(int64_t bytes) {
-    const size_t at = bytes_;
-    bytes_ += (static_cast<size_t>(std::max<int64_t>(bytes, 0)) + 255) / 256 * 256;
-    return at;
-  }
-  [[nodiscard]] size_t total() const { return bytes_; }
-
- private:
-  size_t bytes_ = 0;
-};
-
-cuda::Division division_of(const CudaKvCache::State& s, const Call& call, int64_t nheads_q) {
-  return cuda::divide(*s.entry, call.batch, static_cast<int>(nheads_q), s.pages.nheads_k,
-                      call.seqlen, static_cast<int64_t>(call.max_pages) << s.pages.page_shift,
-                      s.multiprocessors);
-}
-
-/// Rows of an image of Q.
-int64_t rows_of(const Call& call, int group) {
-  if (!call.ragged)
-    return cuda::round_up(static_cast<int64_t>(call.seqlen) * group, cuda::kSequencePad);
-  return cuda::ragged_row(call.total * group, call.batch) + cuda::kRaggedRows;
-}
-
-int append_chunks(const Call& call) {
-  return (call.seqlen + cuda::kAppendChunk - 1) / cuda::kAppendChunk;
-}
-
-Layout lay_out(const CudaKvCache::State& s, const Call& call, int64_t heads) {
-  const int64_t ints = 4;
-  Bytes bytes;
-  Layout at;
-  at.table = bytes.take(ints * call.batch * call.max_pages);
-  at.seqlens = bytes.take(ints * call.batch);
-  at.cu = bytes.take(ints * (call.batch + 1));
-  at.bad = bytes.take(ints * call.batch);
-  at.raw =
-      bytes.take(ints * (static_cast<int64_t>(call.batch) * call.max_pages + 2 * call.batch + 1));
-  const cuda::Division division = division_of(s, call, heads);
-  const int64_t images = (call.ragged ? 1 : call.batch) * (heads / division.group);
-  const int64_t rows = images * rows_of(call, division.group);
-  at.q = bytes.take(rows * s.row_bytes());
-  at.q_scale = bytes.take(rows * 4);
-  at.lse_shift = bytes.take(rows * 4);
-  if (division.splits > 1) {
-    const int64_t parts = division.splits * call.total * heads;
-    at.split_out =
-        bytes.take(parts * cuda::split_row_floats(static_cast<int>(s.options.head_dim)) * 4);
-    at.split_lse = bytes.take(parts * 4);
-  }
-  // An append and attention share what follows the tables.
-  const auto tables = static_cast<int64_t>(at.q);
-  at.sums = at.q;
-  at.bytes = std::max(bytes.total(),
-                      static_cast<size_t>(tables + int64_t{8} * call.batch * s.pages.nheads_k *
-                                                       append_chunks(call) * s.row_bytes()));
-  return at;
-}
-
-Status check_int32(const char* name, const ConstTensorView& view, bool on_host, int device) {
-  if (view.dtype != DType::kInt32) {
-    return invalid(std::string(name) + ".dtype=" + std::string(to_string(view.dtype)) +
-                   ", want int32");
-  }
-  if ((view.device.type == DeviceType::kCpu) != on_host) {
-    return invalid(std::string(name) + ".device differs from block_table.device");
-  }
-  return on_host ? Status() : cuda::check_memory(view.data, name, device);
-}
-
-/// Lengths and pages of tables that lie on the host.
-Status check_on_host(const CudaKvCache::State& s, const CudaKvTables& tables, const Call& call,
-                     bool appends) {
-  for (int b = 0; b < call.batch; ++b) {
-    const std::string at = "[" + std::to_string(b) + "]";
-    int64_t added = call.seqlen;
-    if (call.ragged) {
-      const int64_t first = table_value(*tables.cu_seqlens, b);
-      const int64_t last = table_value(*tables.cu_seqlens, b + 1);
-      added = last - first;
-      if (first < 0 || last < first || last > call.total) {
-        return invalid("cu_seqlens" + at + "=" + std::to_string(first) + " and then " +
-                       std::to_string(last) + ", want them not to decrease, from 0 to " +
-                       std::to_string(call.total));
-      }
-      if (added > call.seqlen) {
-        return invalid("max_seqlen=" + std::to_string(call.seqlen) + ", sequence " +
-                       std::to_string(b) + " has " + std::to_string(added) + " tokens");
-      }
-    }
-    const int64_t seqlen = table_value(tables.cache_seqlens, b);
-    const int64_t end = seqlen + (appends ? added : 0);
-    const int64_t room = static_cast<int64_t>(call.max_pages) << s.pages.page_shift;
-    if (seqlen < 0 || end > room) {
-      return invalid("cache_seqlens" + at + "=" + std::to_string(seqlen) +
-                     (appends ? " and " + std::to_string(added) + " more" : "") +
-                     ", block_table has room for " + std::to_string(room));
-    }
-    for (int64_t page = 0; page << s.pages.page_shift < end; ++page) {
-      const int value = table_value(tables.block_table, b, page);
-      if (value < 0 || value >= s.pages.num_pages) {
-        return invalid("block_table[" + std::to_string(b) + ", " + std::to_string(page) +
-                       "]=" + std::to_string(value) + ", there are " +
-                       std::to_string(s.pages.num_pages) + " pages");
-      }
-    }
-  }
-  return {};
-}
-
-/// The shapes of a call; not what the tables hold.
-Result<Call> call_of(const CudaKvCache::State& s, const Extents& tokens,
-                     const CudaKvTables& tables) {
-  Call call;
-  const Extents& table = tables.block_table.shape;
-  if (table[0] < 1 || table[1] < 1 || table[2] != 1 || table[3] != 1 || table[0] > 65535 ||
-      table[1] > cuda::kNoLimit / 4 >> s.pages.page_shift) {
-    return invalid("block_table.shape=" + text(table) + ", want [batch, max_pages, 1, 1]");
-  }
-  call.batch = static_cast<int>(table[0]);
-  call.max_pages = static_cast<int>(table[1]);
-  call.ragged = tables.cu_seqlens.has_value();
-  call.on_host = tables.block_table.device.type == DeviceType::kCpu;
-  const int64_t want_batch = call.ragged ? 1 : call.batch;
-  if (tokens[0] != want_batch || tokens[1] < 0 || tokens[1] > cuda::kNoLimit / 4) {
-    return invalid("tokens of shape " + text(tokens) + ", want shape[0]=" +
-                   std::to_string(want_batch) + (call.ragged ? " with cu_seqlens" : ""));
-  }
-  if (tokens[2] * call.batch > 65535) {
-    return Status(StatusCode::kUnsupported, "tokens of shape " + text(tokens) + " in " +
-                                                std::to_string(call.batch) +
-                                                " sequences, CUDA takes batch * heads up to 65535");
-  }
-  call.total = tokens[0] * tokens[1];
-  call.seqlen = static_cast<int>(tokens[1]);
-  if (tables.max_seqlen < 0) {
-    return invalid("max_seqlen=" + std::to_string(tables.max_seqlen) + ", want 0 or more");
-  }
-  if (call.ragged && tables.max_seqlen > 0) {
-    call.seqlen = static_cast<int>(std::min<int64_t>(call.seqlen, tables.max_seqlen));
-  }
-  return call;
-}
-
-/// Checks the tables and enqueues what makes them safe to use.
-Status prepare_tables(const CudaKvCache::State& s, const CudaKvTables& tables, const Call& call,
-                      bool appends, const Layout& at, std::span<std::byte> workspace,
-                      cudaStream_t stream) {
-  if (workspace.size() < at.bytes) {
-    return invalid("workspace has " + std::to_string(workspace.size()) + " bytes, want " +
-                   std::to_string(at.bytes));
-  }
-  if (reinterpret_cast<uintptr_t>(workspace.data()) % 256 != 0) {
-    return invalid("workspace.data() wants an alignment of 256 bytes");
-  }
-  Status checks[] = {
-      check_shape("cache_seqlens", tables.cache_seqlens, {call.batch, 1, 1, 1}),
-      call.ragged ? check_shape("cu_seqlens", *tables.cu_seqlens, {call.batch + 1, 1, 1, 1})
-                  : Status(),
-      check_int32("block_table", tables.block_table, call.on_host, s.device),
-      check_int32("cache_seqlens", tables.cache_seqlens, call.on_host, s.device),
-      call.ragged ? check_int32("cu_seqlens", *tables.cu_seqlens, call.on_host, s.device)
-                  : Status(),
-      cuda::check_memory(workspace.data(), "workspace", s.device)};
-  for (Status& check : checks) {
-    if (!check.ok()) return check;
-  }
-  if (call.on_host) {
-    if (Status status = check_on_host(s, tables, call, appends); !status.ok()) return status;
-  }
-  const auto ints_at = [&](size_t offset) {
-    return reinterpret_cast<int*>(workspace.data() + offset);
-  };
-  cuda::TablesParams p{};
-  p.block_table = static_cast<const int*>(tables.block_table.data);
-  p.block_table_stride_batch = tables.block_table.strides[0];
-  p.block_table_stride_page = tables.block_table.strides[1];
-  p.cache_seqlens = static_cast<const int*>(tables.cache_seqlens.data);
-  p.cache_seqlens_stride = tables.cache_seqlens.strides[0];
-  if (call.ragged) {
-    p.cu_seqlens = static_cast<const int*>(tables.cu_seqlens->data);
-    p.cu_seqlens_stride = tables.cu_seqlens->strides[0];
-  }
-  if (call.on_host) {
-    std::vector<int> raw;
-    for (int b = 0; b < call.batch; ++b) {
-      for (int page = 0; page < call.max_pages; ++page) {
-        raw.push_back(table_value(tables.block_table, b, page));
-      }
-    }
-    for (int b = 0; b < call.batch; ++b) raw.push_back(table_value(tables.cache_seqlens, b));
-    for (int b = 0; call.ragged && b <= call.batch; ++b) {
-      raw.push_back(table_value(*tables.cu_seqlens, b));
-    }
-    // Copied before the call returns, because the memory is pageable.
-    const cudaError_t error = cudaMemcpyAsync(ints_at(at.raw), raw.data(), raw.size() * 4,
-                                              cudaMemcpyHostToDevice, stream);
-    if (error != cudaSuccess) return cuda::device_status(error, "cudaMemcpyAsync");
-    p.block_table = ints_at(at.raw);
-    p.block_table_stride_batch = call.max_pages;
-    p.block_table_stride_page = 1;
-    p.cache_seqlens = p.block_table + static_cast<int64_t>(call.batch) * call.max_pages;
-    p.cache_seqlens_stride = 1;
-    if (call.ragged) {
-      p.cu_seqlens = p.cache_seqlens + call.batch;
-      p.cu_seqlens_stride = 1;
-    }
-  }
-  p.batch = call.batch;
-  p.max_pages = call.max_pages;
-  p.num_pages = s.pages.num_pages;
-  p.page_shift = s.pages.page_shift;
-  p.seqlen = call.seqlen;
-  p.max_seqlen = call.seqlen;
-  p.total = static_cast<int>(call.total);
-  p.appends = appends;
-  p.checked_table = ints_at(at.table);
-  p.checked_seqlens = ints_at(at.seqlens);
-  p.checked_cu = ints_at(at.cu);
-  p.bad = ints_at(at.bad);
-  launch<cuda::CheckTables>(p, call.batch, 1, stream);
-  return cuda::device_status(cudaGetLastError(), "launching the kernel that checks the tables");
 }
 
 template <class Visit>
@@ -322,17 +37,17 @@ void for_float(DType dtype, const Visit& visit) {
 }
 
 template <int kRowBytes, int kPackedDim>
-void launch_append(const cuda::AppendParams& p, DType dtype, const Call& call,
+void launch_append(const cuda::AppendParams& p, DType dtype, const CacheCall& call,
                    cudaStream_t stream) {
   const int64_t heads = static_cast<int64_t>(call.batch) * p.pages.nheads_k;
   // A sequence may begin and end inside a group.
   const int64_t groups = (call.seqlen + cuda::kKeyGroup - 1) / cuda::kKeyGroup + 1;
   for_float(dtype, [&](auto source) {
     if (p.smooth_k) {
-      launch<cuda::AppendSums<source(), kRowBytes>>(p, p.chunks, heads, stream);
+      launch_cache<cuda::AppendSums<source(), kRowBytes>>(p, p.chunks, heads, stream);
     }
-    launch<cuda::AppendMean<kRowBytes>>(p, heads, 1, stream);
-    launch<cuda::AppendTokens<source(), kRowBytes, kPackedDim>>(p, groups, heads, stream);
+    launch_cache<cuda::AppendMean<kRowBytes>>(p, heads, 1, stream);
+    launch_cache<cuda::AppendTokens<source(), kRowBytes, kPackedDim>>(p, groups, heads, stream);
   });
 }
 
@@ -377,18 +92,22 @@ Result<CudaKvCache> CudaKvCache::make(const CudaKvCacheOptions& options,
   s.options = options;
   s.device = context.device.index;
   s.multiprocessors = info.value().multiprocessors;
-  // The width with both kernels.
-  s.softcap_entry = cuda::find_entry(kernels.value(), Weights::kFolded, cuda::Scores::kSoftcap,
-                                     static_cast<int>(options.head_dim));
+  // The width with all three kernels.
+  const auto entry_of = [&](cuda::Scores scores, int64_t head_dim) {
+    return cuda::find_entry(kernels.value(), Weights::kFolded, scores, static_cast<int>(head_dim));
+  };
+  s.softcap_entry = entry_of(cuda::Scores::kSoftcap, options.head_dim);
   if (s.softcap_entry != nullptr) {
-    s.entry = cuda::find_entry(kernels.value(), Weights::kFolded, cuda::Scores::kPlain,
-                               s.softcap_entry->head_dim);
+    s.entry = entry_of(cuda::Scores::kPlain, s.softcap_entry->head_dim);
+    s.alibi_entry = entry_of(cuda::Scores::kBiased, s.softcap_entry->head_dim);
   }
-  if (s.entry == nullptr || s.entry->head_dim != s.softcap_entry->head_dim) {
+  const cuda::AttendEntry* const entries[] = {s.entry, s.softcap_entry, s.alibi_entry};
+  for (const cuda::AttendEntry* entry : entries) {
+    if (entry != nullptr && entry->head_dim == s.softcap_entry->head_dim) continue;
     return Status(StatusCode::kUnavailable,
                   "this build has no CUDA kernel for head_dim=" + std::to_string(options.head_dim));
   }
-  for (const cuda::AttendEntry* entry : {s.entry, s.softcap_entry}) {
+  for (const cuda::AttendEntry* entry : entries) {
     if (Status status = cuda::make_ready(*entry, s.device, info.value().name); !status.ok()) {
       return status;
     }
@@ -426,10 +145,10 @@ size_t CudaKvCache::bytes_per_page() const noexcept { return state_->bytes_per_p
 
 size_t CudaKvCache::workspace_bytes(const Extents& tokens,
                                     const CudaKvTables& tables) const noexcept try {
-  const Result<Call> call = call_of(*state_, tokens, tables);
+  const Result<CacheCall> call = cuda::call_of(*state_, tokens, tables);
   // What is wrong with the shapes append() and attend() say.
   if (!call.ok() || tokens[2] % state_->options.nheads_k != 0) return 0;
-  return lay_out(*state_, call.value(), tokens[2]).bytes;
+  return cuda::lay_out(*state_, call.value(), tokens[2]).bytes;
 } catch (...) {
   return 0;
 }
@@ -438,9 +157,9 @@ Status CudaKvCache::append(const ConstTensorView& k, const ConstTensorView& v,
                            const CudaKvTables& tables, std::span<std::byte> workspace,
                            const Context& context) const noexcept try {
   const State& s = *state_;
-  const Result<Call> result = call_of(s, k.shape, tables);
+  const Result<CacheCall> result = cuda::call_of(s, k.shape, tables);
   if (!result.ok()) return result.status();
-  const Call& call = result.value();
+  const CacheCall& call = result.value();
   const Extents want = {k.shape[0], k.shape[1], s.options.nheads_k, s.options.head_dim};
   Status checks[] = {check_context(s, context), check_shape("k", k, want),
                      check_shape("v", v, want), check_tokens("k", k, s.device),
@@ -455,8 +174,9 @@ Status CudaKvCache::append(const ConstTensorView& k, const ConstTensorView& v,
   const cuda::DeviceGuard guard(s.device);
   if (guard.error() != cudaSuccess) return cuda::device_status(guard.error(), "cudaSetDevice");
   const auto stream = static_cast<cudaStream_t>(context.stream);
-  const Layout at = lay_out(s, call, s.options.nheads_k);
-  if (Status status = prepare_tables(s, tables, call, true, at, workspace, stream); !status.ok()) {
+  const CacheLayout at = cuda::lay_out(s, call, s.options.nheads_k);
+  if (Status status = cuda::prepare_tables(s, tables, call, true, at, workspace, stream);
+      !status.ok()) {
     return status;
   }
   if (call.total == 0) return {};
@@ -474,7 +194,7 @@ Status CudaKvCache::append(const ConstTensorView& k, const ConstTensorView& v,
   p.bad = ints_at(at.bad);
   p.smooth_k = s.options.smooth_k;
   p.sums = reinterpret_cast<double*>(workspace.data() + at.sums);
-  p.chunks = append_chunks(call);
+  p.chunks = cuda::append_chunks(call);
   if (s.packed_dim() == 64) {
     launch_append<64, 64>(p, k.dtype, call, stream);
   } else if (s.packed_dim() == 128) {
@@ -492,9 +212,9 @@ Status CudaKvCache::attend(const ConstTensorView& q, const CudaKvTables& tables,
                            std::span<std::byte> workspace, const Context& context) const noexcept
     try {
   const State& s = *state_;
-  const Result<Call> result = call_of(s, q.shape, tables);
+  const Result<CacheCall> result = cuda::call_of(s, q.shape, tables);
   if (!result.ok()) return result.status();
-  const Call& call = result.value();
+  const CacheCall& call = result.value();
   const int64_t heads = q.shape[2];
   if (heads < 1 || heads % s.options.nheads_k != 0) {
     return invalid("q.shape[2]=" + std::to_string(heads) +
@@ -509,6 +229,12 @@ Status CudaKvCache::attend(const ConstTensorView& q, const CudaKvTables& tables,
       check_shape("out", out, want),
       outputs.lse ? check_shape("lse", ConstTensorView(*outputs.lse), want_lse) : Status(),
       options.sinks ? check_shape("sinks", *options.sinks, {1, 1, heads, 1}) : Status(),
+      options.alibi_slopes && options.alibi_slopes->shape[0] != 1
+          ? check_shape("alibi_slopes", *options.alibi_slopes, {call.batch, 1, heads, 1})
+          : Status(),
+      options.alibi_slopes && options.alibi_slopes->shape[0] == 1
+          ? check_shape("alibi_slopes", *options.alibi_slopes, {1, 1, heads, 1})
+          : Status(),
       check_tokens("q", q, s.device),
       check_tokens("out", out, s.device)};
   for (Status& check : checks) {
@@ -516,7 +242,7 @@ Status CudaKvCache::attend(const ConstTensorView& q, const CudaKvTables& tables,
   }
   for (const auto& [view, name] :
        {std::pair(outputs.lse ? std::optional<ConstTensorView>(*outputs.lse) : std::nullopt, "lse"),
-        std::pair(options.sinks, "sinks")}) {
+        std::pair(options.sinks, "sinks"), std::pair(options.alibi_slopes, "alibi_slopes")}) {
     if (!view.has_value()) continue;
     if (view->dtype != DType::kFloat32) {
       return invalid(std::string(name) + ".dtype=" + std::string(to_string(view->dtype)) +
@@ -537,11 +263,18 @@ Status CudaKvCache::attend(const ConstTensorView& q, const CudaKvTables& tables,
       std::abs(options.mask.k_offset) > offset_limit) {
     return invalid("options.mask.q_offset and k_offset want -2^48 to 2^48");
   }
+  const int64_t position = options.mask.q_offset - options.mask.k_offset;
+  if (options.alibi_slopes && std::abs(position) > cuda::kNoLimit / 4) {
+    return Status(StatusCode::kUnsupported,
+                  "options.mask.q_offset - k_offset=" + std::to_string(position) +
+                      ", with alibi_slopes on CUDA at most 2^28 apart");
+  }
   const cuda::DeviceGuard guard(s.device);
   if (guard.error() != cudaSuccess) return cuda::device_status(guard.error(), "cudaSetDevice");
   const auto stream = static_cast<cudaStream_t>(context.stream);
-  const Layout at = lay_out(s, call, heads);
-  if (Status status = prepare_tables(s, tables, call, false, at, workspace, stream); !status.ok()) {
+  const CacheLayout at = cuda::lay_out(s, call, heads);
+  if (Status status = cuda::prepare_tables(s, tables, call, false, at, workspace, stream);
+      !status.ok()) {
     return status;
   }
   if (call.total == 0) return {};
@@ -549,8 +282,8 @@ Status CudaKvCache::attend(const ConstTensorView& q, const CudaKvTables& tables,
   std::byte* base = workspace.data();
   const auto ints_at = [&](size_t offset) { return reinterpret_cast<int*>(base + offset); };
   const auto floats_at = [&](size_t offset) { return reinterpret_cast<float*>(base + offset); };
-  const cuda::Division division = division_of(s, call, heads);
-  const int64_t rows = rows_of(call, division.group);
+  const cuda::Division division = cuda::division_of(s, call, heads);
+  const int64_t rows = cuda::rows_of(call, division.group);
   const int64_t images = (call.ragged ? 1 : call.batch) * (heads / division.group);
   const float softmax_scale = options.softmax_scale.value_or(
       static_cast<float>(1.0 / std::sqrt(static_cast<double>(s.options.head_dim))));
@@ -603,8 +336,7 @@ Status CudaKvCache::attend(const ConstTensorView& q, const CudaKvTables& tables,
   p.total_q = static_cast<int>(call.total);
   p.seqlen_k = static_cast<int>(std::min<int64_t>(
       static_cast<int64_t>(call.max_pages) << s.pages.page_shift, cuda::kNoLimit / 4));
-  const cuda::MaskOffsets offsets =
-      cuda::mask_offsets(options.mask, options.mask.q_offset - options.mask.k_offset);
+  const cuda::MaskOffsets offsets = cuda::mask_offsets(options.mask, position);
   p.first_offset = offsets.first;
   p.last_offset = offsets.last;
   p.bottom_right = options.mask.align == CausalAlign::kBottomRight;
@@ -616,6 +348,15 @@ Status CudaKvCache::attend(const ConstTensorView& q, const CudaKvTables& tables,
   } else {
     p.lse_shift = q_rows.lse_shift;
   }
+  const cuda::AttendEntry* entry = options.softcap != 0 ? s.softcap_entry : s.entry;
+  if (options.alibi_slopes) {
+    entry = s.alibi_entry;
+    const ConstTensorView& slopes = *options.alibi_slopes;
+    p.changes.position_offset = static_cast<int>(position);
+    p.changes.alibi_slopes = static_cast<const float*>(slopes.data);
+    p.changes.alibi_stride_batch = slopes.shape[0] == 1 ? 0 : slopes.strides[0];
+    p.changes.alibi_stride_head = slopes.strides[2];
+  }
   if (options.sinks) {
     p.sinks = static_cast<const float*>(options.sinks->data);
     p.sinks_stride = options.sinks->strides[2];
@@ -626,9 +367,8 @@ Status CudaKvCache::attend(const ConstTensorView& q, const CudaKvTables& tables,
   p.block_table = ints_at(at.table);
   p.block_table_stride = call.max_pages;
   p.page_shift = s.pages.page_shift;
-  return cuda::enqueue_attend(options.softcap != 0 ? *s.softcap_entry : *s.entry, p, division,
-                              call.batch, call.ragged ? 1 : call.batch, floats_at(at.split_out),
-                              floats_at(at.split_lse), stream);
+  return cuda::enqueue_attend(*entry, p, division, call.batch, call.ragged ? 1 : call.batch,
+                              floats_at(at.split_out), floats_at(at.split_lse), stream);
 } catch (...) {
   return {StatusCode::kOutOfMemory, {}};
 }

@@ -104,6 +104,13 @@ struct SharedTile {
     return byte / kSpan * kPanelBytes + swizzle(row * kSpan + byte % kSpan, kSpan);
   }
 
+  /// From `at`, where offset(row, byte) of some row and byte < 32 is, to where `rows` rows (a
+  /// multiple of 8) and `bytes` bytes (a multiple of 32) further are. `at` may be an address: a
+  /// tile's start leaves the bits alone that the swizzle changes.
+  ATTN8_HOST_DEVICE static constexpr uint32_t advance(uint32_t at, uint32_t rows, uint32_t bytes) {
+    return (at ^ bytes % kSpan) + bytes / kSpan * kPanelBytes + rows * kSpan;
+  }
+
   /// Offset, before swizzling, of the 32 bytes of k from `byte` on, starting at `row` (a multiple
   /// of 8): the start of a wgmma operand.
   ATTN8_HOST_DEVICE static constexpr uint32_t operand_offset(uint32_t row, uint32_t byte) {

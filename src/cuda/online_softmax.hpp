@@ -161,15 +161,15 @@ struct OnlineSoftmax {
   /// Weights p of key groups [kFirst, kLast) of the block, their sums going to block_sum.
   ///   changes          not read by Scores::kPlain
   ///   row_address      of the thread's VisibleKeys, and its RowChanges after them
-  ///   product(i)       integer product of element i of the block, as a float
+  ///   score_of(i, r, scale)  of element i of the block, which is in row r, a key with this scale
   ///   constants        shared address of the block's [kKvBlock / 16][2][16] key constants
   ///   first_key        of the block
   ///   next_scale       scales of group kFirst; then those of group kLast
   /// An exponential takes some 40 cycles and a warp waits for whole batches of them, so each
   /// group's are used while the next group's are being computed.
-  template <int kFirst, int kLast, bool kMasked, class Product>
+  template <int kFirst, int kLast, bool kMasked, class ScoreOf>
   ATTN8_DEVICE void weights(const ScoreChanges& changes, uint32_t row_address,
-                            const Product& product, uint32_t constants, int first_key,
+                            const ScoreOf& score_of, uint32_t constants, int first_key,
                             float4& next_scale, float (&p)[kElements]) {
     VisibleKeys visible = {};
     RowChanges row_changes = {};
@@ -181,6 +181,7 @@ struct OnlineSoftmax {
     Constants previous = {};
     ATTN8_UNROLL
     for (int group = kFirst; group <= kLast; ++group) {
+      if constexpr (kScores == Scores::kBiased) ptx::sync_warp();  // as in AttendSm80::add_codes()
       previous.ratio = now.ratio;
       if (group < kLast) {
         now.scale = next_scale;
@@ -191,7 +192,8 @@ struct OnlineSoftmax {
       for (int e = 0; e < 8; ++e) {
         const int r = e >> 1 & 1;
         if (group < kLast) {
-          float score = now.score(product(group * 8 + e), score_scale[r], e);
+          float score =
+              score_of(group * 8 + e, r, Constants::element(now.scale, Constants::key_of(e)));
           [[maybe_unused]] const int key = first_key + key_column(group, e);
           const bool sees = !kMasked || visible.sees(r, key);
           if constexpr (kScores != Scores::kPlain) {

@@ -231,13 +231,15 @@ ATTN8_MMA_INT8(mma_s8, "s8")
 ATTN8_MMA_INT8(mma_u8, "u8")
 #undef ATTN8_MMA_INT8
 
-/// d = c + a b with every element of c the same: how a first step starts from a constant for free.
-#define ATTN8_MMA_INT8_FROM(name, a_type)                                                      \
-  ATTN8_DEVICE void name(int(&d)[4], const uint32_t(&a)[4], const uint32_t(&b)[2], int c) {    \
-    asm volatile("mma.sync.aligned.m16n8k32.row.col.s32." a_type                               \
-                 ".s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %10, %10, %10};" \
-                 : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])                              \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(c));  \
+/// d = c + a b.
+#define ATTN8_MMA_INT8_FROM(name, a_type)                                                       \
+  ATTN8_DEVICE void name(int(&d)[4], const uint32_t(&a)[4], const uint32_t(&b)[2],              \
+                         const int(&c)[4]) {                                                    \
+    asm volatile("mma.sync.aligned.m16n8k32.row.col.s32." a_type                                \
+                 ".s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"  \
+                 : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])                               \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(c[0]), \
+                   "r"(c[1]), "r"(c[2]), "r"(c[3]));                                            \
   }
 ATTN8_MMA_INT8_FROM(mma_s8_from, "s8")
 ATTN8_MMA_INT8_FROM(mma_u8_from, "u8")

@@ -159,6 +159,33 @@ TEST(SharedTile, IsABijectionWithoutBankConflicts) {
   check_tile<SharedTile<256, 128>>();
 }
 
+/// advance() from every fragment's start, in the tile and at an address, is offset().
+template <class Tile>
+void check_advance() {
+  constexpr uint32_t kAddress = 5 * 1024;
+  for (uint32_t row = 0; row < Tile::kRows; ++row) {
+    for (uint32_t byte = 0; byte < 32; ++byte) {
+      const uint32_t start = Tile::offset(row, byte);
+      for (uint32_t rows = 0; row + rows < Tile::kRows; rows += 8) {
+        for (uint32_t bytes = 0; bytes < Tile::kRowBytes; bytes += 32) {
+          const uint32_t end = Tile::offset(row + rows, byte + bytes);
+          ASSERT_EQ(Tile::advance(start, rows, bytes), end);
+          ASSERT_EQ(Tile::advance(kAddress + start, rows, bytes), kAddress + end);
+        }
+      }
+    }
+  }
+}
+
+TEST(SharedTile, AdvanceIsADifferenceOfOffsets) {
+  check_advance<SharedTile<64, 32>>();
+  check_advance<SharedTile<64, 64>>();
+  check_advance<SharedTile<128, 96>>();
+  check_advance<SharedTile<128, 128>>();
+  check_advance<SharedTile<64, 256>>();
+  check_advance<SharedTile<64, 512>>();
+}
+
 /// The swizzle of operand_offset(), as hardware applies it to the address, is offset().
 template <class Tile>
 void check_operand() {

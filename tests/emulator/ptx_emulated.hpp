@@ -1,6 +1,7 @@
 // SPDX-FileCopyrightText: The attn8 authors
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
+#include <algorithm>
 #include <bit>
 #include <cfloat>
 #include <cmath>
@@ -164,12 +165,14 @@ ATTN8_DEVICE void mma_s8(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b
 ATTN8_DEVICE void mma_u8(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   emulator::mma(emulator::Product::kU8S8, d, a, b);
 }
-ATTN8_DEVICE void mma_s8_from(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], int c) {
-  for (int& x : d) x = c;
+ATTN8_DEVICE void mma_s8_from(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                              const int (&c)[4]) {
+  std::copy(c, c + 4, d);
   mma_s8(d, a, b);
 }
-ATTN8_DEVICE void mma_u8_from(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], int c) {
-  for (int& x : d) x = c;
+ATTN8_DEVICE void mma_u8_from(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                              const int (&c)[4]) {
+  std::copy(c, c + 4, d);
   mma_u8(d, a, b);
 }
 ATTN8_DEVICE void mma_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {

@@ -233,7 +233,58 @@ OPTIONS = {
     "leftpad_k": [np.int32([0]), np.int32([1, 1]), np.int32([-1])],
     "q_offset": [0, 5, -3, 2**48, 2**62], "k_offset": [0, 7, -(2**48), 2**63],
     "rotate": [True, False],
+    "head_modes": [None, ["half"], ["accurate", "exact"], ("half",) * 4, ["paper", "fp8"], []],
 }
+CACHES = {
+    "nheads_k": [1, 2], "head_dim": [8, 16, 5], "max_pages": [1, 4], "page_size": [0, 64, 128],
+    "smooth_k": [True, False], "rotate": [True, False],
+}
+TAKEN = ["softmax_scale", "causal", "align", "window_size", "softcap", "alibi_slopes", "sinks",
+         "return_lse", "threads", "isa"]
+
+def chosen(choices, names, share):
+    found = {name: rng.choice(choices[name]) for name in names if rng.random() < share}
+    if rng.random() < share:
+        found[rng.choice(list(names))] = rng.choice(GARBAGE)
+    return found
+
+def over_a_cache():
+    shape = {name: rng.choice(values) for name, values in CACHES.items()}
+    cache = attn8.KVCache(**{**shape, **chosen(CACHES, CACHES, 0.05)})
+    sequences = [cache.create(), cache.create()]
+    heads, dim = shape["nheads_k"], shape["head_dim"]
+
+    def rows(heads):
+        if rng.random() < 0.03:
+            return rng.choice([array(), rng.choice(GARBAGE)])
+        value = rng.choice([0, 1, -2.5, np.nan, np.inf, 3e38])
+        return np.full((rng.choice([0, 1, 6, 70]), heads, dim), value, rng.choice(["f4", "f2"]))
+
+    for sequence in sequences:
+        k = rows(heads)
+        cache.append(sequence, k, k if rng.random() < 0.9 else rows(heads))
+    if rng.random() < 0.1:
+        sequences.append(cache.fork(sequences[0], rng.choice([None, 3, *GARBAGE])))
+    options = chosen(OPTIONS, TAKEN, 0.1)
+    starts = rng.choice([None] * 4 + [np.int32([0, 1, 6]), np.int32([0, 70]), array()])
+    if rng.random() < 0.1:
+        options["out"] = rng.choice([array(), rng.choice(GARBAGE)])
+    cache.attend(rng.choice([sequences, sequences[:1], sequences * 2] * 5 + [rng.choice(GARBAGE)]),
+                 rows(heads * rng.choice([1, 2, 3])), starts, **options)
+
+def with_kvcache(q, k, v):
+    def lengths():
+        return rng.choice([None, 0, 2, np.int32([1]), np.int32([0, 2]), array(), *GARBAGE])
+
+    names = ["cache_seqlens", "cache_batch_idx", "cache_leftpad"]
+    options = {name: lengths() for name in names if rng.random() < 0.3}
+    if rng.random() < 0.2:
+        options["block_table"] = rng.choice([np.int32([[0]]), np.int32([[1, 0]] * 2), array()])
+    options.update(chosen(OPTIONS, TAKEN[1:2] + TAKEN[3:7], 0.3))
+    options.pop("align", None)
+    new = (k, v) if rng.random() < 0.4 else (None, None)
+    attn8.flash_attn_with_kvcache(q, k, v, *new, **options)
+
 ok = refused = 0
 for _ in range(int(sys.argv[2])):
     if rng.random() < 0.6:
@@ -251,16 +302,19 @@ for _ in range(int(sys.argv[2])):
     if rng.random() < 0.1:
         fields = [k, v, q, None, "token", 0, 3]
         k = attn8.QuantizedTensor(*(rng.choice(fields) for _ in range(5)))
-    options = {name: rng.choice(values) for name, values in OPTIONS.items()
-               if rng.random() < 0.3}
-    if rng.random() < 0.3:
-        options[rng.choice(list(OPTIONS))] = rng.choice(GARBAGE)
+    options = chosen(OPTIONS, OPTIONS, rng.choice([0.02, 0.1, 0.3]))
     if rng.random() < 0.1:
         options["out"] = rng.choice([array(), q, rng.choice(GARBAGE)])
     try:
         call = rng.random()
-        if call < 0.7:
+        if call < 0.5:
             attn8.attention(q, k, v, **options)
+        elif call < 0.6:
+            over_a_cache()
+        elif call < 0.65:
+            with_kvcache(q, k, v)
+        elif call < 0.7:
+            attn8.rotate(rng.choice([q, array()]), threads=rng.choice([None, 1, 5, "x", 0]))
         elif call < 0.8:
             attn8.scaled_dot_product_attention(q, k, v, rng.choice([None, array()]))
         elif call < 0.9:
@@ -272,7 +326,7 @@ for _ in range(int(sys.argv[2])):
         else:
             attn8.reference.emulation(q, k, v)
         ok += 1
-    except (TypeError, ValueError, attn8.UnsupportedError) as error:
+    except (TypeError, ValueError, MemoryError, attn8.UnsupportedError) as error:
         refused += 1
         assert str(error), "an error without a text"
 print(ok, refused)

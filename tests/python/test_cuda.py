@@ -2,6 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """attn8 on CUDA tensors: results, streams, graphs, memory, and what is refused."""
 
+import itertools
+
 import numpy as np
 import pytest
 from dense_attention import dense_attention, distance, normal, operands, visible
@@ -403,6 +405,36 @@ def test_cache_in_pages(place):
         )
         assert distance(on_host(out[i]), on_host(wanted[0])) < BOUNDS["accurate"]
         np.testing.assert_allclose(on_host(lse[i]), on_host(wanted_lse[0]), atol=0.03)
+
+
+@gpu
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
+def test_cache_in_pages_with_score_changes(softcap):
+    lengths, heads = [300, 17, 512], 4
+    cache = attn8.CudaKVCache(nheads_k=2, head_dim=64, num_pages=6)
+    table = torch.tensor([[5, 2], [0, 1], [3, 4]], dtype=torch.int32, device="cuda")
+    held = torch.zeros(3, dtype=torch.int32, device="cuda")
+    k, v = (torch.from_numpy(normal(sum(lengths), 2, 64, seed=i)).cuda() for i in (1, 2))
+    starts = torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32, device="cuda")
+    cache.append(k, v, table, held, cu_seqlens=starts)
+    held += starts.diff()
+    slopes = torch.rand(3, heads, generator=torch.Generator().manual_seed(1))
+    sinks = torch.tensor([0.5, -1.0, 2.0, 0.0])
+    for rows in (1, 5, 100):
+        q = torch.from_numpy(normal(3, rows, heads, 64, seed=rows)).cuda()
+        for given in (slopes, slopes[0]):
+            out, lse = cache.attend(
+                q, table, held, causal=True, softcap=softcap, sinks=sinks.cuda(),
+                alibi_slopes=given.cuda(), return_lse=True,
+            )  # fmt: skip
+            for i, (a, b) in enumerate(itertools.pairwise(starts.tolist())):
+                wanted, wanted_lse = attn8.attention(
+                    q[i : i + 1].cpu(), k[None, a:b].cpu(), v[None, a:b].cpu(), causal=True,
+                    softcap=softcap, sinks=sinks, mode="exact", return_lse=True,
+                    alibi_slopes=given if given.ndim == 1 else given[i : i + 1],
+                )  # fmt: skip
+                assert distance(on_host(out[i]), on_host(wanted[0])) < BOUNDS["accurate"]
+                np.testing.assert_allclose(on_host(lse[i]), on_host(wanted_lse[0]), atol=0.03)
 
 
 @gpu

@@ -58,6 +58,30 @@ def test_new_tokens_go_to_the_cache_first(tokens, mask, mode, bound):
     )  # fmt: skip
 
 
+@pytest.mark.parametrize(("mode", "bound"), [("exact", 1e-5), ("accurate", 0.03)])
+@pytest.mark.parametrize("rows", [1, BATCH])
+def test_score_changes(rows, mode, bound):
+    (k_cache, v_cache), q = caches(), queries(4)
+    slopes = (
+        np.float32([[0.5, 0.25, 0.1, 0.01]]) * np.arange(1, rows + 1, dtype=np.float32)[:, None]
+    )
+    sinks = np.float32([-1, 0, 2, 5])
+    lengths = np.array([40, 7, 90], np.int32)
+    out, lse = attn8.flash_attn_with_kvcache(
+        q, k_cache, v_cache, cache_seqlens=lengths, causal=True, softcap=2.0, sinks=sinks,
+        alibi_slopes=slopes if rows > 1 else slopes[0], return_softmax_lse=True, mode=mode,
+    )  # fmt: skip
+    for i, length in enumerate(lengths):
+        away = np.abs(np.arange(length - 4, length)[:, None] - np.arange(length))
+        wanted, wanted_lse = dense_attention(
+            q[i : i + 1], k_cache[None, i, :length], v_cache[None, i, :length],
+            seen=visible(4, length, True), softcap=2, sinks=sinks,
+            bias=-slopes[i if rows > 1 else 0][:, None, None] * away,
+        )  # fmt: skip
+        assert distance(out[i], wanted[0]) < bound
+        np.testing.assert_allclose(lse[i], wanted_lse[0], atol=bound)
+
+
 def test_without_new_tokens():
     (k, v), q = caches(), queries(2)
     out, lse = attn8.flash_attn_with_kvcache(
@@ -152,6 +176,18 @@ def numbers(*values):
         ({"cache_leftpad": numbers(0, 1, 99)}, ValueError, "cache_leftpad: got 0 to 99"),
         ({"block_table": numbers(0, 1, 2)}, ValueError, "block_table: got shape"),
         ({"block_table": [[0], [1], [2]]}, TypeError, "block_table: got list"),
+        (
+            {
+                "block_table": numbers(0, 1, 2)[:, None],
+                "cache_seqlens": 0,
+                "k": None,
+                "v": None,
+                "k_cache": caches(room=0)[0],
+                "v_cache": caches(room=0)[1],
+            },
+            ValueError,
+            "k_cache: got a page_size of 0 with block_table, want at least 1",
+        ),
         ({"v": None}, ValueError, "v: got None, want an array, as k"),
         ({"k": new_tokens(2)[0]}, ValueError, r"v: got shape \(3, 1, 2, 32\), want"),
         ({"q": queries(1, batch=2)}, ValueError, "k"),

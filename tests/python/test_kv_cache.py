@@ -60,6 +60,53 @@ def test_a_sequence_is_attention_on_its_codes(pieces):
         np.testing.assert_allclose(lse, exact_lse[0], atol=0.05)
 
 
+SLOPES, SINKS = np.float32([0.5, 0.25, 0.1, 0.01]), np.float32([-1, 0, 2, 5])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"softcap": 2.0}, {"alibi_slopes": SLOPES}, {"sinks": SINKS},
+     {"softcap": 3.0, "alibi_slopes": SLOPES, "sinks": SINKS}],
+    ids=lambda changes: ", ".join(changes),
+)  # fmt: skip
+@pytest.mark.parametrize(("tokens", "causal"), [(1, False), (20, True), (150, True)])
+def test_score_changes(changes, tokens, causal):
+    cache, (k, v), q = make(), keys(150), queries(tokens)
+    a = cache.create()
+    cache.append(a, k, v)
+    out, lse = cache.attend([a], q, causal=causal, return_lse=True, **changes)
+    wanted, wanted_lse = attn8.attention(
+        q[None], *quantized(k, v, 150), causal=causal, kv_block=PAGE, return_lse=True, **changes
+    )
+    np.testing.assert_array_equal(out, wanted[0])
+    np.testing.assert_array_equal(lse, wanted_lse[0])
+    distances = np.abs(np.arange(150 - tokens, 150)[:, None] - np.arange(150))
+    bias = -SLOPES[:, None, None] * distances if "alibi_slopes" in changes else None
+    exact, exact_lse = dense_attention(
+        q[None], k[None], v[None], seen=visible(tokens, 150, causal), bias=bias,
+        softcap=changes.get("softcap", 0), sinks=changes.get("sinks"),
+    )  # fmt: skip
+    assert distance(out, exact[0]) < 0.02
+    np.testing.assert_allclose(lse, exact_lse[0], atol=0.05)
+
+
+def test_bad_score_changes():
+    cache = make()
+    a = cache.create()
+    cache.append(a, *keys(9))
+
+    def refused(error, match, **changes):
+        with pytest.raises(error, match=match):
+            cache.attend([a], queries(2), **changes)
+
+    refused(TypeError, "softcap: got str, want a float", softcap="1")
+    refused(ValueError, "softcap", softcap=float("nan"))
+    refused(ValueError, r"sinks: got shape \(3,\), want \(4,\)", sinks=SINKS[:3])
+    refused(TypeError, "sinks: got list", sinks=[0.0] * 4)
+    refused(ValueError, r"alibi_slopes: got shape \(2, 4\)", alibi_slopes=np.stack([SLOPES] * 2))
+    refused(ValueError, "sinks", sinks=SINKS.astype(np.float16))
+
+
 def test_a_batch_of_prefill_and_decode():
     cache = make()
     lengths, counts = [10, 200, 65], [10, 1, 3]

@@ -4,6 +4,7 @@
 
 import copy
 import gc
+import json
 
 import pytest
 
@@ -11,6 +12,7 @@ attn8 = pytest.importorskip("attn8", reason="attn8 is not installed: pip install
 torch = pytest.importorskip("torch", reason="torch (CPU) is not installed")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 import attn8.transformers as integration  # noqa: E402
+from attn8.policy import HeadPolicy  # noqa: E402
 
 # In 4.57 encoders choose among their own attention classes and never ask for a registered one.
 V5 = int(transformers.__version__.split(".")[0]) >= 5
@@ -326,14 +328,31 @@ def test_a_cache_with_room_to_spare():
     assert torch.equal(out, wanted)
 
 
-def test_softcap():
+def gemma2():
     config = transformers.Gemma2Config(
         **SIZES, num_key_value_heads=2, head_dim=32, attn_logit_softcapping=5.0,
         query_pre_attn_scalar=1, sliding_window=16,
     )  # fmt: skip
-    model = build(config, transformers.Gemma2ForCausalLM)
+    return build(config, transformers.Gemma2ForCausalLM)
+
+
+def gpt_oss():
+    # Both experts see every token: a choice between them would make small errors large.
+    config = transformers.GptOssConfig(
+        **SIZES, num_key_value_heads=2, head_dim=32, sliding_window=16, num_local_experts=2,
+        num_experts_per_tok=2, pad_token_id=0,
+    )  # fmt: skip
+    model = build(config, transformers.GptOssForCausalLM)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.sinks.copy_(torch.tensor([0.0, 1.0, 2.0, 3.0]))
+    return model
+
+
+def test_softcap():
+    model = gemma2()
     agree(model, 0.05, reference="eager", attention_mask=padding("left"))
-    uncapped = build(config, transformers.Gemma2ForCausalLM)
+    uncapped = gemma2()
     for layer in uncapped.model.layers:
         layer.self_attn.attn_logit_softcapping = None
     out, plain = (forward(m, "attn8-exact", input_ids=ids()) for m in (model, uncapped))
@@ -341,15 +360,73 @@ def test_softcap():
 
 
 def test_attention_sinks():
-    config = transformers.GptOssConfig(
-        **SIZES, num_key_value_heads=2, head_dim=32, sliding_window=16, num_local_experts=2,
-        num_experts_per_tok=1, pad_token_id=0,
-    )  # fmt: skip
-    model = build(config, transformers.GptOssForCausalLM)
+    agree(gpt_oss(), reference="eager", attention_mask=padding("left"))
+
+
+def steps(model, implementation, tokens, make_cache):
+    """Logits of ``tokens`` ``[BATCH, 8]`` after the padded prompt, fed one by one."""
+    model.set_attn_implementation(implementation)
+    cache, mask = make_cache(), padding("left")
+    found = []
     with torch.no_grad():
-        for layer in model.model.layers:
-            layer.self_attn.sinks.copy_(torch.tensor([0.0, 1.0, 2.0, 3.0]))
-    agree(model, 0.05, reference="eager", attention_mask=padding("left"))
+        model(ids(), attention_mask=mask, past_key_values=cache)
+        for i in range(tokens.shape[1]):
+            mask = torch.cat([mask, torch.ones(BATCH, 1, dtype=mask.dtype)], 1)
+            piece = tokens[:, i : i + 1]
+            found.append(model(piece, attention_mask=mask, past_key_values=cache).logits)
+    return torch.cat(found, 1)
+
+
+@pytest.mark.parametrize(
+    "change", [{"softcap": 1.0}, {"s_aux": torch.tensor([0.0, 1.0, 2.0, 3.0])}]
+)
+def test_an_int8_cache_hands_score_changes_on(change):
+    cache, k, v, q = filled()
+    stand_ins = cache.layers[0].keys, cache.layers[0].values
+    out, _ = integration._attention(torch.nn.Module(), q, *stand_ins, None, **change)
+    plain, _ = integration._attention(torch.nn.Module(), q, *stand_ins, None)
+    wanted, _ = integration._attention(torch.nn.Module(), q, k, v, None, mode="exact", **change)
+    assert distance(out, wanted) < 0.02
+    assert distance(plain, wanted) > 0.1
+
+
+@pytest.mark.parametrize("make", [gemma2, gpt_oss])
+def test_score_changes_over_an_int8_cache(make):
+    model = make()
+    wanted = generate(model, "eager")
+    out = generate(model, "attn8", past_key_values=integration.Int8Cache())
+    assert (out == wanted).float().mean() > 0.6  # a tie of two logits changes the rest of a row
+    tokens = ids()[:, :8]
+    wanted = steps(model, "eager", tokens, lambda: transformers.DynamicCache(config=model.config))
+    out = steps(model, "attn8", tokens, integration.Int8Cache)
+    assert distance(out, wanted) < 0.03
+
+
+def test_policy(tmp_path):
+    path = tmp_path / "policy.json"
+    heads = [{"layer": n, "kv_head": 0, "mode": "exact"} for n in range(2)]
+    known = {"format": "attn8-head-policy", "version": 1, "default": "accurate"}
+    path.write_text(json.dumps({**known, "heads": heads}))
+    integration.register("attn8-policy", policy=path)
+    model = llama()
+    wanted = forward(model, "sdpa", input_ids=ids())
+    plain, some = (forward(model, name, input_ids=ids()) for name in ("attn8", "attn8-policy"))
+    assert 0 < distance(some, wanted) < 0.9 * distance(plain, wanted)
+    heads += [{"layer": n, "kv_head": 1, "mode": "exact"} for n in range(2)]
+    path.write_text(json.dumps({**known, "heads": heads}))
+    assert torch.equal(forward(model, "attn8-policy", input_ids=ids()), some)  # read once
+    integration.register("attn8-policy", policy=path)
+    assert distance(forward(model, "attn8-policy", input_ids=ids()), wanted) < 1e-5
+    with pytest.raises(ValueError, match="mode: got 'half' with a policy, want accurate"):
+        integration.register("attn8-policy", mode="half", policy=path)
+    x = torch.zeros(1, 2, 4, 8)
+    function = integration.attention_function(policy=HeadPolicy(path))
+    with pytest.raises(attn8.UnsupportedError, match="policy: got Module without layer_idx"):
+        function(torch.nn.Module(), x, x, x, None)
+    refused(
+        "past_key_values: got an Int8Cache with a policy of other modes in layer 0",
+        implementation="attn8-policy", past_key_values=integration.Int8Cache(),
+    )  # fmt: skip
 
 
 # What cannot be honoured.
@@ -365,14 +442,6 @@ def test_position_bias_is_refused():
     for name in ("position_bias", "cu_seq_lens_q"):
         with pytest.raises(attn8.UnsupportedError, match=f"{name}: got Tensor, want None"):
             integration._attention(torch.nn.Module(), x, x, x, None, **{name: torch.zeros(2)})
-
-
-@pytest.mark.parametrize("change", [{"softcap": 30.0}, {"s_aux": torch.zeros(4)}])
-def test_int8_cache_has_no_score_changes(change):
-    cache, _, _, q = filled()
-    stand_ins = cache.layers[0].keys, cache.layers[0].values
-    with pytest.raises(attn8.UnsupportedError, match="past_key_values: got an Int8Cache with"):
-        integration._attention(torch.nn.Module(), q, *stand_ins, None, **change)
 
 
 def test_int8_cache_takes_no_holes():

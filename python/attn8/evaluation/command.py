@@ -50,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
     add("--encoder", default="minilm", help="encoder: minilm, or a directory")
     add("--text", default="kjv", help="kjv (Debian's bible-kjv) or a UTF-8 file")
     add("--modes", type=modes, default="exact,half,accurate,accurate-plain,paper,fp8",
-        help="exact, half, accurate, paper, fp8; half-plain and accurate-plain: q, k not rotated",
+        help="exact, half, accurate, paper, fp8; half-plain, accurate-plain: not rotated",
     )  # fmt: skip
     add("--lengths", type=_numbers, default=[512, 1024, 2048, 4096, 8192], metavar="N,N,...")
     add("--tokens", type=int, default=8192, help="tokens read at every length")

@@ -25,8 +25,10 @@ _ROWS = 256  # of logits at a time: 256 rows of 49152 floats are 50 MB
 
 
 def _options(mode: str) -> dict[str, Any]:
-    name, _, plain = mode.partition("-")  # "accurate-plain": q and k not rotated
-    return {"mode": name, "rotate": not plain}
+    name, _, plain = mode.partition("-")  # "accurate-plain": as attention() has it by default
+    if plain or name not in ("accurate", "half"):
+        return {"mode": name, "rotate": False, "kv_block": 0}
+    return {"mode": name}
 
 
 def implementation(mode: str) -> str:

@@ -79,13 +79,14 @@ ATTN8_INLINE void few_scores(Skewed (&work)[2], const SkewedItem& item, int grou
     q += kQueryStep;
     k += 256;
   }
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) {
-    int16_t* scores = work[r / 4].scores + (kRowGroup * group + r % 4) * 64 + 16 * first;
 #pragma GCC unroll 2
-    for (int c = 0; c < kVectors; c += 2) {
-      score_half(record, first + c, work[0].factors + r, scores + 16 * c, sum[r][c], sum[r][c + 1],
-                 largest[r / 4][r % 4]);
+  for (int c = 0; c < kVectors; c += 2) {
+    const KeyPair keys = load_pair(record, first + c);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      score_pair(keys, work[0].factors + r,
+                 work[r / 4].scores + (kRowGroup * group + r % 4) * 64 + 16 * (first + c),
+                 sum[r][c], sum[r][c + 1], largest[r / 4][r % 4]);
     }
   }
 }

@@ -60,20 +60,6 @@ ATTN8_INLINE void dot_step(Vector (&sum)[4][4], const std::byte* a, const std::b
   }
 }
 
-/// The first two steps of one row, which starts before the other rows are ready; kNext bytes
-/// between the steps of `a`.
-template <int kVectors, int kNext>
-ATTN8_INLINE void dot_head(Vector (&sum)[4], const std::byte* a, const std::byte* b) {
-#pragma GCC unroll 16
-  for (int step = 0; step < 2; ++step) {
-    const Vector x = broadcast_bytes(a + kNext * step);
-#pragma GCC unroll 16
-    for (int c = 0; c < kVectors; ++c) {
-      dot_memory(sum[c], x, b + (step * kVectors + c) * 64);
-    }
-  }
-}
-
 /// Bytes between the rows of P, and between the steps of Q's dims.
 inline constexpr int kCodesStride = 64;
 inline constexpr int kQueryStep = 16;
@@ -111,12 +97,54 @@ ATTN8_INLINE void value_group(Vector (&sum)[4][4], const std::byte* p, const std
   }
 }
 
-/// Starts Q K of one group for one row.
-ATTN8_INLINE void start_query_row(Vector (&sum)[4], const KeyRecord& record, const std::byte* q,
-                                  const std::byte* k) {
-#pragma GCC unroll 4
-  for (int c = 0; c < 4; ++c) sum[c] = load_vector(record.correction + 16 * c);
-  dot_head<4, kQueryStep>(sum, q, k);
+// Where the accumulators change their job they do so two columns at a time, row by row: what all
+// four rows need of these columns is loaded once. Row after row with all columns at once, the
+// boundary took 90 loads of 64 bytes, one per cycle, beside 64 cycles of products and multiplies.
+
+/// Two columns of accumulators that start on a product: what they start from, and what the first of
+/// two steps multiplies.
+template <int kCount>
+struct Start {
+  Vector initial[2];
+  Vector first[2];
+  const std::byte* second;
+};
+
+/// Q K of columns kFirst and kFirst + 1 of a group.
+template <int kFirst>
+ATTN8_INLINE Start<2> query_start(const KeyRecord& record, const std::byte* k) {
+  return {.initial = {load_now(&record.correction[16 * kFirst]),
+                      load_now(&record.correction[16 * kFirst + 16])},
+          .first = {load_now(k + 64 * kFirst), load_now(k + 64 * kFirst + 64)},
+          .second = k + 256 + 64 * kFirst};
+}
+
+/// P V of columns kFirst and kFirst + 1 of kVectors.
+template <int kVectors, int kFirst>
+ATTN8_INLINE auto value_start(const std::byte* v) {
+  constexpr int kCount = kVectors < kFirst ? 0 : kVectors - kFirst < 2 ? kVectors - kFirst : 2;
+  Start<kCount> start = {.initial = {_mm512_setzero_si512(), _mm512_setzero_si512()},
+                         .first = {},
+                         .second = v + 64 * (kVectors + kFirst)};
+  if constexpr (kCount > 0) start.first[0] = load_now(v + 64 * kFirst);
+  if constexpr (kCount > 1) start.first[1] = load_now(v + 64 * kFirst + 64);
+  return start;
+}
+
+/// The first two steps of one row; kNext bytes between the steps of `a`.
+template <int kFirst, int kNext, int kCount>
+ATTN8_INLINE void start_pair(Vector (&sum)[4], const Start<kCount>& start, const std::byte* a) {
+  if constexpr (kCount > 0) {
+    const Vector x = broadcast_bytes(a);
+#pragma GCC unroll 2
+    for (int c = 0; c < kCount; ++c) {
+      sum[kFirst + c] = start.initial[c];
+      dot(sum[kFirst + c], x, start.first[c]);
+    }
+    const Vector y = broadcast_bytes(a + kNext);
+#pragma GCC unroll 2
+    for (int c = 0; c < kCount; ++c) dot_memory(sum[kFirst + c], y, start.second + 64 * c);
+  }
 }
 
 /// The other steps of Q K of one group.
@@ -134,29 +162,87 @@ ATTN8_INLINE void finish_query_group(Vector (&sum)[4][4], const std::byte* q, in
   }
 }
 
-/// Scores of one group, each row starting on the next group as soon as its accumulators are free.
-ATTN8_INLINE void next_query_group(Vector (&sum)[4][4], const KeyRecord* record,
-                                   const float* factors, int16_t* scores, const std::byte* q,
-                                   const std::byte* k, Vector (&largest)[4]) {
+/// Scores of columns kFirst and kFirst + 1 of one group, whose accumulators start on the next
+/// group.
+template <int kFirst>
+ATTN8_INLINE void next_query_pair(Vector (&sum)[4][4], const KeyRecord* record,
+                                  const float* factors, int16_t* scores, const std::byte* q,
+                                  const std::byte* k, Vector (&largest)[4]) {
+  const KeyPair keys = load_pair(*record, kFirst);
+  const Start start = query_start<kFirst>(record[1], k);
 #pragma GCC unroll 4
   for (int r = 0; r < 4; ++r) {
-    score_row(record, factors + r, scores + 64 * r, sum[r], largest[r]);
-    start_query_row(sum[r], record[1], q + 4 * r, k);
+    score_pair(keys, factors + r, scores + 64 * r + 16 * kFirst, sum[r][kFirst], sum[r][kFirst + 1],
+               largest[r]);
+    start_pair<kFirst, kQueryStep>(sum[r], start, q + 4 * r);
   }
 }
 
-/// Likewise of the last group, each row starting on P V of the item before.
-template <int kVectors>
-ATTN8_INLINE void leave_query(Vector (&sum)[4][4], const KeyRecord* record, const float* factors,
-                              int16_t* scores, const std::byte* p, const std::byte* v,
-                              Vector (&largest)[4]) {
+/// Likewise of the last group, whose accumulators start on P V of the item before.
+template <int kVectors, int kFirst>
+ATTN8_INLINE void leave_query_pair(Vector (&sum)[4][4], const KeyRecord* record,
+                                   const float* factors, int16_t* scores, const std::byte* p,
+                                   const std::byte* v, Vector (&largest)[4]) {
+  const KeyPair keys = load_pair(*record, kFirst);
+  const auto start = value_start<kVectors, kFirst>(v);
 #pragma GCC unroll 4
   for (int r = 0; r < 4; ++r) {
-    score_row(record, factors + r, scores + 64 * r, sum[r], largest[r]);
-#pragma GCC unroll 4
-    for (int c = 0; c < kVectors; ++c) sum[r][c] = _mm512_setzero_si512();
-    dot_head<kVectors, 4>(sum[r], p + r * kCodesStride, v);
+    score_pair(keys, factors + r, scores + 64 * r + 16 * kFirst, sum[r][kFirst], sum[r][kFirst + 1],
+               largest[r]);
+    start_pair<kFirst, 4>(sum[r], start, p + r * kCodesStride);
   }
+}
+
+/// O of columns kFirst and kFirst + 1 of kVectors from `channel` on, whose accumulators start on
+/// `start`: kStride bytes between the rows of `a`, kNext between its steps.
+template <int kVectors, int kFirst, int kStride, int kNext, int kCount>
+ATTN8_INLINE void leave_value_pair(Vector (&sum)[4][4], const Skewed& work,
+                                   const SkewedState& state, const float* mean, int channel,
+                                   const Start<kCount>& start, const std::byte* a) {
+  constexpr int kLeft = kVectors < kFirst ? 0 : kVectors - kFirst < 2 ? kVectors - kFirst : 2;
+  __m512 column_mean[2];
+#pragma GCC unroll 2
+  for (int c = 0; c < kLeft; ++c) {
+    column_mean[c] = _mm512_load_ps(mean + channel + 16 * (kFirst + c));
+  }
+  float* out = state.out + channel + 16 * kFirst;
+#pragma GCC unroll 4
+  for (int r = 0; r < 4; ++r) {
+    if constexpr (kLeft > 0) {
+      const __m512 weight = broadcast_now(state.value_weight + r);
+      const __m512 residual = broadcast_now(state.residual + r);
+#pragma GCC unroll 2
+      for (int c = 0; c < kLeft; ++c) {
+        const __m512 x =
+            _mm512_fmadd_ps(residual, column_mean[c], _mm512_cvtepi32_ps(sum[r][kFirst + c]));
+        _mm512_store_ps(out + 16 * c, _mm512_fmadd_ps(weight, x, _mm512_load_ps(out + 16 * c)));
+      }
+      out += work.padded;
+    }
+    start_pair<kFirst, kNext>(sum[r], start, a + r * kStride);
+  }
+}
+
+/// The next slab of P V, whose accumulators held kVectors columns of O from `channel` on.
+template <int kVectors>
+ATTN8_INLINE void next_slab(Vector (&sum)[4][4], const Skewed& work, const SkewedState& state,
+                            const float* mean, int channel, const std::byte* p,
+                            const std::byte* v) {
+  leave_value_pair<kVectors, 0, kCodesStride, 4>(sum, work, state, mean, channel,
+                                                 value_start<4, 0>(v), p);
+  leave_value_pair<kVectors, 2, kCodesStride, 4>(sum, work, state, mean, channel,
+                                                 value_start<4, 2>(v), p);
+}
+
+/// The first group of Q K, whose accumulators held kVectors columns of O from `channel` on.
+template <int kVectors>
+ATTN8_INLINE void enter_query(Vector (&sum)[4][4], const Skewed& work, const SkewedState& state,
+                              const float* mean, int channel, const KeyRecord& record,
+                              const std::byte* q, const std::byte* k) {
+  leave_value_pair<kVectors, 0, 4, kQueryStep>(sum, work, state, mean, channel,
+                                               query_start<0>(record, k), q);
+  leave_value_pair<kVectors, 2, 4, kQueryStep>(sum, work, state, mean, channel,
+                                               query_start<2>(record, k), q);
 }
 
 /// The pieces to weigh beside the next group of P V. After the last piece it repeats that: cheaper
@@ -218,6 +304,9 @@ inline __attribute__((noinline)) void drain(const Skewed& work, const SkewedItem
   for (; channel < work.padded; channel += 16) drain_channels<1>(work, item, state, channel);
 }
 
+/// Items in use at a time: of the steps before, now and after; a power of two.
+inline constexpr unsigned kItems = 4;
+
 /// kTail: channels of the last slab when it is narrower than 64, else 0. kPieces: pieces of weights
 /// per group and slab of P V, about four over the slabs of an item.
 template <int kTail, int kPieces>
@@ -226,14 +315,16 @@ inline void attend_skewed(const AttendTile& tile) {
   Skewed work(tile);
   begin_accurate(tile, work.scratch);
   SkewedWalk walk(tile);
-  SkewedItem items[2];
+  SkewedItem items[kItems];  // that of step t in t % kItems
   if (!walk.next(items[0])) return end_accurate(tile, work.scratch);
   // Before the first item comes one of zeros, whose O nobody reads.
   SkewedState states[2];
   std::memset(work.codes[1], 0, kRowGroup * kCodesStride);
-  items[1] = items[0];
-  items[1].groups = 1;
-  items[1].mean = work.nothing;
+  SkewedItem& zeros = items[kItems - 1];
+  zeros = items[0];
+  zeros.groups = 1;
+  zeros.mean = work.nothing;
+  zeros.any_high = false;
   for (int i = 0; i < 2; ++i) {
     states[i].out = work.nothing;
     states[i].codes = work.codes[i];
@@ -244,17 +335,16 @@ inline void attend_skewed(const AttendTile& tile) {
   const int slabs = padded / 64;
   const size_t k_group_bytes = tile.kv.layout.k_group_bytes;
   const size_t v_group_bytes = tile.kv.layout.v_group_bytes;
-  const Vector table_low = load_vector(kGridWeight16);
-  const Vector table_high = load_vector(kGridWeight16 + 32);
   const Vector zero = _mm512_setzero_si512();
   Vector sum[4][4] = {{zero, zero, zero, zero},
                       {zero, zero, zero, zero},
                       {zero, zero, zero, zero},
                       {zero, zero, zero, zero}};
-  int t = 0;
-  do {
-    const SkewedItem& item = items[t & 1];
-    const SkewedItem& previous = items[(t + 1) & 1];
+  bool more = true;
+  unsigned t = 0;
+  for (; more; ++t) {
+    const SkewedItem& item = items[t % kItems];
+    const SkewedItem& previous = items[(t + kItems - 1) % kItems];
     SkewedState& state = states[t & 1];  // that of two items ago until its O is complete
     SkewedState& previous_state = states[(t + 1) & 1];
     const std::byte* q = tile.q + item.first_row * padded;  // [padded / 4][4][4]
@@ -265,17 +355,19 @@ inline void attend_skewed(const AttendTile& tile) {
     const Vector hidden = _mm512_set1_epi16(kHiddenScore16);
     Vector largest[4] = {hidden, hidden, hidden, hidden};
     // Q K of the item; its first rows start where the last slab of P V leaves.
-#pragma GCC unroll 4
-    for (int r = 0; r < 4; ++r) {
-      if (kPieces < 4 || kTail == 0 || slabs > 0) {
-        add_row<4>(work, state, pending_mean, 64 * (slabs - 1), r, sum[r]);
-      }
-      start_query_row(sum[r], *record, q + 4 * r, k);
+    if (kPieces == 4 && kTail > 0 && slabs == 0) {
+      enter_query<0>(sum, work, state, pending_mean, 0, *record, q, k);
+    } else {
+      enter_query<4>(sum, work, state, pending_mean, 64 * (slabs - 1), *record, q, k);
     }
     finish_query_group(sum, q, padded, k);
+    // Here, where many products wait for their turn, what needs none of them costs nothing.
+    finish_sums(work, previous, previous_state);
+    more = walk.next(items[(t + 1) % kItems]);
     for (int group = item.groups; group > 1; --group) {
       k += k_group_bytes;
-      next_query_group(sum, record, factors, scores, q, k, largest);
+      next_query_pair<0>(sum, record, factors, scores, q, k, largest);
+      next_query_pair<2>(sum, record, factors, scores, q, k, largest);
       ++record;
       scores += kRowGroup * 64;
       finish_query_group(sum, q, padded, k);
@@ -287,9 +379,13 @@ inline void attend_skewed(const AttendTile& tile) {
     const std::byte* p = previous_state.codes;
     const std::byte* v = previous.v + (kTail > 0 ? 64 * slabs : 0) * kKeyGroup;
     constexpr int kFirstVectors = kTail > 0 ? kTailVectors : 4;
-    leave_query<kFirstVectors>(sum, record, factors, scores, p, v, largest);
+    leave_query_pair<kFirstVectors, 0>(sum, record, factors, scores, p, v, largest);
+    leave_query_pair<kFirstVectors, 2>(sum, record, factors, scores, p, v, largest);
     state.out = tile.out + item.first_row * padded;
     advance_rows(work, item, largest, state);
+    // Q K needs their registers.
+    const Vector table_low = load_now(kGridWeight16);
+    const Vector table_high = load_now(kGridWeight16 + 32);
     Weigher weigher = {.scores = work.scores,
                        .codes = state.codes,
                        .records = item.records,
@@ -310,16 +406,10 @@ inline void attend_skewed(const AttendTile& tile) {
     for (int h = 0; h < slabs; ++h) {
       v = previous.v + 64 * h * kKeyGroup;
       if (kTail > 0 || h > 0) {
-#pragma GCC unroll 4
-        for (int r = 0; r < 4; ++r) {
-          if (kTail == 0 || h > 0) {
-            add_row<4>(work, previous_state, previous.mean, 64 * (h - 1), r, sum[r]);
-          } else {
-            add_row<kTailVectors>(work, previous_state, previous.mean, 64 * slabs, r, sum[r]);
-          }
-#pragma GCC unroll 4
-          for (int c = 0; c < 4; ++c) sum[r][c] = _mm512_setzero_si512();
-          dot_head<4, 4>(sum[r], p + r * kCodesStride, v);
+        if (kTail == 0 || h > 0) {
+          next_slab<4>(sum, work, previous_state, previous.mean, 64 * (h - 1), p, v);
+        } else {
+          next_slab<kTailVectors>(sum, work, previous_state, previous.mean, 64 * slabs, p, v);
         }
       }
       value_slab<4, kPieces>(sum, previous.groups, p, v, v_group_bytes, weigher, table_low,
@@ -339,9 +429,9 @@ inline void attend_skewed(const AttendTile& tile) {
       weigh_half<0, -1>(weigher, weigher.next, half, table_low, table_high);
       weigh_half<1, -1>(weigher, weigher.next, half, table_low, table_high);
     }
-    finish_sums(work, item, state);
-    ++t;
-  } while (walk.next(items[t & 1]));
+  }
+  const SkewedItem& last = items[(t + kItems - 1) % kItems];
+  finish_sums(work, last, states[(t + 1) & 1]);
   if (slabs > 0) {
     const SkewedState& state = states[t & 1];
     add_row<4>(work, state, pending_mean, 64 * (slabs - 1), 0, sum[0]);
@@ -349,7 +439,7 @@ inline void attend_skewed(const AttendTile& tile) {
     add_row<4>(work, state, pending_mean, 64 * (slabs - 1), 2, sum[2]);
     add_row<4>(work, state, pending_mean, 64 * (slabs - 1), 3, sum[3]);
   }
-  drain(work, items[(t + 1) & 1], states[(t + 1) & 1]);
+  drain(work, last, states[(t + 1) & 1]);
   end_accurate(tile, work.scratch);
 }
 

@@ -38,15 +38,15 @@ struct SkewedState {
   std::byte* codes = nullptr;  ///< [groups][kRowGroup][64] u8
   bool rescales = false;
   alignas(16) float rescale[kRowGroup] = {1, 1, 1, 1};
-  float value_weight[kRowGroup] = {};
+  alignas(16) float value_weight[kRowGroup] = {};
   alignas(16) float residual[kRowGroup] = {};
 };
 
-/// Exact sums over one group and row as they leave the registers; every lane of 32 bits holds two
-/// products, every lane of 16 bits one difference.
+/// Exact sums over the groups of an item so far, for one row. Without a sign, eight groups fit:
+/// four products below 2^15 (255 / 256) * 2^12 each, and two bytes each.
 struct alignas(64) GroupSums {
-  int32_t weights[16];  ///< h_j (W_j mod 2^12)
-  uint16_t rest[32];    ///< y_j - 256 code_j + 128, of two keys
+  uint32_t weights[16];  ///< h_j (W_j mod 2^12)
+  uint16_t rest[32];     ///< y_j - 256 code_j + 128
 };
 /// Everything a tile's pipeline works on. On a page of its own: which loads of K and V wait for
 /// stores whose addresses share their low 12 bits is then the same in every call (measured: up to a
@@ -68,12 +68,12 @@ struct alignas(4096) Skewed {
   const AttendTile& tile;
   TileScratch scratch;
   int padded;
-  int16_t* scores;                              ///< [groups][kRowGroup][64]
-  std::byte* codes[2];                          ///< [groups][kRowGroup][64]
-  GroupSums sums[kMaxGroups * kRowGroup] = {};  ///< [groups][kRowGroup]
-  int32_t top[kRowGroup] = {};                  ///< maxima, in both halves of a word
-  alignas(16) float weight[kRowGroup] = {};     ///< beta
-  alignas(64) float nothing[kRowGroup * 256];   ///< where the O of no item goes
+  int16_t* scores;                                    ///< [groups][kRowGroup][64]
+  std::byte* codes[2];                                ///< [groups][kRowGroup][64]
+  GroupSums sums[(1 + kMaxGroups) * kRowGroup] = {};  ///< [1 + groups][kRowGroup], first zeros
+  alignas(16) int32_t top[kRowGroup] = {};            ///< maxima, in both halves of a word
+  alignas(16) float weight[kRowGroup] = {};           ///< beta
+  alignas(64) float nothing[kRowGroup * 256];         ///< where the O of no item goes
 };
 
 /// The items of a tile, block by block. rows_per_item: kRowGroup, or twice that for items that come
@@ -82,11 +82,10 @@ class SkewedWalk {
  public:
   explicit SkewedWalk(const AttendTile& tile, int rows_per_item = kRowGroup)
       : tile_(tile), rows_per_item_(rows_per_item) {
-    int64_t lo = std::numeric_limits<int64_t>::max();
-    int64_t hi = 0;
+    Rows any = kNothing;  // of the tile
     for (int first = 0; first < tile.rows; first += rows_per_item) {
       Rows& rows = rows_[first / rows_per_item];
-      rows = {std::numeric_limits<int64_t>::max(), 0, 0, std::numeric_limits<int64_t>::max()};
+      rows = kNothing;
       // What rows beyond the tile's see does not matter: nobody reads their results.
       for (int r = first; r < first + rows_per_item && r < tile.rows; ++r) {
         const KeyRange range = tile.visible[r];
@@ -96,30 +95,26 @@ class SkewedWalk {
         rows.lo = range.lo < rows.lo ? range.lo : rows.lo;
         rows.hi = range.hi > rows.hi ? range.hi : rows.hi;
       }
-      lo = rows.lo < lo ? rows.lo : lo;
-      hi = rows.hi > hi ? rows.hi : hi;
+      any.lo = rows.lo < any.lo ? rows.lo : any.lo;
+      any.hi = rows.hi > any.hi ? rows.hi : any.hi;
+      any.full_lo = rows.full_lo > any.full_lo ? rows.full_lo : any.full_lo;
+      any.full_hi = rows.full_hi < any.full_hi ? rows.full_hi : any.full_hi;
     }
-    block_ = lo < hi ? lo / tile.kv_block : 0;
-    end_ = lo < hi ? (hi + tile.kv_block - 1) / tile.kv_block : 0;
+    all_see_ = {any.full_lo, any.full_hi};
+    same_rows_ = any.lo == any.full_lo && any.hi == any.full_hi;
+    block_ = any.lo < any.hi ? any.lo / tile.kv_block : 0;
+    end_ = any.lo < any.hi ? (any.hi + tile.kv_block - 1) / tile.kv_block : 0;
   }
 
   /// The next item that sees anything; false after the last.
-  bool next(SkewedItem& item) {
-    for (; block_ < end_; ++block_, row_ = 0) {
-      const int64_t block_lo = block_ * tile_.kv_block;
-      const int64_t block_hi = block_lo + tile_.kv_block;
-      while (row_ < tile_.rows) {
-        const Rows& rows = rows_[row_ / rows_per_item_];
-        const int64_t lo = rows.lo > block_lo ? rows.lo : block_lo;
-        const int64_t hi = rows.hi < block_hi ? rows.hi : block_hi;
-        item.first_row = row_;
-        row_ += rows_per_item_;
-        if (lo >= hi) continue;
-        fill(item, rows, lo, hi);
-        return true;
-      }
+  ATTN8_INLINE bool next(SkewedItem& item) {
+    if (same_items_ && row_ < tile_.rows) [[likely]] {
+      item = last_;
+      item.first_row = row_;
+      row_ += rows_per_item_;
+      return true;
     }
-    return false;
+    return search(item);
   }
 
   /// The second item of a pair.
@@ -135,6 +130,35 @@ class SkewedWalk {
     int64_t lo, hi;
     int64_t full_lo, full_hi;
   };
+
+  static constexpr Rows kNothing = {std::numeric_limits<int64_t>::max(), 0, 0,
+                                    std::numeric_limits<int64_t>::max()};
+
+  /// next() where rows may see different keys. Out of line: the pipeline keeps its registers.
+  __attribute__((noinline)) bool search(SkewedItem& item) {
+    same_items_ = false;
+    for (; block_ < end_; ++block_, row_ = 0, group_ = 0) {
+      const int64_t block_lo = block_ * tile_.kv_block;
+      const int64_t block_hi = block_lo + tile_.kv_block;
+      while (row_ < tile_.rows) {
+        const Rows& rows = rows_[group_];
+        const int64_t lo = rows.lo > block_lo ? rows.lo : block_lo;
+        const int64_t hi = rows.hi < block_hi ? rows.hi : block_hi;
+        const int first_row = row_;
+        row_ += rows_per_item_;
+        ++group_;
+        if (lo >= hi) continue;
+        last_.first_row = first_row;
+        fill(last_, rows, lo, hi);
+        // What was found for the first rows of the block goes for the others.
+        same_items_ =
+            first_row == 0 && (same_rows_ || (all_see_.lo <= block_lo && all_see_.hi >= block_hi));
+        item = last_;
+        return true;
+      }
+    }
+    return false;
+  }
 
   void fill(SkewedItem& item, const Rows& rows, int64_t lo, int64_t hi) {
     const PackedKv& kv = tile_.kv;
@@ -174,6 +198,10 @@ class SkewedWalk {
     }
   }
 
+  bool same_rows_ = false;   ///< all rows of the tile see the same keys
+  KeyRange all_see_;         ///< the keys that every row sees
+  bool same_items_ = false;  ///< the other items of the block differ from last_ in first_row only
+  SkewedItem last_;          ///< its first_row does not count
   // What is the same for all items of a block.
   int64_t known_block_ = -1;
   float value_scale_ = 1;
@@ -185,6 +213,7 @@ class SkewedWalk {
   int rows_per_item_;
   int64_t block_ = 0, end_ = 0;
   int row_ = 0;
+  int group_ = 0;  ///< row_ / rows_per_item_
   Rows rows_[kQueryTile / kRowGroup];
 };
 

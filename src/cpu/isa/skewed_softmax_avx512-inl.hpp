@@ -47,7 +47,7 @@ ATTN8_INLINE __m512 broadcast_now(const float* p) {
   asm volatile("vbroadcastss %1, %0" : "=v"(result) : "m"(*p));
   return result;
 }
-ATTN8_INLINE Vector load_now(const std::byte* p) {
+ATTN8_INLINE Vector load_now(const void* p) {
   Vector result;
   asm volatile("vmovdqa64 %1, %0" : "=v"(result) : "m"(*(const Vector*)p));
   return result;
@@ -65,7 +65,7 @@ struct Weigher {
   std::byte* codes = nullptr;          ///< [groups][kRowGroup][64]
   const KeyRecord* records = nullptr;  ///< [groups]
   const int32_t* top = nullptr;        ///< [kRowGroup] maxima, in both halves of a word
-  GroupSums* sums = nullptr;           ///< [groups][kRowGroup]
+  GroupSums* sums = nullptr;           ///< [1 + groups][kRowGroup]
   int next = 0;                        ///< of the groups * kRowGroup pieces
   int end = 0;
 };
@@ -83,7 +83,7 @@ ATTN8_INLINE void weigh_half(const Weigher& weigher, int piece, HalfPiece& half,
   if constexpr (kPart == 0) {
     half.top = broadcast_bytes(
         reinterpret_cast<const std::byte*>(weigher.top + (kRow >= 0 ? kRow : piece & 3)));
-    half.sum = _mm512_setzero_si512();
+    half.sum = load_vector(weigher.sums[piece].weights);
   }
   Vector d = _mm512_sub_epi16(half.top, load_vector(weigher.scores + offset));
   const Vector shift = _mm512_srli_epi16(d, 6);
@@ -99,67 +99,65 @@ ATTN8_INLINE void weigh_half(const Weigher& weigher, int piece, HalfPiece& half,
   const Vector code = _mm512_srli_epi16(rounded, 8);
   if constexpr (kPart == 0) {
     half.code = code;
-    half.rest = rest;
+    half.rest = _mm512_add_epi16(rest, load_vector(weigher.sums[piece].rest));
     return;
   }
-  GroupSums& sums = weigher.sums[piece];
+  GroupSums& sums = weigher.sums[kRowGroup + piece];
   _mm512_store_si512(weigher.codes + int64_t{64} * piece, _mm512_packus_epi16(half.code, code));
   _mm512_store_si512(sums.weights, half.sum);
   _mm512_store_si512(sums.rest, _mm512_add_epi16(half.rest, rest));
 }
 
-ATTN8_INLINE int16_t largest_word(Vector v) {
-  const __m256i m16 = _mm256_max_epi16(_mm512_castsi512_si256(v), _mm512_extracti64x4_epi64(v, 1));
-  const __m128i m8 = _mm_max_epi16(_mm256_castsi256_si128(m16), _mm256_extracti128_si256(m16, 1));
-  // vphminposuw finds the smallest unsigned word; this flip reverses and unsigns the order.
-  const __m128i least = _mm_minpos_epu16(_mm_xor_si128(m8, _mm_set1_epi16(0x7fff)));
-  return static_cast<int16_t>(_mm_cvtsi128_si32(least) ^ 0x7fff);
+/// The largest word of each of four vectors, in both halves of a lane of 32 bits.
+ATTN8_INLINE __m128i largest_words(const Vector (&v)[kRowGroup]) {
+  const Vector ab =
+      _mm512_max_epi16(_mm512_unpacklo_epi32(v[0], v[1]), _mm512_unpackhi_epi32(v[0], v[1]));
+  const Vector cd =
+      _mm512_max_epi16(_mm512_unpacklo_epi32(v[2], v[3]), _mm512_unpackhi_epi32(v[2], v[3]));
+  // a b a b of every quarter and c d c d of every quarter to a b c d of every quarter
+  const Vector all = _mm512_max_epi16(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
+  const __m256i half =
+      _mm256_max_epi16(_mm512_castsi512_si256(all), _mm512_extracti64x4_epi64(all, 1));
+  const __m128i words =
+      _mm_max_epi16(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+  return _mm_max_epi16(words, _mm_rol_epi32(words, 16));
 }
 
-/// Scores of two vectors of keys for one row, from vector `first` of the group on, to 16-bit
-/// numbers and into the running maximum.
-ATTN8_INLINE void score_half(const KeyRecord& record, int first, const float* factor, int16_t* out,
-                             Vector sum_low, Vector sum_high, Vector& largest) {
+/// What scores take from two vectors of keys.
+struct KeyPair {
+  __m512 scale[2];
+  __m512 offset[2];
+};
+/// Of vectors `first` and first + 1 of a group.
+ATTN8_INLINE KeyPair load_pair(const KeyRecord& record, int first) {
+  const float* scale = record.k_scale + 16 * first;
+  const float* offset = record.offset + 16 * first;
+  return {.scale = {_mm512_load_ps(scale), _mm512_load_ps(scale + 16)},
+          .offset = {_mm512_load_ps(offset), _mm512_load_ps(offset + 16)}};
+}
+
+/// Scores of two vectors of keys for one row, to 16-bit numbers, and into the running maximum.
+ATTN8_INLINE void score_pair(const KeyPair& keys, const float* factor, int16_t* out, Vector sum_low,
+                             Vector sum_high, Vector& largest) {
   const __m512 row_factor = broadcast_now(factor);
   const Vector sum[2] = {sum_low, sum_high};
   Vector w[2];
 #pragma GCC unroll 2
   for (int c = 0; c < 2; ++c) {
-    const int key = 16 * (first + c);
-    const __m512 x =
-        _mm512_mul_ps(_mm512_cvtepi32_ps(sum[c]), _mm512_load_ps(record.k_scale + key));
-    w[c] = _mm512_cvtps_epi32(_mm512_fmadd_ps(x, row_factor, _mm512_load_ps(record.offset + key)));
+    const __m512 x = _mm512_mul_ps(_mm512_cvtepi32_ps(sum[c]), keys.scale[c]);
+    w[c] = _mm512_cvtps_epi32(_mm512_fmadd_ps(x, row_factor, keys.offset[c]));
   }
   const Vector packed = _mm512_packs_epi32(w[0], w[1]);
   _mm512_store_si512(out, packed);
   largest = _mm512_max_epi16(largest, packed);
 }
 
-/// Scores of a group for one row, its sums to 16-bit numbers, and into the running maximum.
-ATTN8_INLINE void score_row(const KeyRecord* record, const float* factor, int16_t* out,
-                            const Vector (&sum)[4], Vector& largest) {
-  const __m512 row_factor = broadcast_now(factor);
-  Vector w[4];
-#pragma GCC unroll 4
-  for (int c = 0; c < 4; ++c) {
-    const __m512 x =
-        _mm512_mul_ps(_mm512_cvtepi32_ps(sum[c]), _mm512_load_ps(record->k_scale + 16 * c));
-    w[c] =
-        _mm512_cvtps_epi32(_mm512_fmadd_ps(x, row_factor, _mm512_load_ps(record->offset + 16 * c)));
-  }
-  const Vector low = _mm512_packs_epi32(w[0], w[1]);
-  const Vector high = _mm512_packs_epi32(w[2], w[3]);
-  _mm512_store_si512(out, low);
-  _mm512_store_si512(out + 32, high);
-  largest = _mm512_max_epi16(largest, _mm512_max_epi16(low, high));
-}
-
 /// Hides what the rows of an item do not see among its scores, and takes the maxima anew.
-inline __attribute__((noinline)) void hide_scores(const Skewed& work, const SkewedItem& item,
-                                                  int16_t* top) {
+inline __attribute__((noinline)) void hide_scores(Skewed& work, const SkewedItem& item) {
+  Vector largest[kRowGroup];
   for (int r = 0; r < kRowGroup; ++r) {
     const KeyRange range = work.tile.visible[item.first_row + r];
-    Vector largest = _mm512_set1_epi16(kHiddenScore16);
+    largest[r] = _mm512_set1_epi16(kHiddenScore16);
     for (int half = 0; half < 2 * item.groups; ++half) {
       const int64_t first = item.first_key + 32 * half;
       const auto clamped = [first](int64_t key) {
@@ -172,29 +170,71 @@ inline __attribute__((noinline)) void hide_scores(const Skewed& work, const Skew
       const Vector kept =
           _mm512_mask_mov_epi16(_mm512_set1_epi16(kHiddenScore16), seen, load_vector(scores));
       _mm512_store_si512(scores, kept);
-      largest = _mm512_max_epi16(largest, kept);
+      largest[r] = _mm512_max_epi16(largest[r], kept);
     }
-    top[r] = largest_word(largest);
   }
+  _mm_store_si128(reinterpret_cast<__m128i*>(work.top), largest_words(largest));
 }
 
-/// The maxima of an item's rows: references, weights, and what is rescaled.
+/// New references for the rows `far` above theirs; what their past is multiplied by.
+inline __attribute__((noinline)) void move_references(int far, __m128i octaves, int32_t* ref,
+                                                      SkewedState& state) {
+  alignas(16) int32_t octave[kRowGroup];
+  _mm_store_si128(reinterpret_cast<__m128i*>(octave), octaves);
+  for (int r = 0; r < kRowGroup; ++r) {
+    if ((far >> r & 1) == 0) continue;
+    state.rescale[r] = grid_power(ref[r] - octave[r]);
+    ref[r] = octave[r];
+  }
+  state.rescales = true;
+}
+
+/// Bits of 2^(n / 64) less its whole octaves. Permutations of registers: a gather is microcode
+/// and holds up what follows for some 50 cycles.
+ATTN8_INLINE __m128i look_up(__m128i n) {
+  const Vector index = _mm512_castsi128_si512(n);
+  const Vector low =
+      _mm512_permutex2var_epi32(load_vector(kGridPower), index, load_vector(kGridPower + 16));
+  const Vector high =
+      _mm512_permutex2var_epi32(load_vector(kGridPower + 32), index, load_vector(kGridPower + 48));
+  const __mmask8 upper = _mm_test_epi32_mask(n, _mm_set1_epi32(32));
+  return _mm_mask_mov_epi32(_mm512_castsi512_si128(low), upper, _mm512_castsi512_si128(high));
+}
+
+/// advance_reference() for the four rows of an item, whose maxima are in work.top.
 ATTN8_INLINE void advance_rows(Skewed& work, const SkewedItem& item, const Vector (&largest)[4],
                                SkewedState& state) {
-  int16_t top[kRowGroup];
-#pragma GCC unroll 4
-  for (int r = 0; r < kRowGroup; ++r) top[r] = largest_word(largest[r]);
+  auto* top = reinterpret_cast<__m128i*>(work.top);
+  _mm_store_si128(top, largest_words(largest));
   if (item.masked) [[unlikely]]
-    hide_scores(work, item, top);
+    hide_scores(work, item);
+  auto* ref = reinterpret_cast<__m128i*>(work.scratch.ref + item.first_row);
+  const __m128i score = _mm_srai_epi32(_mm_load_si128(top), 16);
+  const __m128i octave = _mm_and_si128(score, _mm_set1_epi32(~63));
+  const __mmask8 seen = _mm_cmpneq_epi32_mask(score, _mm_set1_epi32(kHiddenScore16));
+  const __m128i before = _mm_loadu_si128(ref);
+  const __mmask8 first = _mm_cmpeq_epi32_mask(before, _mm_set1_epi32(kNoReference));
+  __m128i now = _mm_mask_mov_epi32(before, seen & first, octave);
+  _mm_storeu_si128(ref, now);
   state.rescales = false;
-#pragma GCC unroll 4
-  for (int r = 0; r < kRowGroup; ++r) {
-    work.top[r] = static_cast<int32_t>(static_cast<uint16_t>(top[r]) * 0x10001u);
-    advance_reference(top[r] == kHiddenScore16 ? kHiddenScore : top[r],
-                      &work.scratch.ref[item.first_row + r], &work.weight[r], &state.rescale[r]);
-    state.rescales = state.rescales || state.rescale[r] != 1.0f;
-    state.value_weight[r] = work.weight[r] == 0 ? 0.0f : work.weight[r] * item.value_scale;
+  _mm_store_ps(state.rescale, _mm_set1_ps(1));
+  // Differences of what has no reference yet wrap around; nobody looks at them.
+  const int far =
+      seen & _mm_cmpgt_epi32_mask(_mm_sub_epi32(score, now), _mm_set1_epi32(kGridHeadroom * 64));
+  if (far != 0) [[unlikely]] {
+    move_references(far, octave, work.scratch.ref + item.first_row, state);
+    now = _mm_loadu_si128(ref);
   }
+  // grid_power()
+  const __m128i n = _mm_sub_epi32(score, now);
+  const __m128i octaves = _mm_srai_epi32(n, 6);
+  const __m128i power = look_up(n);
+  const __mmask8 counts = seen & _mm_cmpge_epi32_mask(octaves, _mm_set1_epi32(kGridDepth));
+  const __m128 weight =
+      _mm_castsi128_ps(_mm_maskz_add_epi32(counts, power, _mm_slli_epi32(octaves, 23)));
+  _mm_store_ps(work.weight, weight);
+  // A row that sees none of the block stays as it is, also where a V scale is NaN.
+  _mm_store_ps(state.value_weight, _mm_maskz_mul_ps(counts, weight, _mm_set1_ps(item.value_scale)));
 }
 
 /// 2^12 sum_j h_j (W_j >> 12) of the rows, from the scores: for the few blocks whose V scales
@@ -241,30 +281,25 @@ ATTN8_INLINE __m256i add_lanes_i64(Vector a, Vector b, Vector c, Vector d) {
 
 /// l and rho of an item's rows from the sums that its weights left.
 ATTN8_INLINE void finish_sums(Skewed& work, const SkewedItem& item, SkewedState& state) {
-  Vector weights[kRowGroup];  // 8 x int64
-  Vector rest[kRowGroup];     // 32 x uint16: 8 groups of two bytes fit
-  const Vector low_half = _mm512_set1_epi64(0xffffffff);
+  Vector weights[kRowGroup];  // 16 x uint32
+  Vector rest[kRowGroup];     // 32 x uint16
+  const GroupSums* sums = work.sums + kRowGroup * item.groups;
 #pragma GCC unroll 4
   for (int r = 0; r < kRowGroup; ++r) {
-    const Vector x = load_vector(work.sums[r].weights);
-    weights[r] = _mm512_add_epi64(_mm512_and_si512(x, low_half), _mm512_srli_epi64(x, 32));
-    rest[r] = load_vector(work.sums[r].rest);
-  }
-  const GroupSums* sums = work.sums + kRowGroup;
-  for (int group = 1; group < item.groups; ++group, sums += kRowGroup) {
-#pragma GCC unroll 4
-    for (int r = 0; r < kRowGroup; ++r) {
-      const Vector x = load_vector(sums[r].weights);
-      const Vector wide = _mm512_add_epi64(_mm512_and_si512(x, low_half), _mm512_srli_epi64(x, 32));
-      weights[r] = _mm512_add_epi64(weights[r], wide);
-      rest[r] = _mm512_add_epi16(rest[r], load_vector(sums[r].rest));
-    }
+    weights[r] = load_vector(sums[r].weights);
+    rest[r] = load_vector(sums[r].rest);
   }
   const Vector ones = _mm512_set1_epi16(1);
   const __m128i residual = _mm_sub_epi32(
       add_lanes_i32(_mm512_madd_epi16(rest[0], ones), _mm512_madd_epi16(rest[1], ones),
                     _mm512_madd_epi16(rest[2], ones), _mm512_madd_epi16(rest[3], ones)),
       _mm_set1_epi32(128 * 64 * item.groups));
+  const Vector low_half = _mm512_set1_epi64(0xffffffff);
+#pragma GCC unroll 4
+  for (int r = 0; r < kRowGroup; ++r) {
+    weights[r] =
+        _mm512_add_epi64(_mm512_and_si512(weights[r], low_half), _mm512_srli_epi64(weights[r], 32));
+  }
   __m256i total = add_lanes_i64(weights[0], weights[1], weights[2], weights[3]);
   if (item.any_high) [[unlikely]]
     total = _mm256_add_epi64(total, high_weights(work, item));

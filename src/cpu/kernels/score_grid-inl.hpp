@@ -6,7 +6,7 @@
 // vocabulary.
 
 /// F[f] = 2^(f / 64).
-constexpr float kGridPower[64] = {
+alignas(64) constexpr float kGridPower[64] = {
     0x1p+0f,        0x1.02c9a4p+0f, 0x1.059b0ep+0f, 0x1.087452p+0f, 0x1.0b5586p+0f, 0x1.0e3ec4p+0f,
     0x1.11301ep+0f, 0x1.1429aap+0f, 0x1.172b84p+0f, 0x1.1a35bep+0f, 0x1.1d4874p+0f, 0x1.2063b8p+0f,
     0x1.2387a6p+0f, 0x1.26b456p+0f, 0x1.29e9ep+0f,  0x1.2d285ap+0f, 0x1.306fep+0f,  0x1.33c08cp+0f,
