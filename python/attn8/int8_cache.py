@@ -125,6 +125,11 @@ class _Int8Layer(DynamicLayer):  # type: ignore[misc]
         self.dtype, self.device = key_states.dtype, key_states.device
         if self.device.type != "cpu":
             raise UnsupportedError(f"key_states: got device {self.device}, want cpu")
+        if value_states is not None and value_states.shape[:3] != key_states.shape[:3]:
+            raise ValueError(
+                f"value_states: got shape {tuple(value_states.shape)}, want "
+                f"{tuple(key_states.shape[:3])} first, as key_states"
+            )
         dim_v = dim if value_states is None else value_states.shape[3]
         pages = self.shared_pages.of(heads, dim, dim_v)
         self.rows = [_Row(pages) for _ in range(batch)]

@@ -258,9 +258,8 @@ def _attention(
         common.update(align="top_left", q_offset=seqlen_k - seqlen_q)
         first, last = torch.tensor(ranges, dtype=torch.int32).unbind(1)
         common.update(leftpad_k=first, seqlens_k=last)
-    common["kv_block"] = (
-        kv_block if query.device.type == "cpu" else 0
-    )  # CUDA kernels have their own
+    if query.device.type == "cpu":  # each CUDA kernel has a block of its own
+        common["kv_block"] = kv_block
     out = attention(q, k, v, attn_mask=dense, mode=mode, head_modes=modes, rotate=finer, **common)
     return out, None
 
