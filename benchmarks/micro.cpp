@@ -9,11 +9,14 @@
 #include <chrono>
 #include <cmath>
 #include <cstddef>
+#include <latch>
 #include <new>
 #include <optional>
 #include <random>
 #include <span>
 #include <string>
+#include <thread>
+#include <utility>
 #include <variant>
 #include <vector>
 
@@ -164,70 +167,116 @@ void decode(benchmark::State& state, attn8::Isa isa) {
   state.counters["ratio"] = median(ratios);
 }
 
-/// A decode step of 32 sequences of 17 to 8192 tokens: all in one call on two threads (the time),
-/// by turns with one after the other on one thread. ratio: of the first to half of the second.
-void ragged(benchmark::State& state, attn8::Isa isa) {
-  constexpr int64_t kHeadsK = 8;
-  constexpr int64_t kHeadDim = 128;
-  constexpr int kSequences = 32;
-  auto cache =
-      attn8::KvCache::make({.nheads_k = kHeadsK, .head_dim = kHeadDim, .max_pages = 1024}).value();
-  const attn8::Context one = attn8::Context::with_isa(isa, 1);
-  const attn8::Context two = attn8::Context::with_isa(isa, 2);
-  std::vector<attn8::KvSequence> sequences;
-  std::vector<int32_t> cu_seqlens_q = {0};
-  attn8::Status status;
-  for (int i = 0; i < kSequences; ++i) {
-    const double share = static_cast<double>(i) / (kSequences - 1);
-    const auto length = static_cast<int64_t>(std::llround(17 * std::pow(8192.0 / 17, share)));
-    const Extents shape = {1, length, kHeadsK, kHeadDim};
-    const std::vector<float> k = normal_tensor(shape, 2);
-    const attn8::ConstTensorView view = attn8::bshd(k.data(), DType::kFloat32, shape);
-    sequences.push_back(cache.create().value());
-    if (status.ok()) status = cache.append(sequences.back(), view, view, one);
-    cu_seqlens_q.push_back(i + 1);
+/// A decode step of 32 sequences of 17 to 8192 tokens, with a cache of its own.
+class RaggedStep {
+ public:
+  static constexpr size_t kSequences = 32;
+
+  RaggedStep()
+      : cache_(attn8::KvCache::make({.nheads_k = kHeadsK, .head_dim = kHeadDim, .max_pages = 1024})
+                   .value()) {
+    for (size_t i = 0; i < kSequences; ++i) {
+      const double share = static_cast<double>(i) / (kSequences - 1);
+      const auto length = static_cast<int64_t>(std::llround(17 * std::pow(8192.0 / 17, share)));
+      const Extents shape = {1, length, kHeadsK, kHeadDim};
+      const std::vector<float> k = normal_tensor(shape, 2);
+      const attn8::ConstTensorView view = attn8::bshd(k.data(), DType::kFloat32, shape);
+      sequences_.push_back(cache_.create().value());
+      note(cache_.append(sequences_.back(), view, view, attn8::Context()));
+      cu_seqlens_q_.push_back(static_cast<int32_t>(i + 1));
+    }
   }
-  const Extents q_shape = {1, kSequences, 4 * kHeadsK, kHeadDim};
-  const std::vector<float> q = normal_tensor(q_shape, 1);
-  std::vector<float> out(q.size());
-  const attn8::ConstTensorView q_view = attn8::bshd(q.data(), DType::kFloat32, q_shape);
-  const attn8::TensorView out_view = attn8::bshd(out.data(), DType::kFloat32, q_shape);
-  std::vector<double> separate;
-  std::vector<double> ratios;
-  for (auto _ : state) {
-    if (!status.ok()) break;
-    auto start = std::chrono::steady_clock::now();
-    status = cache.attend(sequences, q_view, cu_seqlens_q, {out_view}, {}, two);
-    const double together = seconds_since(start);
-    state.SetIterationTime(together);
+
+  /// All sequences in one call. Both return seconds.
+  double together(const attn8::Context& context) {
+    const auto start = std::chrono::steady_clock::now();
+    note(cache_.attend(sequences_, q_view_, cu_seqlens_q_, {out_view_}, {}, context));
+    return seconds_since(start);
+  }
+  /// A call for each.
+  double separate(const attn8::Context& context) {
     double sum = 0;
-    for (int64_t i = 0; i < kSequences && status.ok(); ++i) {
-      attn8::ConstTensorView q_row = q_view;
-      attn8::TensorView out_row = out_view;
+    for (size_t i = 0; i < kSequences; ++i) {
+      attn8::ConstTensorView q_row = q_view_;
+      attn8::TensorView out_row = out_view_;
       q_row.shape[1] = out_row.shape[1] = 1;
-      q_row.data = q.data() + i * q_view.strides[1];
-      out_row.data = out.data() + i * out_view.strides[1];
-      start = std::chrono::steady_clock::now();
-      status = cache.attend({&sequences[static_cast<size_t>(i)], 1}, q_row,
-                            std::span(cu_seqlens_q).first(2), {out_row}, {}, one);
+      q_row.data = q_.data() + static_cast<int64_t>(i) * q_view_.strides[1];
+      out_row.data = out_.data() + static_cast<int64_t>(i) * out_view_.strides[1];
+      const auto start = std::chrono::steady_clock::now();
+      note(cache_.attend({&sequences_[i], 1}, q_row, std::span(cu_seqlens_q_).first(2), {out_row},
+                         {}, context));
       sum += seconds_since(start);
     }
-    separate.push_back(sum * 1e6);
-    ratios.push_back(together / (sum / 2));
+    return sum;
   }
-  if (!status.ok()) state.SkipWithError(status.message().c_str());
+  [[nodiscard]] const attn8::Status& status() const { return status_; }
+
+ private:
+  static constexpr int64_t kHeadsK = 8;
+  static constexpr int64_t kHeadDim = 128;
+  static constexpr Extents kShape = {1, kSequences, 4 * kHeadsK, kHeadDim};
+
+  void note(attn8::Status status) {
+    if (status_.ok()) status_ = std::move(status);
+  }
+
+  attn8::KvCache cache_;
+  std::vector<attn8::KvSequence> sequences_;
+  std::vector<int32_t> cu_seqlens_q_ = {0};
+  std::vector<float> q_ = normal_tensor(kShape, 1);
+  std::vector<float> out_ = std::vector<float>(q_.size());
+  attn8::ConstTensorView q_view_ = attn8::bshd(q_.data(), DType::kFloat32, kShape);
+  attn8::TensorView out_view_ = attn8::bshd(out_.data(), DType::kFloat32, kShape);
+  attn8::Status status_;
+};
+
+/// The step in one call on two threads (the time), by turns with one sequence after the other on
+/// one. ratio: of the first to half of the second. shared: what a step on one thread takes while
+/// another thread does the same with a cache of its own, to what it takes alone: so much of the
+/// ratio no division of the work over the threads can help.
+void ragged(benchmark::State& state, attn8::Isa isa) {
+  RaggedStep step;
+  RaggedStep neighbour;
+  const attn8::Context one = attn8::Context::with_isa(isa, 1);
+  const attn8::Context two = attn8::Context::with_isa(isa, 2);
+  std::vector<double> separate;
+  std::vector<double> ratios;
+  std::vector<double> shared;
+  for (auto _ : state) {
+    const double together = step.together(two);
+    state.SetIterationTime(together);
+    separate.push_back(step.separate(one) * 1e6);
+    ratios.push_back(together * 1e6 / (separate.back() / 2));
+    const double alone = step.together(one);
+    std::latch begin(2);
+    double beside = 0;
+    std::thread other([&] {
+      begin.arrive_and_wait();
+      beside = neighbour.together(one);
+    });
+    begin.arrive_and_wait();
+    const double own = step.together(one);
+    other.join();
+    shared.push_back((own + beside) / 2 / alone);
+  }
+  for (const RaggedStep* each : {&step, &neighbour}) {
+    if (!each->status().ok()) state.SkipWithError(each->status().message().c_str());
+  }
   state.counters["separate_us"] = median(separate);
   state.counters["ratio"] = median(ratios);
+  state.counters["shared"] = median(shared);
 }
 
-/// Appends one token to a sequence of a cache, from a page boundary on.
+/// Appends to a sequence of a cache, from a page boundary on: one token, or a prompt with its mean.
 void append(benchmark::State& state, attn8::Isa isa) {
-  const Extents shape = {1, 1, 8, 128};
+  const int64_t tokens = state.range(0);
+  const int64_t pages = tokens == 1 ? 64 : (tokens + 255) / 256;
+  const Extents shape = {1, tokens, 8, 128};
   const std::vector<float> k = normal_tensor(shape, 2);
   const attn8::ConstTensorView view = attn8::bshd(k.data(), DType::kFloat32, shape);
   const attn8::Context context = attn8::Context::with_isa(isa);
-  auto cache =
-      attn8::KvCache::make({.nheads_k = 8, .head_dim = 128, .max_pages = 64, .smooth_k = false});
+  auto cache = attn8::KvCache::make(
+      {.nheads_k = 8, .head_dim = 128, .max_pages = pages, .smooth_k = tokens > 1});
   const auto sequence = cache.value().create();
   attn8::Status status;
   for (auto _ : state) {
@@ -263,6 +312,10 @@ void register_all() {
         ->UseManualTime()
         ->Unit(benchmark::kMicrosecond);
     benchmark::RegisterBenchmark(("append_token" + suffix).c_str(), append, isa)
+        ->Arg(1)
+        ->Unit(benchmark::kMicrosecond);
+    benchmark::RegisterBenchmark(("append_prompt" + suffix).c_str(), append, isa)
+        ->Arg(4096)
         ->Unit(benchmark::kMicrosecond);
     for (const Mode mode : {Mode::kAccurate, Mode::kPaper, Mode::kHalf, Mode::kExact}) {
       for (const bool causal : {false, true}) {

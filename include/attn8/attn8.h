@@ -341,12 +341,13 @@ typedef struct attn8_kv_cache attn8_kv_cache;
 
 typedef struct attn8_kv_cache_params {
   uint32_t struct_size;
-  int32_t page_size; /* default 256: tokens per page, a multiple of 64 in [64, 512] */
-  int64_t nheads_k;  /* >= 1; default 0, so to be set */
-  int64_t head_dim;  /* 1 to 256; to be set */
-  int64_t max_pages; /* >= 1; to be set. Reserved at once, touched when first used */
-  int32_t smooth_k;  /* default 1: subtract the mean K of a sequence's first append */
-  int32_t reserved;  /* 0 */
+  int32_t page_size;  /* default 256: tokens per page, a multiple of 64 in [64, 512] */
+  int64_t nheads_k;   /* >= 1; default 0, so to be set */
+  int64_t head_dim;   /* 1 to 256; to be set */
+  int64_t max_pages;  /* >= 1; to be set. Reserved at once, touched when first used */
+  int32_t smooth_k;   /* default 1: subtract the mean K of a sequence's first append */
+  int32_t reserved;   /* 0 */
+  int64_t head_dim_v; /* default 0: head_dim; else 1 to 256 */
 } attn8_kv_cache_params;
 
 /* Names a sequence of one cache; never reused. {0, 0} names none. */
@@ -367,14 +368,21 @@ typedef struct attn8_kv_cache_usage {
 
 typedef struct attn8_kv_attention_params {
   uint32_t struct_size;
-  int32_t has_softmax_scale;          /* default 0: 1 / sqrt(head_dim) */
-  float softmax_scale;                /* finite; read when has_softmax_scale */
-  int32_t causal;                     /* default 0 */
-  int32_t causal_align;               /* default ATTN8_BOTTOM_RIGHT */
-  float softcap;                      /* default 0: none */
-  int64_t window_left;                /* default -1: unlimited */
-  int64_t window_right;               /* default -1: unlimited */
-  const attn8_score_operands* scores; /* default NULL; alibi_slopes and sinks only, batch 1 */
+  int32_t has_softmax_scale; /* default 0: 1 / sqrt(head_dim) */
+  float softmax_scale;       /* finite; read when has_softmax_scale */
+  int32_t causal;            /* default 0 */
+  int32_t causal_align;      /* default ATTN8_BOTTOM_RIGHT */
+  float softcap;             /* default 0: none */
+  int64_t window_left;       /* default -1: unlimited */
+  int64_t window_right;      /* default -1: unlimited */
+  /* default NULL; neither seqlens_k nor leftpad_k; batch 1. attn_mask is [1, total or 1,
+   * nheads_q or 1, keys or 1]; keys count from the start of a row's sequence, at least as many as
+   * the longest sequence has */
+  const attn8_score_operands* scores;
+  int32_t mode;              /* default ATTN8_ACCURATE; else ATTN8_HALF or ATTN8_EXACT */
+  int32_t reserved;          /* 0 */
+  int64_t head_modes_count;  /* as in attn8_attention_params */
+  const int32_t* head_modes; /* [head_modes_count] */
 } attn8_kv_attention_params;
 
 ATTN8_API attn8_status attn8_kv_cache_params_init(attn8_kv_cache_params* params,
@@ -394,7 +402,8 @@ ATTN8_API attn8_status attn8_kv_sequence_create(attn8_kv_cache* cache, attn8_kv_
  * both writes. */
 ATTN8_API attn8_status attn8_kv_sequence_fork(attn8_kv_cache* cache, attn8_kv_sequence parent,
                                               int64_t length, attn8_kv_sequence* sequence);
-/* k, v: [1, tokens, nheads_k, head_dim] float32, float16 or bfloat16 */
+/* k: [1, tokens, nheads_k, head_dim], v: [1, tokens, nheads_k, head_dim_v]; float32, float16 or
+ * bfloat16 */
 ATTN8_API attn8_status attn8_kv_sequence_append(attn8_kv_cache* cache, attn8_kv_sequence sequence,
                                                 const attn8_tensor* k, const attn8_tensor* v,
                                                 const attn8_context* context);
@@ -411,10 +420,12 @@ ATTN8_API attn8_status attn8_kv_cache_get_usage(const attn8_kv_cache* cache,
 
 /* Attention of a batch of `count` sequences, each with any number of queries.
  *   q             [1, total, nheads_q, head_dim] float32, float16, bfloat16, or int8 with
- *                 quantization set (PER_TOKEN); rows [cu_seqlens_q[i], cu_seqlens_q[i + 1]) are the
+ *                 quantization set (PER_TOKEN; not in ATTN8_EXACT); rows [cu_seqlens_q[i],
+ *                 cu_seqlens_q[i + 1]) are the
  *                 queries of sequences[i]
  *   cu_seqlens_q  count + 1 numbers from 0 to total, not decreasing
- *   out, lse      as of attn8_attention(), for this q
+ *   out, lse      [1, total, nheads_q, head_dim_v] and [1, total, nheads_q, 1], as of
+ *                 attn8_attention()
  *   params, context NULL: defaults */
 ATTN8_API attn8_status attn8_kv_cache_attend(const attn8_kv_cache* cache,
                                              const attn8_kv_sequence* sequences, size_t count,

@@ -117,6 +117,9 @@ Status validate_kv_cache(const KvCacheOptions& options) noexcept {
   if (options.head_dim < 1 || options.head_dim > 256) {
     return invalid("options.head_dim got ", options.head_dim, ", wants 1 to 256");
   }
+  if (options.head_dim_v < 0 || options.head_dim_v > 256) {
+    return invalid("options.head_dim_v got ", options.head_dim_v, ", wants 0 to 256");
+  }
   ATTN8_RETURN_IF_ERROR(check_kv_block("options.page_size", options.page_size));
   constexpr int64_t kMaxPages = std::numeric_limits<int32_t>::max();
   if (options.max_pages < 1 || options.max_pages > kMaxPages) {
@@ -141,7 +144,8 @@ Status validate_kv_append(const KvCacheOptions& options, const ConstTensorView& 
         check_shape("k", k, {1, k.shape[1], options.nheads_k, options.head_dim}, ", as the cache"));
     ATTN8_RETURN_IF_ERROR(check_view("v", v, false));
     ATTN8_RETURN_IF_ERROR(check_float("v", v));
-    return check_shape("v", v, k.shape, ", as k");
+    return check_shape("v", v, {1, k.shape[1], options.nheads_k, options.head_dim_v},
+                       options.head_dim_v == options.head_dim ? ", as k" : ", as k and head_dim_v");
   });
 }
 

@@ -30,11 +30,14 @@ Status validate_merge(std::span<const AttentionState> states,
                       const AttentionOutputs& merged) noexcept;
 
 Status validate_kv_cache(const KvCacheOptions& options) noexcept;
+/// Of a cache whose head_dim_v is resolved, as of the next.
 Status validate_kv_append(const KvCacheOptions& options, const ConstTensorView& k,
                           const ConstTensorView& v) noexcept;
 Status validate_kv_attention(const KvCacheOptions& cache, int64_t sequences, const Operand& q,
                              std::span<const int32_t> cu_seqlens_q, const AttentionOutputs& outputs,
                              const KvCacheAttentionOptions& options) noexcept;
+/// Of a validated call, once the sequences are at hand: whether attn_mask has their keys.
+Status validate_kv_mask(const std::optional<ConstTensorView>& attn_mask, int64_t longest) noexcept;
 
 /// kInvalidArgument naming the first element that is a NaN or an Inf.
 Status validate_finite(std::string_view name, const ConstTensorView& x) noexcept;

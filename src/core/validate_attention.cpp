@@ -175,6 +175,27 @@ Status check_outputs(const AttentionOutputs& outputs, const Extents& q, int64_t 
   return check_shape("lse", *outputs.lse, {q[0], q[1], q[2], 1}, "");
 }
 
+/// The modes of attention over a cache, and whether q suits them.
+Status check_kv_modes(const KvCacheOptions& cache, const Operand& q,
+                      const KvCacheAttentionOptions& options) {
+  const std::span<const Mode> modes = options.head_modes;
+  if (!modes.empty() && static_cast<int64_t>(modes.size()) != cache.nheads_k) {
+    return invalid("options.head_modes got ", modes.size(),
+                   " modes, wants nheads_k=", cache.nheads_k);
+  }
+  for (const Mode mode : modes.empty() ? std::span(&options.mode, 1) : modes) {
+    AttentionOptions of_mode;
+    of_mode.mode = mode;
+    ATTN8_RETURN_IF_ERROR(check_options(of_mode));
+    if (mode == Mode::kPaper || mode == Mode::kFp8) {
+      return failure(StatusCode::kUnsupported, "options.mode got ", to_string(mode),
+                     ", a cache of INT8 tokens wants accurate, half or exact");
+    }
+    ATTN8_RETURN_IF_ERROR(check_operand("q", q, of_mode));
+  }
+  return {};
+}
+
 /// kInvalidArgument when out or lse shares memory with what `input` names.
 Status check_apart(const AttentionOutputs& outputs, std::string_view name,
                    const ConstTensorView& input) {
@@ -250,7 +271,7 @@ Status validate_kv_attention(const KvCacheOptions& cache, int64_t sequences, con
     ATTN8_RETURN_IF_ERROR(check_softmax_scale(options.softmax_scale));
     ATTN8_RETURN_IF_ERROR(check_softcap(options.softcap));
     ATTN8_RETURN_IF_ERROR(check_mask(options.mask));
-    ATTN8_RETURN_IF_ERROR(check_operand("q", q, {}));
+    ATTN8_RETURN_IF_ERROR(check_kv_modes(cache, q, options));
     const Extents& shape = data_view(q).shape;
     if (shape[0] != 1 || shape[3] != cache.head_dim) {
       return invalid("q.shape got ", text(shape), ", wants [1, total, nheads_q, ", cache.head_dim,
@@ -261,9 +282,12 @@ Status validate_kv_attention(const KvCacheOptions& cache, int64_t sequences, con
                      " (nheads_q) wants a multiple of nheads_k=", cache.nheads_k);
     }
     AttentionInputs scores = {q, q, q};
+    scores.attn_mask = options.attn_mask;
     scores.alibi_slopes = options.alibi_slopes;
     scores.sinks = options.sinks;
-    ATTN8_RETURN_IF_ERROR(check_score_operands(scores, shape, 0, {}));
+    // How many keys there are, validate_kv_mask() sees.
+    const int64_t keys = options.attn_mask.has_value() ? options.attn_mask->shape[3] : 0;
+    ATTN8_RETURN_IF_ERROR(check_score_operands(scores, shape, keys, {}));
     ATTN8_RETURN_IF_ERROR(validate_score_values(scores));
     const auto wanted = static_cast<size_t>(sequences) + 1;
     if (cu_seqlens_q.size() != wanted) {
@@ -278,9 +302,17 @@ Status validate_kv_attention(const KvCacheOptions& cache, int64_t sequences, con
       return invalid("cu_seqlens_q[", i, "]=", cu_seqlens_q[i], " wants at least the ",
                      cu_seqlens_q[i - 1], " before it");
     }
-    ATTN8_RETURN_IF_ERROR(check_outputs(outputs, shape, cache.head_dim));
+    ATTN8_RETURN_IF_ERROR(check_outputs(outputs, shape, cache.head_dim_v));
     return validate_no_overlap(scores, outputs);
   });
+}
+
+Status validate_kv_mask(const std::optional<ConstTensorView>& attn_mask, int64_t longest) noexcept {
+  if (!attn_mask.has_value() || attn_mask->shape[3] == 1 || attn_mask->shape[3] >= longest) {
+    return {};
+  }
+  return invalid("attn_mask.shape[3]=", attn_mask->shape[3], " wants 1 or at least ", longest,
+                 ", the tokens of the longest sequence");
 }
 
 Status validate_score_values(const AttentionInputs& inputs) noexcept {

@@ -4,18 +4,20 @@
 #include <cmath>
 #include <functional>
 
+#include "core/head_parts.hpp"
 #include "core/message.hpp"
 #include "core/plan_state.hpp"
 #include "core/validate.hpp"
 #include "cpu/attend_tiles.hpp"
 #include "cpu/parallel.hpp"
+#include "kv_cache/attend_batch.hpp"
 #include "kv_cache/state.hpp"
 
 namespace attn8 {
 
 using cpu::AttendSequence;
 using cpu::PackedHead;
-using kv_cache::PagePool;
+using kv_cache::AttendBatch;
 using kv_cache::Sequence;
 
 namespace {
@@ -51,26 +53,109 @@ struct CallMemory {
 };
 
 /// Points at the pages of a sequence; v_out_scale [padded_dim] is filled.
-PackedHead pack_head(const PagePool& pool, const Sequence& sequence, int64_t head, int64_t head_dim,
+PackedHead pack_head(const KvCache::State& cache, const Sequence& sequence, int64_t head,
                      PackedBlock* blocks, float* v_out_scale) noexcept {
   PackedHead packed;
   float largest = 0;
   for (size_t page = 0; page < sequence.pages.size(); ++page) {
-    const cpu::BlockMemory memory = pool.block(sequence.pages[page], head).memory;
-    blocks[page] = {memory.data, memory.header_data};
-    const BlockHeader& header = memory.header();
-    packed.kv.key_norm = std::max(packed.kv.key_norm, header.key_norm);
-    packed.poisoned = packed.poisoned || header.poisoned != 0;
-    largest = std::max(largest, header.v_scale);
+    const kv_cache::PageBlock block = cache.pool.block(sequence.pages[page], head);
+    blocks[page] = {block.memory.data, block.memory.header_data};
+    const kv_cache::BlockSummary& summary = *block.summary;
+    packed.kv.key_norm = std::max(packed.kv.key_norm, summary.key_norm);
+    packed.poisoned = packed.poisoned || summary.poisoned;
+    largest = std::max(largest, summary.v_scale);
   }
   packed.kv.blocks = blocks;
-  packed.kv.layout = pool.layout();
+  packed.kv.layout = cache.pool.layout();
   packed.kv.keys = {0, sequence.length};
   packed.kv.v_ref = largest;
-  if (!sequence.k_mean.empty()) packed.k_mean = sequence.k_mean.data() + head * head_dim;
-  std::fill_n(v_out_scale, padded_dim(head_dim), largest);
+  if (!sequence.k_mean.empty()) {
+    packed.k_mean = sequence.k_mean.data() + head * cache.options.head_dim;
+  }
+  std::fill_n(v_out_scale, padded_dim(cache.packed_dim()), largest);
   packed.v_out_scale = v_out_scale;
   return packed;
+}
+
+/// `accurate`, on the pages of kv heads [first, first + heads); inputs and outputs are theirs.
+Status attend_pages(const AttendBatch& batch, int64_t first, int64_t heads,
+                    const AttentionInputs& inputs, const AttentionOutputs& outputs) {
+  const KvCache::State& cache = batch.cache;
+  const std::span found = batch.sequences;
+  const size_t count = found.size();
+  const KvCacheOptions& options = cache.options;
+  const auto padded = static_cast<size_t>(padded_dim(cache.packed_dim()));
+  const int64_t nheads_q = data_view(inputs.q).shape[2];
+  const int64_t group = nheads_q / heads;
+  std::vector<PackedHead> packed(count * static_cast<size_t>(heads));
+  std::vector<AttendSequence> sequences(count);
+  std::vector<size_t> first_block(count);  // of each sequence
+  size_t blocks = 0;
+  int64_t split_rows = 0;  // most rows of a sequence that is split
+  for (size_t i = 0; i < count; ++i) {
+    AttendSequence& sequence = sequences[i];
+    sequence.first_position = batch.cu_seqlens_q[i];
+    sequence.seqlen_q = batch.cu_seqlens_q[i + 1] - batch.cu_seqlens_q[i];
+    sequence.seqlen_k = found[i]->length;
+    sequence.keys = {0, found[i]->length};
+    const int64_t rows = sequence.seqlen_q * group;
+    sequence.split = cpu::split_keys(Mode::kAccurate, rows, sequence.keys, options.page_size);
+    if (sequence.split.parts > 1) split_rows = std::max(split_rows, rows);
+    sequence.heads = packed.data() + i * static_cast<size_t>(heads);
+    first_block[i] = blocks;
+    blocks += found[i]->pages.size() * static_cast<size_t>(heads);
+  }
+  // The longest tasks start first, so that the threads end together.
+  const auto keys_per_task = [](const AttendSequence& sequence) {
+    return sequence.seqlen_k / sequence.split.parts;
+  };
+  const auto cost = [&](const AttendSequence& sequence) {
+    return keys_per_task(sequence) * std::min<int64_t>(sequence.seqlen_q * group, kQueryTile);
+  };
+  std::stable_sort(sequences.begin(), sequences.end(),
+                   [&](const auto& a, const auto& b) { return cost(a) > cost(b); });
+  const cpu::TaskCount tasks = cpu::begin_tasks(sequences, nheads_q, heads);
+
+  const Context& context = batch.context;
+  const KernelTable& table = context.force_isa ? *find_kernel_table(context.isa) : cache.table;
+  std::vector<PackedBlock> packed_blocks(blocks);
+  const size_t scale_bytes = cpu::on_pages(packed.size() * padded * sizeof(float));
+  const size_t worker_bytes = static_cast<size_t>(context.threads) *
+                              cpu::worker_bytes(table, options.page_size, cache.packed_dim());
+  const size_t partial_bytes = cpu::partial_bytes(split_rows, cache.packed_dim());
+  const CallMemory memory(scale_bytes + worker_bytes +
+                          static_cast<size_t>(tasks.partials) * partial_bytes);
+  auto* v_out_scale = reinterpret_cast<float*>(memory.base.get());
+  // On one thread: that takes less than waking the others, who are wanted for the tiles only.
+  for (size_t index = 0; index < packed.size(); ++index) {
+    const size_t i = index / static_cast<size_t>(heads);
+    const auto head = static_cast<int64_t>(index % static_cast<size_t>(heads));
+    PackedBlock* own =
+        packed_blocks.data() + first_block[i] + static_cast<size_t>(head) * found[i]->pages.size();
+    packed[index] = pack_head(cache, *found[i], first + head, own, v_out_scale + index * padded);
+  }
+  return cpu::attend_tiles({.table = table,
+                            .context = context,
+                            .mode = Mode::kAccurate,
+                            .bfloat16 = false,
+                            .mask = batch.options.mask,
+                            .softmax_scale = batch.softmax_scale,
+                            .softcap = batch.options.softcap,
+                            .kv_block = options.page_size,
+                            .nheads_q = nheads_q,
+                            .nheads_k = heads,
+                            .head_dim = options.head_dim,
+                            .head_dim_v = options.head_dim_v,
+                            .q = inputs.q,
+                            .attn_mask = cpu::view_or_null(inputs.attn_mask),
+                            .alibi_slopes = cpu::view_or_null(inputs.alibi_slopes),
+                            .sinks = cpu::view_or_null(inputs.sinks),
+                            .outputs = outputs,
+                            .sequences = sequences,
+                            .workers = memory.base.get() + scale_bytes,
+                            .partials = memory.base.get() + scale_bytes + worker_bytes,
+                            .bytes_per_partial = partial_bytes,
+                            .tasks = tasks.tasks});
 }
 
 }  // namespace
@@ -91,87 +176,39 @@ Status KvCache::attend(std::span<const KvSequence> handles, const Operand& q,
     if (Status status = state_->find(handles[i], found[i]); !status.ok()) return status;
   }
   const ReadLocks locks(found);
+  int64_t longest = 0;
   for (size_t i = 0; i < count; ++i) {
     if (found[i]->freed) return kv_cache::freed_error(handles[i]);
+    longest = std::max(longest, found[i]->length);
   }
-
-  const int64_t heads = options().nheads_k;
-  const int64_t head_dim = options().head_dim;
-  const auto padded = static_cast<size_t>(padded_dim(head_dim));
-  const int64_t nheads_q = data_view(q).shape[2];
-  const int64_t group = nheads_q / heads;
-  std::vector<PackedHead> packed(count * static_cast<size_t>(heads));
-  std::vector<AttendSequence> sequences(count);
-  std::vector<size_t> first_block(count);  // of each sequence
-  size_t blocks = 0;
-  int64_t split_rows = 0;  // most rows of a sequence that is split
-  for (size_t i = 0; i < count; ++i) {
-    AttendSequence& sequence = sequences[i];
-    sequence.first_position = cu_seqlens_q[i];
-    sequence.seqlen_q = cu_seqlens_q[i + 1] - cu_seqlens_q[i];
-    sequence.seqlen_k = found[i]->length;
-    sequence.keys = {0, found[i]->length};
-    const int64_t rows = sequence.seqlen_q * group;
-    sequence.split = cpu::split_keys(Mode::kAccurate, rows, sequence.keys, options().page_size);
-    if (sequence.split.parts > 1) split_rows = std::max(split_rows, rows);
-    sequence.heads = packed.data() + i * static_cast<size_t>(heads);
-    first_block[i] = blocks;
-    blocks += found[i]->pages.size() * static_cast<size_t>(heads);
+  if (Status status = validate_kv_mask(attention_options.attn_mask, longest); !status.ok()) {
+    return status;
   }
-  // The longest tasks start first, so that the threads end together.
-  const auto keys_per_task = [](const AttendSequence& sequence) {
-    return sequence.seqlen_k / sequence.split.parts;
-  };
-  const auto cost = [&](const AttendSequence& sequence) {
-    return keys_per_task(sequence) * std::min<int64_t>(sequence.seqlen_q * group, kQueryTile);
-  };
-  std::stable_sort(sequences.begin(), sequences.end(),
-                   [&](const auto& a, const auto& b) { return cost(a) > cost(b); });
-  const cpu::TaskCount tasks = cpu::begin_tasks(sequences, nheads_q, heads);
-
-  const KernelTable& table = context.force_isa ? *find_kernel_table(context.isa) : state_->table;
-  std::vector<PackedBlock> packed_blocks(blocks);
-  const size_t scale_bytes = cpu::on_pages(packed.size() * padded * sizeof(float));
-  const size_t worker_bytes = static_cast<size_t>(context.threads) *
-                              cpu::worker_bytes(table, options().page_size, head_dim);
-  const size_t partial_bytes = cpu::partial_bytes(split_rows, head_dim);
-  const CallMemory memory(scale_bytes + worker_bytes +
-                          static_cast<size_t>(tasks.partials) * partial_bytes);
-  auto* v_out_scale = reinterpret_cast<float*>(memory.base.get());
-  cpu::for_each_task(context, static_cast<int64_t>(packed.size()), [&](int64_t task, int64_t) {
-    const auto i = static_cast<size_t>(task / heads);
-    const int64_t head = task % heads;
-    const size_t pages = found[i]->pages.size();
-    const auto index = static_cast<size_t>(task);
-    packed[index] =
-        pack_head(state_->pool, *found[i], head, head_dim,
-                  packed_blocks.data() + first_block[i] + static_cast<size_t>(head) * pages,
-                  v_out_scale + index * padded);
-  });
-  const float softmax_scale = attention_options.softmax_scale.value_or(
-      static_cast<float>(1.0 / std::sqrt(static_cast<double>(head_dim))));
-  return cpu::attend_tiles({.table = table,
-                            .context = context,
-                            .mode = Mode::kAccurate,
-                            .bfloat16 = false,
-                            .mask = attention_options.mask,
-                            .softmax_scale = softmax_scale,
-                            .softcap = attention_options.softcap,
-                            .kv_block = options().page_size,
-                            .nheads_q = nheads_q,
-                            .nheads_k = heads,
-                            .head_dim = head_dim,
-                            .head_dim_v = head_dim,
-                            .q = q,
-                            .attn_mask = nullptr,
-                            .alibi_slopes = cpu::view_or_null(attention_options.alibi_slopes),
-                            .sinks = cpu::view_or_null(attention_options.sinks),
-                            .outputs = outputs,
-                            .sequences = sequences,
-                            .workers = memory.base.get() + scale_bytes,
-                            .partials = memory.base.get() + scale_bytes + worker_bytes,
-                            .bytes_per_partial = partial_bytes,
-                            .tasks = tasks.tasks});
+  const AttendBatch batch = {*state_,
+                             found,
+                             cu_seqlens_q,
+                             attention_options,
+                             context,
+                             attention_options.softmax_scale.value_or(static_cast<float>(
+                                 1.0 / std::sqrt(static_cast<double>(options().head_dim))))};
+  const AttentionInputs inputs = {.q = q,
+                                  .k = ConstTensorView(),  // in the pages
+                                  .v = ConstTensorView(),
+                                  .attn_mask = attention_options.attn_mask,
+                                  .alibi_slopes = attention_options.alibi_slopes,
+                                  .sinks = attention_options.sinks};
+  const std::vector<Mode> one_mode(static_cast<size_t>(options().nheads_k), attention_options.mode);
+  const int64_t group = data_view(q).shape[2] / options().nheads_k;
+  for (const HeadStretch& heads : stretches_of(
+           attention_options.head_modes.empty() ? one_mode : attention_options.head_modes)) {
+    const AttentionInputs part = part_of(inputs, heads.first, heads.count, group);
+    const AttentionOutputs part_outputs = part_of(outputs, heads.first, heads.count, group);
+    Status status = heads.mode == Mode::kAccurate
+                        ? attend_pages(batch, heads.first, heads.count, part, part_outputs)
+                        : kv_cache::attend_dequantized(batch, heads, part, part_outputs);
+    if (!status.ok()) return status;
+  }
+  return {};
 } catch (...) {
   return Status(StatusCode::kOutOfMemory, {});
 }

@@ -52,10 +52,22 @@ Status new_sequence(attn8_kv_cache* cache, attn8_kv_sequence* sequence, Make mak
   return {};
 }
 
-Status read_options(const attn8_kv_attention_params* in, KvCacheAttentionOptions& options) {
+struct AttendParams {
+  KvCacheAttentionOptions options;
+  std::vector<Mode> head_modes;  ///< what options.head_modes views
+};
+
+Status read_attend_params(const attn8_kv_attention_params* in, int64_t nheads_k,
+                          AttendParams& out) {
   if (in == nullptr) return {};
   attn8_kv_attention_params params = default_attention_params();
   ATTN8_RETURN_IF_ERROR(read("params", in, kUnit, params));
+  ATTN8_RETURN_IF_ERROR(check_reserved("params", params.reserved));
+  KvCacheAttentionOptions& options = out.options;
+  options.mode = enumerator<Mode>(params.mode);
+  ATTN8_RETURN_IF_ERROR(
+      read_head_modes(params.head_modes, params.head_modes_count, nheads_k, out.head_modes));
+  options.head_modes = out.head_modes;
   if (params.has_softmax_scale != 0) options.softmax_scale = params.softmax_scale;
   options.mask.causal = params.causal != 0;
   options.mask.align = enumerator<CausalAlign>(params.causal_align);
@@ -64,10 +76,11 @@ Status read_options(const attn8_kv_attention_params* in, KvCacheAttentionOptions
   options.softcap = params.softcap;
   AttentionInputs scores;
   ATTN8_RETURN_IF_ERROR(read_scores(params.scores, scores));
-  if (scores.attn_mask || scores.seqlens_k || scores.leftpad_k) {
-    return invalid("params.scores sets attn_mask, seqlens_k or leftpad_k, ",
-                   "wants alibi_slopes and sinks only");
+  if (scores.seqlens_k || scores.leftpad_k) {
+    return invalid("params.scores sets seqlens_k or leftpad_k, ",
+                   "wants attn_mask, alibi_slopes and sinks only");
   }
+  options.attn_mask = scores.attn_mask;
   options.alibi_slopes = scores.alibi_slopes;
   options.sinks = scores.sinks;
   return {};
@@ -100,6 +113,7 @@ attn8_status attn8_kv_cache_create(const attn8_kv_cache_params* in, attn8_kv_cac
     ATTN8_RETURN_IF_ERROR(check_reserved("params", params.reserved));
     Result<KvCache> made = KvCache::make({.nheads_k = params.nheads_k,
                                           .head_dim = params.head_dim,
+                                          .head_dim_v = params.head_dim_v,
                                           .page_size = params.page_size,
                                           .max_pages = params.max_pages,
                                           .smooth_k = params.smooth_k != 0});
@@ -191,16 +205,16 @@ attn8_status attn8_kv_cache_attend(const attn8_kv_cache* cache, const attn8_kv_s
     if (cu_seqlens_q == nullptr) return invalid("cu_seqlens_q got NULL");
     Operand q_operand;
     AttentionOutputs outputs;
-    KvCacheAttentionOptions options;
+    AttendParams attend;
     ATTN8_RETURN_IF_ERROR(read_operand("q", q, q_operand));
     ATTN8_RETURN_IF_ERROR(read_plain("out", out, outputs.out));
     ATTN8_RETURN_IF_ERROR(read_optional("lse", lse, outputs.lse));
-    ATTN8_RETURN_IF_ERROR(read_options(params, options));
+    ATTN8_RETURN_IF_ERROR(read_attend_params(params, cache->value.options().nheads_k, attend));
     std::vector<KvSequence> handles;
     handles.reserve(count);
     for (size_t i = 0; i < count; ++i) handles.push_back(sequence_of(sequences[i]));
-    return cache->value.attend(handles, q_operand, {cu_seqlens_q, count + 1}, outputs, options,
-                               context_of(context));
+    return cache->value.attend(handles, q_operand, {cu_seqlens_q, count + 1}, outputs,
+                               attend.options, context_of(context));
   });
 }
 

@@ -61,14 +61,18 @@ std::vector<float> mean_of_k(const KernelTable& table, const ConstTensorView& k,
   return mean;
 }
 
+KvCacheOptions resolved(KvCacheOptions options) noexcept {
+  if (options.head_dim_v == 0) options.head_dim_v = options.head_dim;
+  return options;
+}
+
 }  // namespace
 
 KvCache::State::State(const KvCacheOptions& the_options)
-    : options(the_options),
+    : options(resolved(the_options)),
       table(*find_kernel_table(best_isa())),
       id(next_cache_id()),
-      pool(the_options.max_pages, the_options.page_size, the_options.nheads_k,
-           the_options.head_dim) {}
+      pool(options.max_pages, options.page_size, options.nheads_k, packed_dim()) {}
 
 Status KvCache::State::find(KvSequence sequence, std::shared_ptr<Sequence>& found) const {
   const std::scoped_lock lock(mutex);
@@ -140,7 +144,7 @@ Status KvCache::append(KvSequence handle, const ConstTensorView& k, const ConstT
     }
     if (first) sequence->k_mean = std::move(mean);
 
-    const PageWriter writer(table, page_size, options().head_dim);
+    const PageWriter writer(table, options());
     const int64_t heads = options().nheads_k;
     const int64_t first_page = before / page_size;
     const int64_t touched = pages_after - first_page;
@@ -185,7 +189,7 @@ Result<KvSequence> KvCache::fork(KvSequence handle, int64_t length) noexcept {
       const int32_t page = child->pages.back();
       pool.copy(parent->pages[static_cast<size_t>(shared)], page);
       const int64_t filled = std::min(parent->length - shared * page_size, page_size);
-      const PageWriter writer(state_->table, page_size, options().head_dim);
+      const PageWriter writer(state_->table, options());
       for (int64_t head = 0; head < options().nheads_k; ++head) {
         writer.truncate(pool.block(page, head), filled, tail);
       }
@@ -221,7 +225,7 @@ Status KvCache::truncate(KvSequence handle, int64_t length) noexcept {
         last = own[0];
       }
       const int64_t filled = std::min(sequence->length - (kept - 1) * page_size, page_size);
-      const PageWriter writer(state_->table, page_size, options().head_dim);
+      const PageWriter writer(state_->table, options());
       for (int64_t head = 0; head < options().nheads_k; ++head) {
         writer.truncate(pool.block(last, head), filled, tail);
       }

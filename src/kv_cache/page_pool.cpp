@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "kv_cache/page_pool.hpp"
 
+#include <algorithm>
 #include <cstring>
 
 #include "cpu/attend_tiles.hpp"
@@ -22,6 +23,7 @@ PagePool::PagePool(int64_t pages, int64_t page_size, int64_t heads, int64_t head
       header_bytes_(layout_.header_bytes + static_cast<size_t>(page_size) * sizeof(float)),
       data_(allocate(static_cast<size_t>(pages * heads) * layout_.bytes)),
       headers_(allocate(static_cast<size_t>(pages * heads) * header_bytes_)),
+      summaries_(allocate(static_cast<size_t>(pages * heads) * sizeof(BlockSummary))),
       users_(static_cast<size_t>(pages), 0) {
   free_.reserve(static_cast<size_t>(pages));
   for (int64_t page = pages; page > 0; --page) free_.push_back(static_cast<int32_t>(page - 1));
@@ -65,14 +67,15 @@ int64_t PagePool::free_pages() const noexcept {
 }
 
 size_t PagePool::bytes_per_page() const noexcept {
-  return static_cast<size_t>(heads_) * (layout_.bytes + header_bytes_);
+  return static_cast<size_t>(heads_) * (layout_.bytes + header_bytes_ + sizeof(BlockSummary));
 }
 
 PageBlock PagePool::block(int32_t page, int64_t head) const noexcept {
   const auto index = static_cast<size_t>(page * heads_ + head);
   std::byte* header = headers_.get() + index * header_bytes_;
   return {{data_.get() + index * layout_.bytes, header, layout_},
-          reinterpret_cast<float*>(header + layout_.header_bytes)};
+          reinterpret_cast<float*>(header + layout_.header_bytes),
+          &summary(page, head)};
 }
 
 void PagePool::copy(int32_t from, int32_t to) const noexcept {
@@ -81,6 +84,7 @@ void PagePool::copy(int32_t from, int32_t to) const noexcept {
   const PageBlock target = block(to, 0);
   std::memcpy(target.memory.data, source.memory.data, heads * layout_.bytes);
   std::memcpy(target.memory.header_data, source.memory.header_data, heads * header_bytes_);
+  std::copy_n(source.summary, heads, target.summary);
 }
 
 }  // namespace attn8::kv_cache

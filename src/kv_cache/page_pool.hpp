@@ -12,11 +12,20 @@
 
 namespace attn8::kv_cache {
 
+/// What a call wants of each block before it computes, apart from the blocks: those of all heads of
+/// a page fit into two cache lines, where their headers lie kilobytes apart.
+struct BlockSummary {
+  float v_scale;  ///< of its BlockHeader, like the others
+  float key_norm;
+  bool poisoned;
+};
+
 /// One kv head of a page: a packed kv block, and what appending to it takes.
 struct PageBlock {
   cpu::BlockMemory memory;
   /// [page_size] V scale of each token, 0 for one of zero codes; times its codes it gives V.
   float* v_scale;
+  BlockSummary* summary;
 };
 
 /// The memory of all pages, and how many sequences use each. Blocks of all pages lie in one
@@ -39,6 +48,9 @@ class PagePool {
   [[nodiscard]] int64_t pages() const noexcept { return static_cast<int64_t>(users_.size()); }
   [[nodiscard]] size_t bytes_per_page() const noexcept;
 
+  [[nodiscard]] BlockSummary& summary(int32_t page, int64_t head) const noexcept {
+    return reinterpret_cast<BlockSummary*>(summaries_.get())[page * heads_ + head];
+  }
   [[nodiscard]] PageBlock block(int32_t page, int64_t head) const noexcept;
   /// All heads.
   void copy(int32_t from, int32_t to) const noexcept;
@@ -56,6 +68,7 @@ class PagePool {
   const size_t header_bytes_;  ///< of a block, its V scales included
   Memory data_;                ///< [page][head]
   Memory headers_;             ///< [page][head]
+  Memory summaries_;           ///< BlockSummary [page][head]
   mutable std::mutex mutex_;
   std::vector<int32_t> users_;  ///< [page]
   std::vector<int32_t> free_;   ///< the next one to take is last

@@ -12,46 +12,55 @@
 namespace attn8::kv_cache {
 
 using cpu::kMaxDim;
+constexpr int64_t kMaxPage = cpu::kMaxKvBlock;
 
-const float* PageWriter::row_of(const ConstTensorView& view, int64_t token, int64_t head,
-                                float* buffer) const noexcept {
-  table_.load_row(cpu::element(view, 0, token, head), view.dtype, view.strides[3], dim_, buffer);
-  return buffer;
+namespace {
+
+void summarize(const PageBlock& block) noexcept {
+  const BlockHeader& header = block.memory.header();
+  *block.summary = {header.v_scale, header.key_norm, header.poisoned != 0};
 }
 
-/// The scale of a V token.
-void PageWriter::measure_v(const PageBlock& block, int64_t key,
-                           const float* values) const noexcept {
-  const uint32_t bits = table_.max_abs_bits(values, dim_);
-  block.v_scale[key] = codes_are_zero(bits) ? 0.0f : scale_from_bits(bits);
-  if (bits >= kInfBits) block.memory.mark_poisoned(key);
+}  // namespace
+
+int8_t* PageWriter::staged_v(const PageBlock& block, int64_t filled, int64_t key,
+                             int8_t* partial) const noexcept {
+  const int64_t fresh = round_up(filled, kKeyGroup);
+  if (key < fresh) return partial + (key - filled) * padded_;
+  return reinterpret_cast<int8_t*>(block.memory.v(0)) + key * padded_;
 }
 
-/// K codes of a token, and what its record holds as their scale.
-float PageWriter::encode_k(const PageBlock& block, int64_t key, const float* values,
-                           const float* k_mean, int8_t* codes) const noexcept {
-  float smooth[kMaxDim];
-  if (k_mean != nullptr) {
-    table_.subtract(values, k_mean, dim_, smooth);
-    values = smooth;
-  }
-  const uint32_t bits = table_.max_abs_bits(values, dim_);
-  const float scale = scale_from_bits(bits);
-  if (!codes_are_zero(bits)) table_.encode(values, dim_, &scale, 0, codes);
-  if (!cpu::usable(scale)) block.memory.mark_poisoned(key);
-  return cpu::record_scale(scale);
-}
-
-/// V codes of a token relative to the page's largest scale, and its fold.
-void PageWriter::encode_v(const PageBlock& block, int64_t key, const float* values,
+void PageWriter::encode_v(const PageBlock& block, const RowSpan& rows, int64_t key,
                           int8_t* codes) const noexcept {
+  if (rows.rows == 0) return;
+  if (round_up(dim_v_, 16) < padded_) {
+    std::memset(codes, 0, static_cast<size_t>(rows.rows * padded_));
+  }
+  uint32_t bits[kMaxPage];
+  table_.quantize_rows(rows, nullptr, codes, padded_, bits);
+  for (int64_t i = 0; i < rows.rows; ++i) {
+    block.v_scale[key + i] = codes_are_zero(bits[i]) ? 0.0f : scale_from_bits(bits[i]);
+    if (bits[i] >= kInfBits) block.memory.mark_poisoned(key + i);
+  }
+}
+
+void PageWriter::encode_k(const PageBlock& block, const RowSpan& rows, int64_t key,
+                          const float* k_mean, int8_t* codes, float* k_scale) const noexcept {
+  uint32_t bits[kKeyGroup];
+  table_.quantize_rows(rows, k_mean, codes, padded_, bits);
+  for (int64_t i = 0; i < rows.rows; ++i) {
+    const float scale = scale_from_bits(bits[i]);
+    if (!cpu::usable(scale)) block.memory.mark_poisoned(key + i);
+    k_scale[i] = cpu::record_scale(scale);
+  }
+}
+
+void PageWriter::fold_v(const PageBlock& block, int64_t key, int8_t* codes) const noexcept {
   float& scale = block.v_scale[key];
   const float block_scale = block.memory.header().v_scale;
   cpu::fold_key(block.memory, key, cpu::fold_ratio(scale, block_scale));
-  if (scale == 0) return;
-  table_.encode(values, dim_, &scale, 0, codes);
-  if (scale / block_scale < kMinRatio) [[unlikely]] {
-    cpu::shrink_codes(codes, dim_, scale / block_scale);
+  if (scale > 0 && scale / block_scale < kMinRatio) [[unlikely]] {
+    cpu::shrink_codes(codes, dim_v_, scale / block_scale);
     scale = block_scale * kMinRatio;
   }
 }
@@ -110,9 +119,9 @@ void PageWriter::set_block_scale(const PageBlock& block, int64_t filled, int64_t
       continue;
     int8_t codes[kMaxDim];
     read_v(block, key, codes);
-    for (int d = 0; d < dim_; ++d) sums[d] -= codes[d];
-    cpu::shrink_codes(codes, dim_, scale / largest);
-    for (int d = 0; d < dim_; ++d) sums[d] += codes[d];
+    for (int d = 0; d < dim_v_; ++d) sums[d] -= codes[d];
+    cpu::shrink_codes(codes, dim_v_, scale / largest);
+    for (int d = 0; d < dim_v_; ++d) sums[d] += codes[d];
     write_v(block, key, codes);
     scale = largest * kMinRatio;
   }
@@ -133,29 +142,32 @@ void PageWriter::append(const PageBlock& block, int64_t filled, const ConstTenso
     }
   }
   const int64_t end = filled + count;
-  float buffer[kMaxDim];
-  for (int64_t key = filled; key < end; ++key) {
-    measure_v(block, key, row_of(v, first + key - filled, head, buffer));
-  }
+  const auto rows_of = [&](const ConstTensorView& view, int64_t lo, int64_t hi) {
+    return cpu::token_rows(view, 0, first + lo - filled, hi - lo, head, 0, view.shape[3]);
+  };
+  // V first and whole, because every fold depends on the largest scale of the page.
+  alignas(64) int8_t partial[kKeyGroup * kMaxDim];
+  const int64_t fresh = std::min(end, round_up(filled, kKeyGroup));
+  encode_v(block, rows_of(v, filled, fresh), filled, partial);
+  encode_v(block, rows_of(v, fresh, end), fresh, staged_v(block, filled, fresh, partial));
   set_block_scale(block, filled, end, sums);
   for (int64_t group = filled / kKeyGroup; group * kKeyGroup < end; ++group) {
     const int64_t lo = std::max(filled, group * kKeyGroup);
     const int64_t hi = std::min(end, (group + 1) * kKeyGroup);
-    const bool fresh = lo % kKeyGroup == 0;
+    const bool is_fresh = lo % kKeyGroup == 0;
     alignas(64) int8_t k_codes[kKeyGroup * kMaxDim];
     alignas(64) int8_t v_codes[kKeyGroup * kMaxDim];
-    const int64_t rows = fresh ? kKeyGroup : hi - lo;
-    std::memset(k_codes, 0, static_cast<size_t>(rows * padded_));
-    std::memset(v_codes, 0, static_cast<size_t>(rows * padded_));
-    float k_scale[kKeyGroup] = {};
-    for (int64_t key = lo; key < hi; ++key) {
-      const int64_t token = first + key - filled;
-      const int64_t row = (key - lo) * padded_;
-      k_scale[key - lo] =
-          encode_k(block, key, row_of(k, token, head, buffer), k_mean, k_codes + row);
-      encode_v(block, key, row_of(v, token, head, buffer), v_codes + row);
+    if (hi - lo < kKeyGroup || round_up(dim_, 16) < padded_) {
+      std::memset(k_codes, 0, static_cast<size_t>((is_fresh ? kKeyGroup : hi - lo) * padded_));
     }
-    if (fresh) {
+    float k_scale[kKeyGroup] = {};
+    encode_k(block, rows_of(k, lo, hi), lo, k_mean, k_codes, k_scale);
+    std::memcpy(v_codes, staged_v(block, filled, lo, partial),
+                static_cast<size_t>((hi - lo) * padded_));
+    for (int64_t key = lo; key < hi; ++key) fold_v(block, key, v_codes + (key - lo) * padded_);
+    if (is_fresh) {
+      std::memset(v_codes + (hi - lo) * padded_, 0,
+                  static_cast<size_t>((group * kKeyGroup + kKeyGroup - hi) * padded_));
       cpu::pack_k_group(table_, memory, group, k_codes, k_scale, padded_);
       cpu::pack_v_group(table_, memory, group, v_codes, padded_, sums);
       for (int64_t key = hi; key < (group + 1) * kKeyGroup; ++key) cpu::fold_key(memory, key, 1);
@@ -165,10 +177,11 @@ void PageWriter::append(const PageBlock& block, int64_t filled, const ConstTenso
       const int64_t row = (key - lo) * padded_;
       write_k(block, key, k_codes + row, k_scale[key - lo]);
       write_v(block, key, v_codes + row);
-      for (int d = 0; d < dim_; ++d) sums[d] += v_codes[row + d];
+      for (int d = 0; d < dim_v_; ++d) sums[d] += v_codes[row + d];
     }
   }
   cpu::store_mean(memory, sums, end, padded_);
+  summarize(block);
 }
 
 void PageWriter::truncate(const PageBlock& block, int64_t filled, int64_t kept) const noexcept {
@@ -191,6 +204,7 @@ void PageWriter::truncate(const PageBlock& block, int64_t filled, int64_t kept) 
   }
   set_block_scale(block, kept, kept, sums);
   cpu::store_mean(memory, sums, kept, padded_);
+  summarize(block);
 }
 
 }  // namespace attn8::kv_cache

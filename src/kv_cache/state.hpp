@@ -1,6 +1,7 @@
 // SPDX-FileCopyrightText: The attn8 authors
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
+#include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <mutex>
@@ -42,9 +43,14 @@ struct KvCache::State {
   /// Throws std::bad_alloc.
   KvSequence add(std::shared_ptr<kv_cache::Sequence> sequence);
 
-  const KvCacheOptions options;
-  const KernelTable& table;  ///< of this machine's best ISA; what it packs depends on none
-  const uint64_t id;         ///< of the cache, unlike that of any other in the process
+  /// head_dim of what the pages hold: the shorter of K and V ends in zeros.
+  [[nodiscard]] int64_t packed_dim() const noexcept {
+    return std::max(options.head_dim, options.head_dim_v);
+  }
+
+  const KvCacheOptions options;  ///< head_dim_v resolved
+  const KernelTable& table;      ///< of this machine's best ISA; what it packs depends on none
+  const uint64_t id;             ///< of the cache, unlike that of any other in the process
   kv_cache::PagePool pool;
   mutable std::mutex mutex;  ///< of the members below
   std::unordered_map<uint64_t, std::shared_ptr<kv_cache::Sequence>> sequences;

@@ -94,7 +94,8 @@ AT(attn8_kv_cache_params, head_dim, 16);
 AT(attn8_kv_cache_params, max_pages, 24);
 AT(attn8_kv_cache_params, smooth_k, 32);
 AT(attn8_kv_cache_params, reserved, 36);
-static_assert(sizeof(attn8_kv_cache_params) == 40, "attn8_kv_cache_params");
+AT(attn8_kv_cache_params, head_dim_v, 40);
+static_assert(sizeof(attn8_kv_cache_params) == 48, "attn8_kv_cache_params");
 
 AT(attn8_kv_sequence, cache, 0);
 AT(attn8_kv_sequence, id, 8);
@@ -118,7 +119,11 @@ AT(attn8_kv_attention_params, softcap, 20);
 AT(attn8_kv_attention_params, window_left, 24);
 AT(attn8_kv_attention_params, window_right, 32);
 AT(attn8_kv_attention_params, scores, 40);
-static_assert(sizeof(attn8_kv_attention_params) == 48, "attn8_kv_attention_params");
+AT(attn8_kv_attention_params, mode, 48);
+AT(attn8_kv_attention_params, reserved, 52);
+AT(attn8_kv_attention_params, head_modes_count, 56);
+AT(attn8_kv_attention_params, head_modes, 64);
+static_assert(sizeof(attn8_kv_attention_params) == 72, "attn8_kv_attention_params");
 
 AT(attn8_error_report, struct_size, 0);
 AT(attn8_error_report, reserved, 4);

@@ -160,6 +160,79 @@ TEST(KvCacheCApi, SameAsTheCppApi) {
   EXPECT_EQ(usage_of(cache).pages_used, 0);
 }
 
+/// Modes, a mode per head, attn_mask and a head_dim of V arrive.
+TEST(KvCacheCApi, ModesMaskAndHeadDimOfV) {
+  constexpr int64_t kDimV = 20;
+  attn8_kv_cache_params cache_options = cache_params(4);
+  cache_options.head_dim_v = kDimV;
+  attn8_kv_cache* made = nullptr;
+  ASSERT_EQ(attn8_kv_cache_create(&cache_options, &made), ATTN8_OK) << attn8_last_error();
+  const Cache cache(made);
+  KvCache direct = KvCache::make({.nheads_k = kHeads,
+                                  .head_dim = kDim,
+                                  .head_dim_v = kDimV,
+                                  .page_size = kPage,
+                                  .max_pages = 4})
+                       .value();
+  const attn8_kv_sequence a = create(cache);
+  const KvSequence direct_a = direct.create().value();
+  Floats k(90, kHeads, kDim, 3), v(90, kHeads, kDimV, 4), q(2, 4, kDim, 5), mask(1, 1, 90, 6);
+  ASSERT_EQ(attn8_kv_sequence_append(cache.get(), a, &k.tensor, &v.tensor, nullptr), ATTN8_OK)
+      << attn8_last_error();
+  ASSERT_TRUE(direct.append(direct_a, k.view(), v.view(), Context()).ok());
+
+  attn8_score_operands scores;
+  ASSERT_EQ(attn8_score_operands_init(&scores, sizeof scores), ATTN8_OK);
+  scores.attn_mask = &mask.tensor;
+  attn8_kv_attention_params params;
+  ASSERT_EQ(attn8_kv_attention_params_init(&params, sizeof params), ATTN8_OK);
+  params.scores = &scores;
+  KvCacheAttentionOptions options;
+  options.attn_mask = mask.view();
+  const std::vector<int32_t> cu_seqlens_q = {0, 2};
+  const auto expect_same = [&] {
+    Floats out(2, 4, kDimV, 1), want(2, 4, kDimV, 2);
+    ASSERT_EQ(attn8_kv_cache_attend(cache.get(), &a, 1, &q.tensor, cu_seqlens_q.data(), &out.tensor,
+                                    nullptr, &params, nullptr),
+              ATTN8_OK)
+        << attn8_last_error();
+    const Status status =
+        direct.attend({&direct_a, 1}, q.view(), cu_seqlens_q, {want.view()}, options, Context());
+    ASSERT_TRUE(status.ok()) << status.message();
+    EXPECT_EQ(out.data, want.data);
+  };
+  const auto expect_wrong = [&](attn8_status code, const std::string& message) {
+    Floats out(2, 4, kDimV, 1);
+    expect_refused(attn8_kv_cache_attend(cache.get(), &a, 1, &q.tensor, cu_seqlens_q.data(),
+                                         &out.tensor, nullptr, &params, nullptr),
+                   code, message);
+  };
+  expect_same();
+  params.mode = ATTN8_EXACT;
+  options.mode = Mode::kExact;
+  expect_same();
+  const std::vector<int32_t> modes = {ATTN8_ACCURATE, ATTN8_HALF};
+  const std::vector<Mode> direct_modes = {Mode::kAccurate, Mode::kHalf};
+  params.head_modes = modes.data();
+  params.head_modes_count = 2;
+  options.head_modes = direct_modes;
+  expect_same();
+  params.head_modes_count = 3;
+  expect_wrong(ATTN8_INVALID_ARGUMENT, "options.head_modes got 3 modes, wants nheads_k=2");
+  params.head_modes_count = 0;
+  params.mode = ATTN8_PAPER;
+  expect_wrong(ATTN8_UNSUPPORTED,
+               "options.mode got paper, a cache of INT8 tokens wants accurate, half or exact");
+  params.mode = -1;
+  expect_wrong(ATTN8_INVALID_ARGUMENT, "options.mode is not a value of attn8::Mode");
+  params.mode = ATTN8_ACCURATE;
+  mask.tensor.shape[3] = 89;
+  expect_wrong(ATTN8_INVALID_ARGUMENT,
+               "attn_mask.shape[3]=89 wants 1 or at least 90, the tokens of the longest sequence");
+  params.reserved = 1;
+  expect_wrong(ATTN8_INVALID_ARGUMENT, "params.reserved got 1, wants 0");
+}
+
 TEST(KvCacheCApi, OutOfPagesChangesNothing) {
   const Cache cache = make_cache(2);
   const attn8_kv_sequence a = create(cache);
@@ -262,8 +335,8 @@ TEST(KvCacheCApi, StructsOfOtherSizes) {
   const Cache owner(cache);
   larger.beyond = 1;
   expect_refused(attn8_kv_cache_create(&larger.params, &cache), ATTN8_UNSUPPORTED,
-                 "params sets a field at byte 40 that version " + std::string(attn8_version()) +
-                     " does not have");
+                 "params sets a field at byte " + std::to_string(sizeof larger.params) +
+                     " that version " + std::string(attn8_version()) + " does not have");
   attn8_kv_cache_params smaller = cache_params(4);
   smaller.struct_size = 32;
   smaller.smooth_k = -77;  // beyond its size: not read

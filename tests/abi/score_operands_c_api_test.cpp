@@ -203,10 +203,16 @@ TEST_F(ScoreOperands, KvCache) {
       << attn8_last_error();
   EXPECT_EQ(from_pages, out_);
   scores_.attn_mask = &mask_tensor_;
+  ASSERT_EQ(attend(), ATTN8_OK) << attn8_last_error();
+  const std::vector<float> with_mask = out_;
+  EXPECT_NE(with_mask, from_pages);
+  ASSERT_EQ(attn8_attention(&q, &k, &v, &out, nullptr, &params_, nullptr), ATTN8_OK);
+  EXPECT_EQ(with_mask, out_);
+  scores_.seqlens_k = &seqlens_tensor_;
   EXPECT_EQ(attend(), ATTN8_INVALID_ARGUMENT);
-  EXPECT_EQ(
-      std::string(attn8_last_error()),
-      "params.scores sets attn_mask, seqlens_k or leftpad_k, wants alibi_slopes and sinks only");
+  EXPECT_EQ(std::string(attn8_last_error()),
+            "params.scores sets seqlens_k or leftpad_k, wants attn_mask, alibi_slopes and sinks "
+            "only");
   attn8_kv_cache_destroy(cache);
 }
 

@@ -146,7 +146,7 @@ attn8_attention_params make_params(ByteReader& bytes) {
   params.mode = bytes.pick({0, 0, 1, 2, 3});
   params.causal = bytes.one_in(3) ? 1 : 0;
   if (bytes.one_in(4)) {
-    switch (bytes.below(9)) {
+    switch (bytes.below(10)) {
       case 0:
         params.mode = bytes.pick({-1, 5, 256, 4});
         break;
@@ -187,6 +187,40 @@ attn8_attention_params make_params(ByteReader& bytes) {
 
 int32_t float_type(ByteReader& bytes) { return static_cast<int32_t>(bytes.below(3)); }
 
+/// Score operands, each there or not, with the tensors they point at.
+struct Scores {
+  Arena attn_mask, alibi_slopes, sinks, seqlens_k, leftpad_k;
+  attn8_score_operands operands = {};
+
+  Scores(ByteReader& bytes, int64_t seqlen_q, int64_t nheads_q, int64_t seqlen_k) {
+    expect(attn8_score_operands_init(&operands, sizeof operands) == ATTN8_OK, attn8_last_error());
+    const auto either = [&](int64_t extent) { return bytes.one_in(2) ? extent : int64_t{1}; };
+    make(bytes, attn_mask, bytes.pick<int32_t>({ATTN8_BOOL, 0, 1, 2}),
+         {1, either(seqlen_q), either(nheads_q), either(seqlen_k)});
+    make(bytes, alibi_slopes, ATTN8_FLOAT32, {1, 1, nheads_q, 1});
+    make(bytes, sinks, ATTN8_FLOAT32, {1, 1, nheads_q, 1});
+    // Read as int32 their memory is far beyond any length, so that these are always refused.
+    make(bytes, seqlens_k, ATTN8_INT32, {1, 1, 1, 1});
+    make(bytes, leftpad_k, ATTN8_INT32, {1, 1, 1, 1});
+    if (bytes.one_in(2)) operands.attn_mask = &attn_mask.tensor;
+    if (bytes.one_in(2)) operands.alibi_slopes = &alibi_slopes.tensor;
+    if (bytes.one_in(2)) operands.sinks = &sinks.tensor;
+    if (bytes.one_in(16)) operands.seqlens_k = &seqlens_k.tensor;
+    if (bytes.one_in(16)) operands.leftpad_k = &leftpad_k.tensor;
+    if (bytes.one_in(16)) operands.reserved = 1;
+    if (bytes.one_in(16)) operands.struct_size = bytes.pick({0U, 8U, 16U, 20U, 40U});
+  }
+};
+
+/// Modes of heads in params that have such fields, the right number of them most of the time.
+template <class Params>
+void set_head_modes(ByteReader& bytes, const std::array<int32_t, 3>& modes, int64_t nheads_k,
+                    Params& params) {
+  params.head_modes = bytes.one_in(8) ? nullptr : modes.data();
+  params.head_modes_count =
+      bytes.one_in(4) ? bytes.pick({int64_t{0}, int64_t{-1}, int64_t{3}}) : nheads_k;
+}
+
 int call_attention(ByteReader& bytes) {
   const int64_t dim = bytes.pick({8, 1, 16, 33});
   const int64_t nheads_k = bytes.pick({1, 2});
@@ -200,7 +234,11 @@ int call_attention(ByteReader& bytes) {
   make(bytes, out, float_type(bytes), {1, seqlen_q, nheads_q, dim});
   make(bytes, lse, ATTN8_FLOAT32, {1, seqlen_q, nheads_q, 1});
   const auto context = make_context(bytes);
-  const attn8_attention_params params = make_params(bytes);
+  attn8_attention_params params = make_params(bytes);
+  const Scores scores(bytes, seqlen_q, nheads_q, seqlen_k);
+  if (bytes.one_in(3)) params.scores = &scores.operands;
+  const std::array<int32_t, 3> modes = {0, bytes.pick({0, 1, 2, 3, 5, -1}), 2};
+  if (bytes.one_in(6)) set_head_modes(bytes, modes, nheads_k, params);
   const attn8_tensor* lse_or_null = bytes.one_in(3) ? nullptr : &lse.tensor;
   const attn8_attention_params* params_or_null = bytes.one_in(8) ? nullptr : &params;
   const bool one_shot = bytes.one_in(2);
@@ -229,10 +267,11 @@ int call_attention(ByteReader& bytes) {
     }
     attn8_run_times times = {};
     times.struct_size = bytes.pick({24U, 24U, 24U, 8U, 0U, 7U});
-    done =
-        answered("attn8_plan_run",
-                 attn8_plan_run(plan, &q.tensor, or_null(bytes, k), &v.tensor, &out.tensor,
-                                lse_or_null, bytes.one_in(16) ? nullptr : aligned, size, &times));
+    done = answered("attn8_plan_run",
+                    attn8_plan_run_with_scores(plan, &q.tensor, or_null(bytes, k), &v.tensor,
+                                               bytes.one_in(16) ? nullptr : params.scores,
+                                               &out.tensor, lse_or_null,
+                                               bytes.one_in(16) ? nullptr : aligned, size, &times));
     attn8_plan_destroy(plan);
   }
   expect(done || (out.untouched() && lse.untouched()), "a refused call writes");
@@ -333,7 +372,7 @@ std::unique_ptr<attn8_kv_cache, DestroyCache> make_cache(ByteReader& bytes) {
         params.reserved = 1;
         break;
       default:
-        params.struct_size = bytes.pick({0U, 4U, 7U, 8U, 16U, 32U});
+        params.struct_size = bytes.pick({0U, 4U, 7U, 8U, 16U, 32U, 40U});
     }
   }
   attn8_kv_cache* cache = nullptr;
@@ -405,6 +444,11 @@ int call_kv_cache(ByteReader& bytes) {
         if (bytes.one_in(8)) params.causal_align = bytes.pick({1, 2, -1});
         if (bytes.one_in(8)) params.window_left = odd_number(bytes);
         if (bytes.one_in(8)) params.softcap = bytes.pick({5.0F, -1.0F, __builtin_inff()});
+        const Scores scores(bytes, rows, 4, bytes.pick({80, 200, 30}));
+        if (bytes.one_in(3)) params.scores = &scores.operands;
+        if (bytes.one_in(4)) params.mode = bytes.pick({2, 3, 1, 4, -1});
+        const std::array<int32_t, 3> modes = {0, bytes.pick({0, 1, 2, 3, 5, -1}), 2};
+        if (bytes.one_in(6)) set_head_modes(bytes, modes, 2, params);
         const std::array<attn8_kv_sequence, 2> batch = {sequence, pick()};
         std::array<int32_t, 3> cu_seqlens_q = {0, static_cast<int32_t>(rows) / 2,
                                                static_cast<int32_t>(rows)};

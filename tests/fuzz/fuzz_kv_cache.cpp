@@ -39,6 +39,7 @@ class Life {
       : bytes_(bytes),
         heads_(bytes.pick({1, 1, 2})),
         dim_(bytes.pick({8, 1, 3, 16, 20, 33})),
+        dim_v_(bytes.pick({dim_, dim_, int64_t{1}, int64_t{24}, int64_t{40}})),
         max_pages_(1 + bytes.below(9)),
         smooth_k_(!bytes.one_in(3)),
         isa_(bytes.pick({Isa::kAvx512Vnni, Isa::kAvx2, Isa::kScalar})),
@@ -73,6 +74,7 @@ class Life {
   KvCache make() const {
     Result<KvCache> cache = KvCache::make({.nheads_k = heads_,
                                            .head_dim = dim_,
+                                           .head_dim_v = dim_v_,
                                            .page_size = kPageSize,
                                            .max_pages = max_pages_,
                                            .smooth_k = smooth_k_});
@@ -103,18 +105,18 @@ class Life {
   void create() {
     const Result<KvSequence> sequence = cache_.create();
     expect(sequence.ok(), "create: " + sequence.status().message());
-    live_.push_back({sequence.value(), ModelSequence(heads_, dim_, smooth_k_), {}, {}});
+    live_.push_back({sequence.value(), ModelSequence(heads_, dim_, smooth_k_, dim_v_), {}, {}});
     live_.back().bits = attended(live_.back());
     append(live_.back());
   }
 
   /// Values of 1 to 5 times a power of two up to 2^12, so that no token of V lies 2^16 below
   /// another (docs/kv-cache.md), now and then a zero token, a NaN or an Inf.
-  Tensor tokens(int64_t count) {
+  Tensor tokens(int64_t count, int64_t dim) {
     const uint64_t seed = bytes_.byte();
     const int spread = bytes_.pick({0, 0, 4, 12});
     Tensor x(bytes_.pick({DType::kFloat32, DType::kFloat32, DType::kFloat16, DType::kBFloat16}),
-             {1, count, heads_, dim_},
+             {1, count, heads_, dim},
              bytes_.pick({Memory::kBshd, Memory::kBshd, Memory::kBhsd, Memory::kStrided,
                           Memory::kReversed}));
     x.fill([&](int64_t, int64_t s, int64_t h, int64_t d) {
@@ -128,7 +130,7 @@ class Life {
       const double special = bytes_.pick({std::nan(""), std::numeric_limits<double>::infinity(),
                                           -std::numeric_limits<double>::infinity(), -0.0, 300.0});
       x.set(0, bytes_.below(static_cast<uint32_t>(count)), 0,
-            bytes_.below(static_cast<uint32_t>(dim_)), special);
+            bytes_.below(static_cast<uint32_t>(dim)), special);
     }
     return x;
   }
@@ -162,8 +164,8 @@ class Life {
   void append(Live& live) {
     const int64_t count =
         bytes_.pick({1, 1, 1, 2, 63, 64, 65, 0, static_cast<int>(bytes_.below(150))});
-    const Tensor k = tokens(count);
-    const Tensor v = tokens(count);
+    const Tensor k = tokens(count, dim_);
+    const Tensor v = tokens(count, dim_v_);
     const int64_t before = live.model.length();
     const bool copies = count > 0 && before % kPageSize != 0 && shared(live.pages.back());
     const int64_t wanted = pages_for(before + count) - pages_for(before) + (copies ? 1 : 0);
@@ -215,7 +217,7 @@ class Life {
   }
 
   std::vector<std::byte> attended(const Live& live) const {
-    Tensor out(DType::kFloat32, fixed_q_.shape());
+    Tensor out(DType::kFloat32, {1, 2, heads_, dim_v_});
     const std::vector<int32_t> cu_seqlens_q = {0, 2};
     const Status status = cache_.attend({&live.handle, 1}, fixed_q_.view(), cu_seqlens_q,
                                         {out.view()}, {}, Context::with_isa(isa_));
@@ -253,34 +255,69 @@ class Life {
     const int64_t nheads_q = heads_ * bytes_.pick({1, 2, 3});
     Tensor q(DType::kFloat32, {1, total, nheads_q, dim_});
     q.fill_normal(bytes_.byte(), bytes_.pick({1.0, 0.0, 20.0}));
-    Tensor out(DType::kFloat32, q.shape());
+    Tensor out(DType::kFloat32, {1, total, nheads_q, dim_v_});
     Tensor lse(DType::kFloat32, {1, total, nheads_q, 1});
-    KvCacheAttentionOptions options = {.mask = {.causal = bytes_.one_in(2)}};
+    KvCacheAttentionOptions options = {
+        .mode = bytes_.pick({Mode::kAccurate, Mode::kAccurate, Mode::kHalf, Mode::kExact}),
+        .mask = {.causal = bytes_.one_in(2)}};
     if (bytes_.one_in(4)) options.softmax_scale = bytes_.pick({0.0F, -1.0F, 0.3F});
+    if (bytes_.one_in(6)) options.softcap = bytes_.pick({5.0F, 0.25F, 50.0F});
+    std::vector<Mode> head_modes;
+    if (bytes_.one_in(8)) {
+      for (int64_t h = 0; h < heads_; ++h) {
+        head_modes.push_back(bytes_.pick({Mode::kAccurate, Mode::kHalf, Mode::kExact}));
+      }
+      options.head_modes = head_modes;
+    }
+    Tensor slopes(DType::kFloat32, {1, 1, nheads_q, 1});
+    slopes.fill_normal(bytes_.byte(), 0.1);
+    if (bytes_.one_in(6)) options.alibi_slopes = slopes.view();
+    Tensor sinks(DType::kFloat32, {1, 1, nheads_q, 1});
+    sinks.fill_normal(bytes_.byte());
+    if (bytes_.one_in(6)) options.sinks = sinks.view();
+    Tensor attn_mask;
+    if (bytes_.one_in(3)) {
+      int64_t longest = 0;
+      for (const Live* live : batch) longest = std::max(longest, live->model.length());
+      attn_mask = mask_for(total, nheads_q, longest);
+      options.attn_mask = attn_mask.view();
+    }
     const Status status = cache_.attend(handles, q.view(), cu_seqlens_q, {out.view(), lse.view()},
                                         options, context());
     expect(status.ok(), "attend: " + status.message());
     for (size_t i = 0; i < batch.size(); ++i) {
       const int64_t rows = cu_seqlens_q[i + 1] - cu_seqlens_q[i];
+      if (rows == 0) continue;
       const auto part = [&](TensorView x) {
         x.data = static_cast<float*>(x.data) + cu_seqlens_q[i] * x.strides[1];
         x.shape[1] = rows;
         return x;
       };
-      if (rows == 0) continue;
-      Tensor want(DType::kFloat32, {1, rows, nheads_q, dim_});
-      Tensor want_lse(DType::kFloat32, {1, rows, nheads_q, 1});
-      const ModelSequence::Quantized k = batch[i]->model.k();
-      const ModelSequence::Quantized v = batch[i]->model.v();
-      const AttentionOptions all = {
-          .softmax_scale = options.softmax_scale, .mask = options.mask, .kv_block = kPageSize};
-      const Status reference =
-          attention({part(q.view()), k.view(), v.view()}, {want.view(), want_lse.view()}, all,
-                    Context::with_isa(isa_));
-      expect(reference.ok(), "attention: " + reference.message());
-      expect_same(part(out.view()), want);
-      expect_same(part(lse.view()), want_lse);
+      const testing::Attended want = testing::attend_model(
+          batch[i]->model, q, cu_seqlens_q[i], rows, kPageSize, options, Context::with_isa(isa_));
+      expect_same(part(out.view()), want.out);
+      expect_same(part(lse.view()), want.lse);
     }
+  }
+
+  /// Of any broadcast and type, keys to spare, some of them hidden.
+  Tensor mask_for(int64_t total, int64_t nheads_q, int64_t longest) {
+    const auto either = [&](int64_t extent) { return bytes_.one_in(2) ? extent : int64_t{1}; };
+    const DType dtype =
+        bytes_.pick({DType::kBool, DType::kFloat32, DType::kFloat16, DType::kBFloat16});
+    const Extents shape = {1, either(total), either(nheads_q),
+                           either(longest + bytes_.pick({0, 1, 70}))};
+    Tensor mask(dtype, shape, bytes_.pick({Memory::kBshd, Memory::kBhsd, Memory::kReversed}));
+    const uint64_t seed = bytes_.byte();
+    const int64_t rare = bytes_.pick({2, 5, 64});
+    mask.fill([&](int64_t, int64_t s, int64_t h, int64_t d) {
+      const int64_t index = (s * 17 + h) * 719 + d;
+      const bool hidden = index % rare == 1;
+      if (dtype == DType::kBool) return hidden ? 0.0 : 1.0;
+      return hidden ? -std::numeric_limits<double>::infinity()
+                    : value_at(seed, static_cast<uint64_t>(index));
+    });
+    return mask;
   }
 
   /// Equal, or both NaN.
@@ -295,7 +332,7 @@ class Life {
   }
 
   ByteReader& bytes_;
-  const int64_t heads_, dim_, max_pages_;
+  const int64_t heads_, dim_, dim_v_, max_pages_;
   const bool smooth_k_;
   Isa isa_;
   KvCache cache_;

@@ -60,10 +60,6 @@ Tensor rows_of(const Tensor& x, int64_t begin, int64_t end) {
   return part;
 }
 
-struct Attended {
-  Tensor out, lse;
-};
-
 Attended outputs_for(const Tensor& q) {
   const Extents& s = q.shape();
   return {Tensor(DType::kFloat32, s), Tensor(DType::kFloat32, {s[0], s[1], s[2], 1})};
