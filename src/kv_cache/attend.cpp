@@ -18,7 +18,6 @@ namespace attn8 {
 using cpu::AttendSequence;
 using cpu::PackedHead;
 using kv_cache::AttendBatch;
-using kv_cache::PagePool;
 using kv_cache::Sequence;
 
 namespace {

@@ -152,7 +152,8 @@ TEST_P(KvCacheOptionsTest, ScoreOperands) {
       options.softcap = 4;
       options.alibi_slopes = slopes.view();
       options.sinks = sinks.view();
-      // In `accurate` all keys of a cache count, also those outside of the window; not so in a call.
+      // In `accurate` all keys of a cache count, also those outside of the window; not so in a
+      // call.
       if (mode != Mode::kAccurate) options.mask.window_left = 100;
       batch.expect_follows_the_model(options, context, what + " and all else");
     }
