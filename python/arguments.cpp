@@ -348,7 +348,7 @@ AttentionOptions to_options(nb::handle mode, nb::handle softmax_scale, nb::handl
                             nb::handle v_granularity, nb::handle smooth_k, nb::handle check_finite,
                             nb::handle fp8_format) {
   AttentionOptions options;
-  options.mode = parse(mode, "mode", parse_mode);
+  options.mode = to_mode(mode);
   options.softmax_scale = to_optional_float(softmax_scale, "softmax_scale");
   options.mask = to_mask(causal, align, window_size);
   options.kv_block = to_int32(kv_block, "kv_block");
@@ -463,6 +463,8 @@ void add_changes(nb::handle changes, AttentionInputs& inputs, AttentionOptions& 
   options.mask.q_offset = to_int(fields[6], "q_offset");
   options.mask.k_offset = to_int(fields[7], "k_offset");
 }
+
+Mode to_mode(nb::handle object) { return parse(object, "mode", parse_mode); }
 
 std::vector<Mode> to_head_modes(nb::handle object) {
   std::vector<Mode> modes;

@@ -99,6 +99,7 @@ AttentionOptions to_options(nb::handle mode, nb::handle softmax_scale, nb::handl
 void add_changes(nb::handle changes, AttentionInputs& inputs, AttentionOptions& options,
                  Arrays& keep);
 
+Mode to_mode(nb::handle object);
 /// Modes of the kv heads: a list or tuple of names; None: none.
 std::vector<Mode> to_head_modes(nb::handle object);
 

@@ -23,11 +23,12 @@
 namespace attn8::python {
 namespace {
 
-KvCache make_kv_cache(nb::handle nheads_k, nb::handle head_dim, nb::handle page_size,
-                      nb::handle max_pages, nb::handle smooth_k) {
+KvCache make_kv_cache(nb::handle nheads_k, nb::handle head_dim, nb::handle head_dim_v,
+                      nb::handle page_size, nb::handle max_pages, nb::handle smooth_k) {
   KvCacheOptions options;
   options.nheads_k = to_int(nheads_k, "nheads_k");
   options.head_dim = to_int(head_dim, "head_dim");
+  options.head_dim_v = to_int(head_dim_v, "head_dim_v");
   options.page_size = to_int32(page_size, "page_size");
   options.max_pages = to_int(max_pages, "max_pages");
   options.smooth_k = to_bool(smooth_k, "smooth_k");
@@ -100,9 +101,12 @@ std::vector<int32_t> query_starts(nb::handle cu_seqlens_q, size_t total, size_t 
 
 void attend(const KvCache& cache, nb::handle sequences, nb::handle q, nb::handle cu_seqlens_q,
             nb::handle out, nb::handle lse, nb::handle softmax_scale, nb::handle causal,
-            nb::handle align, nb::handle window_size, nb::handle changes, nb::handle rotate,
-            nb::handle threads, nb::handle isa) {
+            nb::handle align, nb::handle window_size, nb::handle mode, nb::handle head_modes,
+            nb::handle changes, nb::handle rotate, nb::handle threads, nb::handle isa) {
   KvCacheAttentionOptions options;
+  options.mode = to_mode(mode);
+  const std::vector<Mode> modes = to_head_modes(head_modes);
+  options.head_modes = modes;
   options.softmax_scale = to_optional_float(softmax_scale, "softmax_scale");
   options.mask = to_mask(causal, align, window_size);
   AttentionInputs changed;
@@ -110,6 +114,7 @@ void attend(const KvCache& cache, nb::handle sequences, nb::handle q, nb::handle
   Arrays read;
   add_changes(changes, changed, changed_options, read);
   options.softcap = changed_options.softcap;
+  options.attn_mask = changed.attn_mask;
   options.alibi_slopes = changed.alibi_slopes;
   options.sinks = changed.sinks;
   const Context context = to_context(threads, isa);
@@ -199,8 +204,8 @@ void add_kv_cache(nb::module_& module) {
       .def("usage", &usage)
       .def("attend", &attend, nb::arg().none(), nb::arg().none(), nb::arg().none(),
            nb::arg().none(), nb::arg().none(), nb::arg().none(), nb::arg().none(), nb::arg().none(),
-           nb::arg().none(), nb::arg().none(), nb::arg().none(), nb::arg().none(),
-           nb::arg().none());
+           nb::arg().none(), nb::arg().none(), nb::arg().none(), nb::arg().none(), nb::arg().none(),
+           nb::arg().none(), nb::arg().none());
   add(module, "make_kv_cache", &make_kv_cache);
 }
 

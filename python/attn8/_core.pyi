@@ -152,6 +152,8 @@ class KvCache:
         causal: bool,
         align: str,
         window_size: tuple[int, int],
+        mode: str,
+        head_modes: Sequence[str] | None,
         changes: Changes | None,
         rotate: bool,
         threads: int,
@@ -160,7 +162,13 @@ class KvCache:
     ) -> None: ...
 
 def make_kv_cache(
-    nheads_k: int, head_dim: int, page_size: int, max_pages: int, smooth_k: bool, /
+    nheads_k: int,
+    head_dim: int,
+    head_dim_v: int,
+    page_size: int,
+    max_pages: int,
+    smooth_k: bool,
+    /,
 ) -> KvCache: ...
 
 class CudaKvCache:

@@ -12,7 +12,7 @@ from attn8.arrays import Array, empty, finish, shape_of, to_write, torch_of, wit
 from attn8.errors import UnsupportedError
 from attn8.quantization import QuantizedTensor
 from attn8.runtime import isa_for, threads_for
-from attn8.scores import score_changes
+from attn8.scores import check_head_modes, score_changes
 
 Operand = Any
 """An :data:`attn8.arrays.Array` or a :class:`attn8.QuantizedTensor`."""
@@ -37,20 +37,6 @@ def sizes_of(q: Operand, k: Operand, layout: str) -> tuple[int, int, int, int]:
     heads, tokens = (2, 1) if layout == "bshd" else (1, 2)
     shape = operand_shape(q, "q")
     return shape[0], shape[heads], shape[tokens], operand_shape(k, "k")[tokens]
-
-
-def _check_head_modes(head_modes: Sequence[str] | None, mode: str, q: Array) -> None:
-    if head_modes is None:
-        return
-    if not isinstance(head_modes, (list, tuple)):
-        raise TypeError(
-            f"head_modes: got {type(head_modes).__name__}, want a list of modes, one for each kv "
-            "head"
-        )
-    if mode != "accurate":
-        raise ValueError(f"mode: got {mode!r} with head_modes, want one of the two")
-    if cuda.is_on_device(q):
-        raise UnsupportedError("head_modes: got modes with CUDA tensors, want None")
 
 
 def _rotated(
@@ -208,7 +194,9 @@ def attention(
     changes = score_changes(
         sizes, softcap, attn_mask, alibi_slopes, sinks, seqlens_k, leftpad_k, q_offset, k_offset
     )
-    _check_head_modes(head_modes, mode, first)
+    check_head_modes(head_modes, mode)
+    if head_modes is not None and cuda.is_on_device(first):
+        raise UnsupportedError("head_modes: got modes with CUDA tensors, want None")
     q, k, v, turned = _rotated(q, k, v, head_modes or (mode,), rotate, threads)
     torch = torch_of(first)
     if torch is not None and torch.compiler.is_compiling():
@@ -317,7 +305,9 @@ softcap, alibi_slopes, sinks, head_modes
     changes = score_changes(
         (sequences, shape[1], 0, 0), softcap, alibi_slopes=alibi_slopes, sinks=sinks
     )
-    _check_head_modes(head_modes, mode, first)
+    check_head_modes(head_modes, mode)
+    if head_modes is not None and cuda.is_on_device(first):
+        raise UnsupportedError("head_modes: got modes with CUDA tensors, want None")
     q, k, v, turned = _rotated(q, k, v, head_modes or (mode,), rotate, threads)
     operands = without_grad(q, "q"), without_grad(k, "k"), without_grad(v, "v")
     if cuda.target_of(first) is not None:

@@ -78,20 +78,20 @@ class _Pages:
         self.max_bytes = max_bytes
         self.page_size = page_size
         self.rotate = rotate
-        self.pools: dict[tuple[int, int], KVCache] = {}
+        self.pools: dict[tuple[int, int, int], KVCache] = {}
 
     def __deepcopy__(self, _memo: Any) -> _Pages:
         return self  # copies of a cache share pages
 
-    def of(self, nheads_k: int, head_dim: int) -> KVCache:
-        found = self.pools.get((nheads_k, head_dim))
+    def of(self, nheads_k: int, head_dim: int, head_dim_v: int) -> KVCache:
+        found = self.pools.get((nheads_k, head_dim, head_dim_v))
         if found is None:
             make = functools.partial(
                 KVCache, nheads_k=nheads_k, head_dim=head_dim, page_size=self.page_size,
-                rotate=self.rotate,
+                head_dim_v=head_dim_v, rotate=self.rotate,
             )  # fmt: skip
             count = self.max_bytes // make(max_pages=1).usage().bytes_per_page
-            found = self.pools[nheads_k, head_dim] = make(max_pages=max(count, 1))
+            found = self.pools[nheads_k, head_dim, head_dim_v] = make(max_pages=max(count, 1))
         return found
 
 
@@ -125,14 +125,15 @@ class _Int8Layer(DynamicLayer):  # type: ignore[misc]
         self.dtype, self.device = key_states.dtype, key_states.device
         if self.device.type != "cpu":
             raise UnsupportedError(f"key_states: got device {self.device}, want cpu")
-        if value_states is not None and value_states.shape != key_states.shape:
-            raise UnsupportedError(
+        if value_states is not None and value_states.shape[:3] != key_states.shape[:3]:
+            raise ValueError(
                 f"value_states: got shape {tuple(value_states.shape)}, want "
-                f"{tuple(key_states.shape)}, as key_states"
+                f"{tuple(key_states.shape[:3])} first, as key_states"
             )
-        pages = self.shared_pages.of(heads, dim)
+        dim_v = dim if value_states is None else value_states.shape[3]
+        pages = self.shared_pages.of(heads, dim, dim_v)
         self.rows = [_Row(pages) for _ in range(batch)]
-        self.head_shape = heads, dim
+        self.head_shape = heads, dim, dim_v
         self.is_initialized = True
 
     def update(
@@ -172,9 +173,11 @@ class _Int8Layer(DynamicLayer):  # type: ignore[misc]
 
     def _expose(self) -> None:
         """Make keys and values stand-ins that know this layer."""
-        heads, dim = self.head_shape
-        shape = (len(self.rows), heads, self.tokens, dim)
-        self.keys, self.values = (torch.zeros(1, dtype=torch.int8).expand(shape) for _ in "kv")
+        heads, *dims = self.head_shape
+        self.keys, self.values = (
+            torch.zeros(1, dtype=torch.int8).expand(len(self.rows), heads, self.tokens, dim)
+            for dim in dims
+        )
         self.keys.attn8_layer = self.values.attn8_layer = self
 
     def attend(
@@ -184,6 +187,7 @@ class _Int8Layer(DynamicLayer):  # type: ignore[misc]
         *,
         causal: bool,
         window_size: Window,
+        attn_mask: torch.Tensor | None = None,
         **options: Any,
     ) -> torch.Tensor:
         """Append what waits, and compute attention.
@@ -194,13 +198,15 @@ class _Int8Layer(DynamicLayer):  # type: ignore[misc]
             ``[batch, nheads_q, seqlen_q, head_dim]``.
         ranges : sequence of KeyRange, optional
             Tokens of each row that are not padding; None: all.
+        attn_mask : Tensor, optional
+            ``[batch, nheads_q or 1, seqlen_q or 1, tokens]``; not with ``ranges``.
         causal, window_size, **options
             As for :meth:`attn8.KVCache.attend`.
 
         Returns
         -------
         Tensor
-            ``[batch, seqlen_q, nheads_q, head_dim]``; 0 at padded positions of causal models.
+            ``[batch, seqlen_q, nheads_q, head_dim_v]``; 0 at padded positions of causal models.
         """
         batch, heads, seqlen_q, dim = query.shape
         whole = [(0, self.tokens)] * batch
@@ -212,14 +218,17 @@ class _Int8Layer(DynamicLayer):  # type: ignore[misc]
         q = query.transpose(1, 2)
         if list(seen) == whole:
             packed = q.reshape(batch * seqlen_q, heads, dim)
+            if attn_mask is not None:
+                seen_by = attn_mask.expand(batch, -1, seqlen_q, -1).transpose(0, 1)
+                mask["attn_mask"] = seen_by.reshape(len(seen_by), batch * seqlen_q, -1)
             out: torch.Tensor = pages.attend(names, packed, **mask, **options)
-            return out.view(q.shape)
+            return out.view(batch, seqlen_q, heads, -1)
         masked = causal or window_size != (-1, -1)
         spans = [query_range(keys, seqlen_q, self.tokens, masked) for keys in seen]
         starts = torch.tensor([0, *(last - first for first, last in spans)], dtype=torch.int32)
         packed = torch.cat([q[i, first:last] for i, (first, last) in enumerate(spans)])
         found = pages.attend(names, packed, starts.cumsum(0, dtype=torch.int32), **mask, **options)
-        out = torch.zeros(q.shape, dtype=q.dtype)
+        out = torch.zeros((*q.shape[:3], found.shape[2]), dtype=q.dtype)
         at = 0
         for i, (first, last) in enumerate(spans):
             out[i, first:last] = found[at : at + last - first]

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from attn8 import _core
 from attn8._core import KVSequence
 from attn8.arrays import Array, empty, finish, shape_of, to_write, without_grad
 from attn8.runtime import isa_for, threads_for
-from attn8.scores import score_changes
+from attn8.scores import check_head_modes, score_changes
 
 __all__ = ["KVCache", "KVCacheUsage", "KVSequence"]
 
@@ -41,7 +41,7 @@ class KVCacheUsage:
 
 
 class KVCache:
-    """K and V of many sequences in INT8 pages (docs/kv-cache.md), on the CPU, mode accurate.
+    """K and V of many sequences in INT8 pages (docs/kv-cache.md), on the CPU.
 
     A token is quantized once, when it is appended; attention reads the pages as they are, for
     prefill and decode alike. Forked sequences share pages until one of them writes. Any function
@@ -52,7 +52,7 @@ class KVCache:
     nheads_k : int
         Heads of K and V.
     head_dim : int
-        1 to 256.
+        Of q and k, 1 to 256.
     max_pages : int
         Room for ``max_pages * page_size`` tokens: memory is reserved at once and touched when it
         is first used.
@@ -61,6 +61,8 @@ class KVCache:
         for the default of :func:`attn8.info`.
     smooth_k : bool
         Subtract from K of a sequence the mean over its first append: make that the prompt.
+    head_dim_v : int
+        Of v and out, 1 to 256; 0: head_dim.
     rotate : bool
         Store K and V as :func:`attn8.rotate` has them, rotate q before it meets K, and the output
         back: finer codes, as with ``attention(rotate=True)``.
@@ -83,13 +85,17 @@ class KVCache:
         max_pages: int,
         page_size: int = 0,
         smooth_k: bool = True,
+        head_dim_v: int = 0,
         rotate: bool = False,
     ) -> None:
         if not isinstance(rotate, bool):
             raise TypeError(f"rotate: got {type(rotate).__name__}, want a bool")
         if page_size == 0 and not isinstance(page_size, bool):
             page_size = _core.default_kv_block
-        self._cache = _core.make_kv_cache(nheads_k, head_dim, page_size, max_pages, smooth_k)
+        self._cache = _core.make_kv_cache(
+            nheads_k, head_dim, head_dim_v, page_size, max_pages, smooth_k
+        )
+        self._head_dim_v = head_dim_v or head_dim
         self._page_size = page_size
         self._rotate = rotate
 
@@ -118,8 +124,8 @@ class KVCache:
         sequence : KVSequence
             Of this cache.
         k, v : Array
-            ``[tokens, nheads_k, head_dim]``, float32, float16 or bfloat16, any strides; read in
-            place. A token with a NaN or an Inf makes the rows that see it NaN.
+            ``[tokens, nheads_k, head_dim]``, v with its head_dim_v, float32, float16 or bfloat16,
+            any strides; read in place. A token with a NaN or an Inf makes the rows that see it NaN.
         threads, isa
             As for :func:`attn8.attention`.
 
@@ -169,6 +175,9 @@ class KVCache:
         softcap: float = 0.0,
         alibi_slopes: Array | None = None,
         sinks: Array | None = None,
+        attn_mask: Array | None = None,
+        mode: str = "accurate",
+        head_modes: Sequence[str] | None = None,
         return_lse: bool = False,
         out: Array | None = None,
         threads: int | None = None,
@@ -189,32 +198,44 @@ class KVCache:
         softmax_scale, causal, align, window_size, softcap, alibi_slopes, sinks, threads, isa
             As for :func:`attn8.attention`, per sequence: seqlen_k is its length. alibi_slopes are
             ``[nheads_q]``.
+        attn_mask : Array, optional
+            Broadcasts to ``[nheads_q, total_q, keys]``, bool or added as for
+            :func:`attn8.attention`: a row for each row of q, keys counted from the start of the
+            sequence that it belongs to, at least as many as the longest one has.
+        mode : {"accurate", "half", "exact"}
+            accurate computes on the pages as they are; half and exact on the floats that they
+            stand for, unpacked by every call: P (and q) are not rounded to INT8, K and V have been.
+        head_modes : sequence of str, optional
+            Mode of each kv head, in place of ``mode``.
         return_lse : bool
             Return ``(out, lse)``.
         out : Array, optional
-            Where to write, shaped as q, sharing no memory with it.
+            Where to write, shaped as the result, sharing no memory with it.
 
         Returns
         -------
         out : Array
-            As q. A row that sees no key is 0. Results depend neither on the threads nor on what
-            else is in the batch.
+            As q, with v's head_dim. A row that sees no key is 0. Results depend neither on the
+            threads nor on what else is in the batch.
         lse : Array
             Only with ``return_lse``: float32 ``[nheads_q, total_q]``, natural logarithm.
         """
         shape = shape_of(q, "q", 3)
         if not isinstance(return_lse, bool):
             raise TypeError(f"return_lse: got {type(return_lse).__name__}, want a bool")
+        check_head_modes(head_modes, mode)
+        keys = tuple(getattr(attn_mask, "shape", None) or (0,))[-1]
         changes = score_changes(
-            (1, shape[1], 0, 0), softcap, alibi_slopes=alibi_slopes, sinks=sinks
+            (1, shape[1], shape[0], keys), softcap, attn_mask, alibi_slopes, sinks
         )
         q = without_grad(q, "q")
-        written = empty(q, shape) if out is None else to_write(out, "out")
+        written = empty(q, (*shape[:2], self._head_dim_v)) if out is None else to_write(out, "out")
         lse = empty(q, (shape[1], shape[0]), "float32") if return_lse else None
         names: Any = list(sequences) if isinstance(sequences, Iterable) else sequences
         self._cache.attend(
             names, q, cu_seqlens_q, written, lse, softmax_scale, causal, align,
-            window_size, changes, self._rotate, threads_for(q, threads), isa_for(isa),
+            window_size, mode, head_modes, changes, self._rotate, threads_for(q, threads),
+            isa_for(isa),
         )  # fmt: skip
         result = finish(q, written) if out is None else out
         return (result, finish(q, lse, keep_dtype=True)) if return_lse else result

@@ -1,8 +1,10 @@
 # SPDX-FileCopyrightText: The attn8 authors
 # SPDX-License-Identifier: Apache-2.0
-"""What changes scores or hides keys, as the extension module takes it."""
+"""What changes scores, hides keys or sets modes, checked for the extension module."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from attn8.arrays import Array, shape_of, without_grad
 
@@ -76,3 +78,16 @@ def score_changes(
         if x is not None and shape_of(x, name, 1) != (wanted,):
             raise ValueError(f"{name}: got shape {tuple(x.shape)}, want ({wanted},)")
     return softcap, attn_mask, alibi_slopes, sinks, seqlens_k, leftpad_k, q_offset, k_offset
+
+
+def check_head_modes(head_modes: Sequence[str] | None, mode: str) -> None:
+    """Raise unless ``head_modes`` is None, or a list that stands alone for ``mode``."""
+    if head_modes is None:
+        return
+    if not isinstance(head_modes, (list, tuple)):
+        raise TypeError(
+            f"head_modes: got {type(head_modes).__name__}, want a list of modes, one for each kv "
+            "head"
+        )
+    if mode != "accurate":
+        raise ValueError(f"mode: got {mode!r} with head_modes, want one of the two")

@@ -245,15 +245,11 @@ def _attention(
     modes = None if policy is None else policy.modes(_layer_index(module), key.shape[1])
     layer = layer_of(key, value)
     if layer is not None:
-        for got, cannot in (
-            (f"mode {mode}", mode != "accurate"),
-            (f"a policy of other modes in layer {getattr(module, 'layer_idx', None)}", modes),
-            ("a mask that is not padding at the ends", dense is not None),
-        ):
-            if cannot:
-                raise UnsupportedError(
-                    f"past_key_values: got an Int8Cache with {got}, want DynamicCache"
-                )
+        if mode != "accurate":
+            raise UnsupportedError(
+                f"past_key_values: got an Int8Cache with mode {mode}, want DynamicCache"
+            )
+        common.update(attn_mask=dense, head_modes=modes)
         return layer.attend(query, ranges, **common), None
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     finer = rotated and mode in ("accurate", "half")
@@ -262,9 +258,8 @@ def _attention(
         common.update(align="top_left", q_offset=seqlen_k - seqlen_q)
         first, last = torch.tensor(ranges, dtype=torch.int32).unbind(1)
         common.update(leftpad_k=first, seqlens_k=last)
-    common["kv_block"] = (
-        kv_block if query.device.type == "cpu" else 0
-    )  # CUDA kernels have their own
+    if query.device.type == "cpu":  # each CUDA kernel has a block of its own
+        common["kv_block"] = kv_block
     out = attention(q, k, v, attn_mask=dense, mode=mode, head_modes=modes, rotate=finer, **common)
     return out, None
 

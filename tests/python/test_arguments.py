@@ -237,10 +237,10 @@ OPTIONS = {
 }
 CACHES = {
     "nheads_k": [1, 2], "head_dim": [8, 16, 5], "max_pages": [1, 4], "page_size": [0, 64, 128],
-    "smooth_k": [True, False], "rotate": [True, False],
+    "smooth_k": [True, False], "rotate": [True, False], "head_dim_v": [0, 0, 3, 16],
 }
 TAKEN = ["softmax_scale", "causal", "align", "window_size", "softcap", "alibi_slopes", "sinks",
-         "return_lse", "threads", "isa"]
+         "return_lse", "threads", "isa", "mode", "head_modes", "attn_mask"]
 
 def chosen(choices, names, share):
     found = {name: rng.choice(choices[name]) for name in names if rng.random() < share}
@@ -253,16 +253,19 @@ def over_a_cache():
     cache = attn8.KVCache(**{**shape, **chosen(CACHES, CACHES, 0.05)})
     sequences = [cache.create(), cache.create()]
     heads, dim = shape["nheads_k"], shape["head_dim"]
+    dim_v = shape["head_dim_v"] or dim
 
-    def rows(heads):
+    def rows(heads, dim=dim):
         if rng.random() < 0.03:
             return rng.choice([array(), rng.choice(GARBAGE)])
         value = rng.choice([0, 1, -2.5, np.nan, np.inf, 3e38])
         return np.full((rng.choice([0, 1, 6, 70]), heads, dim), value, rng.choice(["f4", "f2"]))
 
     for sequence in sequences:
-        k = rows(heads)
-        cache.append(sequence, k, k if rng.random() < 0.9 else rows(heads))
+        k, v = rows(heads), rows(heads, dim_v)
+        if rng.random() < 0.9:
+            v = np.ones((*getattr(k, "shape", (1, heads))[:2], dim_v), "f4")
+        cache.append(sequence, k, v)
     if rng.random() < 0.1:
         sequences.append(cache.fork(sequences[0], rng.choice([None, 3, *GARBAGE])))
     options = chosen(OPTIONS, TAKEN, 0.1)

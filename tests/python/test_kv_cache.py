@@ -90,6 +90,79 @@ def test_score_changes(changes, tokens, causal):
     np.testing.assert_allclose(lse, exact_lse[0], atol=0.05)
 
 
+@pytest.mark.parametrize("shape", [(HEADS_Q, 20, 150), (1, 1, 150), (20, 150), (1, 20, 1)])
+@pytest.mark.parametrize("kind", ["bool", "float32", "float16"])
+def test_masks(shape, kind):
+    cache, (k, v), q = make(), keys(150), queries(20)
+    a = cache.create()
+    cache.append(a, k, v)
+    mask = normal(*shape, seed=3)
+    mask = mask > -0.5 if kind == "bool" else mask.astype(kind)
+    out = cache.attend([a], q, attn_mask=mask, causal=True)
+    definition = {"seen": visible(20, 150, True)}
+    if kind == "bool":
+        definition["seen"] = definition["seen"] & mask
+    else:
+        definition["bias"] = mask
+    wanted, _ = dense_attention(q[None], k[None], v[None], **definition)
+    assert distance(out, wanted[0]) < 0.02
+
+
+def test_a_mask_over_a_batch():
+    cache, named = make(), []
+    for i, length in enumerate((60, 90)):
+        named.append(cache.create())
+        cache.append(named[-1], *keys(length, seed=10 * i))
+    q, starts = queries(5), np.array([0, 2, 5], np.int32)
+    mask = normal(HEADS_Q, 5, 90, seed=3) > 0
+    out = cache.attend(named, q, starts, attn_mask=mask)
+    for i, length in enumerate((60, 90)):
+        rows = slice(starts[i], starts[i + 1])
+        alone = cache.attend([named[i]], q[rows], attn_mask=mask[:, rows, :length])
+        np.testing.assert_array_equal(out[rows], alone)
+    with pytest.raises(ValueError, match="attn_mask"):
+        cache.attend(named, q, starts, attn_mask=mask[..., :80])
+    with pytest.raises(ValueError, match=r"attn_mask: got shape \(4, 4, 90\)"):
+        cache.attend(named, q, starts, attn_mask=mask[:, :4])
+
+
+@pytest.mark.parametrize("rotate", [False, True])
+@pytest.mark.parametrize("dim_v", [16, 100])
+def test_v_has_a_head_dim_of_its_own(dim_v, rotate):
+    cache, k, q = make(head_dim_v=dim_v, rotate=rotate), keys(150)[0], queries(20)
+    v = normal(150, HEADS_K, dim_v, seed=4)
+    a = cache.create()
+    cache.append(a, k, v)
+    out = cache.attend([a], q, causal=True)
+    assert out.shape == (20, HEADS_Q, dim_v)
+    wanted, _ = dense_attention(q[None], k[None], v[None], seen=visible(20, 150, True))
+    assert distance(out, wanted[0]) < 0.02
+    with pytest.raises(ValueError, match="v"):
+        cache.append(a, k, k)
+
+
+def test_modes_over_the_pages():
+    cache, (k, v), q = make(), keys(150), queries(20)
+    a = cache.create()
+    cache.append(a, k, v)
+    stored = [attn8.dequantize(x) for x in quantized(k, v, 150)]
+    wanted, _ = dense_attention(q[None], *stored, seen=visible(20, 150, True))
+    out = {
+        mode: cache.attend([a], q, causal=True, mode=mode) for mode in ("accurate", "half", "exact")
+    }
+    assert distance(out["exact"], wanted[0]) < 1e-5
+    assert 1e-4 < distance(out["half"], wanted[0]) < distance(out["accurate"], wanted[0]) < 0.02
+    some = cache.attend([a], q, causal=True, head_modes=["exact", "accurate"])
+    np.testing.assert_array_equal(some[:, :2], out["exact"][:, :2])
+    np.testing.assert_array_equal(some[:, 2:], out["accurate"][:, 2:])
+    with pytest.raises(attn8.UnsupportedError, match="paper"):
+        cache.attend([a], q, mode="paper")
+    with pytest.raises(ValueError, match="mode: got 'half' with head_modes"):
+        cache.attend([a], q, mode="half", head_modes=["half", "half"])
+    with pytest.raises(TypeError, match="head_modes: got str"):
+        cache.attend([a], q, head_modes="half")
+
+
 def test_bad_score_changes():
     cache = make()
     a = cache.create()
