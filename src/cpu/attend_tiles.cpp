@@ -340,9 +340,12 @@ class TileRunner {
     const int dim = static_cast<int>(call_.head_dim);
     const bool with_mean =
         call_.outputs.lse.has_value() || call_.sinks != nullptr || call_.softcap != 0;
-    const auto log2_scale =
-        static_cast<float>(static_cast<double>(call_.softmax_scale) *
-                           (call_.softcap != 0 ? cap_factor() : std::numbers::log2e));
+    // Finite, as the scale beside it, so that no factor of a score is 0 * Inf.
+    constexpr float kHuge = std::numeric_limits<float>::max();
+    const auto log2_scale = static_cast<float>(
+        std::clamp<double>(static_cast<double>(call_.softmax_scale) *
+                               (call_.softcap != 0 ? cap_factor() : std::numbers::log2e),
+                           -kHuge, kHuge));
     float values[kMaxDim];
     bool good = true;
     if (call_.bfloat16) {
@@ -380,8 +383,6 @@ class TileRunner {
       row.poisoned = true;
       scale = 0;
     }
-    // Finite, so that no product of a score is 0 * Inf.
-    constexpr float kHuge = std::numeric_limits<float>::max();
     const float grid = call_.mode == Mode::kAccurate && call_.softcap == 0 ? 64.0f : 1.0f;
     tile.score_factor[r] = std::clamp(grid * scale * log2_scale, -kHuge, kHuge);
     tile.query_norm[r] = std::sqrt(static_cast<float>(call_.table.squared_length(codes, dim)));
@@ -393,7 +394,8 @@ class TileRunner {
       quad ^= flip;
       std::memcpy(out, &quad, 4);
     }
-    if (with_mean) row.mean_score = mean_score(head, values);
+    // A NaN of a poisoned row would be taken for a key that attn_mask hides.
+    if (with_mean && !row.poisoned) row.mean_score = mean_score(head, values);
     return good;
   }
 

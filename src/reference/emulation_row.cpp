@@ -287,8 +287,11 @@ double emulate_row(const Arithmetic& arithmetic, const KeyValues& kv, const Quer
   const double sink = query.changes.sink * std::numbers::log2e;
   const double over = sink - running.value;
   if (running.value == -kInf || over > 900) {  // nothing, or beside the sink nothing, counts
-    std::fill_n(out, head_dim, 0.0);
-    if (want_bound) std::fill_n(bound, head_dim, 0x1p-149);
+    for (int64_t d = 0; d < head_dim; ++d) {
+      const double total = numerator[static_cast<size_t>(d)].value;
+      out[d] = std::isnan(total) ? total : 0;  // but for a NaN
+      if (want_bound) bound[d] = std::isnan(total) ? total : 0x1p-149;
+    }
     return sink;
   }
   if (sink != -kInf) {

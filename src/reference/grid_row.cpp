@@ -228,9 +228,12 @@ double emulate_grid_row(const Arithmetic& arithmetic, const KeyValues& kv, const
     return sink;
   }
   const double over = sink - static_cast<double>(*reference) / kOctave;
-  if (over > 900) {  // beside the sink nothing counts
-    std::fill_n(out, head_dim, 0.0);
-    if (bound != nullptr) std::fill_n(bound, head_dim, kTiny + tiny);
+  if (over > 900) {  // beside the sink nothing counts, but for a NaN
+    for (int64_t d = 0; d < head_dim; ++d) {
+      const bool poisoned = std::isnan(numerator[static_cast<size_t>(d)].value);
+      out[d] = poisoned ? kNan : 0;
+      if (bound != nullptr) bound[d] = poisoned ? kNan : kTiny + tiny;
+    }
     return sink;
   }
   if (query.changes.sink != -std::numeric_limits<double>::infinity()) {

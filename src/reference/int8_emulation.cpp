@@ -160,11 +160,14 @@ class Operands {
  public:
   Operands(const Problem& problem, const AttentionInputs& inputs, const EmulationOptions& options)
       : problem_(problem), inputs_(inputs), options_(options) {
-    // As docs/numerics.md defines it: the product is rounded to float32.
+    // As docs/numerics.md defines it: the product is rounded to float32, at most its largest
+    // number.
     const double octaves = options.softcap == 0
                                ? std::numbers::log2e
                                : 2 * std::numbers::log2e / static_cast<double>(options.softcap);
-    scale_log2_ = static_cast<float>(static_cast<double>(problem.softmax_scale) * octaves);
+    constexpr double kLargest = std::numeric_limits<float>::max();
+    scale_log2_ = static_cast<float>(
+        std::clamp(static_cast<double>(problem.softmax_scale) * octaves, -kLargest, kLargest));
   }
 
   void prepare_keys(int64_t b, int64_t hk) {

@@ -165,6 +165,47 @@ TEST_P(ScoreChanges, PoisonAndMasks) {
   }
 }
 
+/// A query that is not finite makes its rows NaN, whatever factor its scores get.
+TEST_P(ScoreChanges, PoisonedQueries) {
+  for (const Mode mode : {Mode::kAccurate, Mode::kPaper, Mode::kHalf}) {
+    for (const bool capped : {false, true}) {
+      KernelCase c = small_case(mode);
+      c.scores.attn_mask = MaskKind::kAdded;
+      if (capped) {
+        c.options.softcap = 50;
+      } else {
+        c.options.softmax_scale = 3e38f;
+      }
+      KernelInputs inputs = make_inputs(c);
+      inputs.q.set(0, 3, 1, 0, -HUGE_VAL);
+      const KernelResult result = run_kernel(c, inputs.operands(), GetParam());
+      for (int64_t i = 0; i < c.seqlen_q; ++i) {
+        for (int64_t h = 0; h < c.nheads_q; ++h) {
+          const bool nan = i == 3 && h == 1;
+          EXPECT_EQ(std::isnan(result.out.get(0, i, h, 7)), nan) << c.name() << " " << i;
+          EXPECT_EQ(std::isnan(result.lse.get(0, i, h, 0)), nan) << c.name() << " " << i;
+        }
+      }
+    }
+  }
+}
+
+/// A sink that outweighs every key hides no NaN of a V scale that keys share.
+TEST_P(ScoreChanges, SinksAndPoisonedScales) {
+  for (const Granularity granularity : {Granularity::kBlockChannel, Granularity::kChannel}) {
+    KernelCase c = small_case(Mode::kAccurate);
+    c.options.v_granularity = granularity;
+    c.scores.sinks = true;
+    KernelInputs inputs = make_inputs(c);
+    inputs.sinks->fill([](int64_t, int64_t, int64_t, int64_t) { return 1e30; });
+    inputs.v.set(0, 70, 0, 3, HUGE_VAL);
+    const KernelResult result = run_kernel(c, inputs.operands(), GetParam());
+    EXPECT_TRUE(std::isnan(result.out.get(0, 0, 0, 3))) << c.name();
+    EXPECT_EQ(result.out.get(0, 0, 0, 4), 0.0) << c.name();
+    expect_matches_oracle(c, inputs.operands(), result, GetParam());
+  }
+}
+
 /// Sinks of every size, also where nothing else is visible.
 TEST_P(ScoreChanges, ExtremeSinks) {
   for (const Mode mode : kKernelModes) {

@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <atomic>
 #include <cmath>
+#include <limits>
 #include <string>
 #include <thread>
 #include <vector>
@@ -192,6 +193,18 @@ TEST_F(KvCachePages, RefusesWhatIsWrong) {
   ASSERT_TRUE(cache.free(sequence).ok());
   expect_refused(attend(sequence, {0, 2}), kInvalid,
                  "sequence " + std::to_string(sequence.id) + " was freed");
+}
+
+TEST_F(KvCachePages, TheStrideOfOneTokenMayBeAnything) {
+  KvCache cache = make(4);
+  const KvSequence sequence = cache.create().value();
+  const Tensor token = tokens(1, 1);
+  ConstTensorView view = token.view();
+  view.strides[0] = std::numeric_limits<int64_t>::min();
+  view.strides[1] = std::numeric_limits<int64_t>::max();
+  const Status status = cache.append(sequence, view, view, Context());
+  EXPECT_TRUE(status.ok()) << status.message();
+  EXPECT_EQ(cache.length(sequence).value(), 1);
 }
 
 TEST_F(KvCachePages, EmptyBatchesAndSequences) {
