@@ -1,8 +1,10 @@
 // SPDX-FileCopyrightText: The attn8 authors
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <iterator>
 #include <type_traits>
 
 #include "attn8/attention.hpp"
@@ -13,13 +15,13 @@ namespace attn8 {
 /// Entries [first, first + count) of a dimension.
 template <class View>
 View slice(View view, size_t dim, int64_t first, int64_t count) noexcept {
-  // Where there are no elements there may be no memory.
-  if (view.data != nullptr) {
+  view.shape[dim] = count;
+  // Where there are no elements there may be no memory, and strides may be anything.
+  if (std::ranges::find(view.shape, 0) == std::end(view.shape)) {
     using Byte = std::conditional_t<std::is_same_v<View, TensorView>, std::byte, const std::byte>;
     view.data = static_cast<Byte*>(view.data) +
                 first * view.strides[dim] * static_cast<int64_t>(dtype_bytes(view.dtype));
   }
-  view.shape[dim] = count;
   return view;
 }
 

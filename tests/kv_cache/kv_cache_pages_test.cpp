@@ -212,6 +212,12 @@ TEST_F(KvCachePages, EmptyBatchesAndSequences) {
   Tensor none(DType::kFloat32, {1, 0, kHeads, kDim});
   const std::vector<int32_t> start = {0};
   EXPECT_TRUE(cache.attend({}, none.view(), start, {none.view()}, {}, Context()).ok());
+  // Heads of nothing, one by one: what they would be apart may be anything.
+  TensorView nowhere = none.view();
+  nowhere.strides[2] = std::numeric_limits<int64_t>::max();
+  const std::vector<Mode> head_modes(kHeads, Mode::kExact);
+  EXPECT_TRUE(
+      cache.attend({}, nowhere, start, {nowhere}, {.head_modes = head_modes}, Context()).ok());
   const KvSequence sequence = cache.create().value();
   EXPECT_TRUE(cache.append(sequence, none.view(), none.view(), Context()).ok());
   EXPECT_EQ(cache.length(sequence).value(), 0);
