@@ -24,7 +24,8 @@ inline std::byte* element(const TensorView& view, int64_t batch, int64_t seq, in
 /// n elements, from `dim` on, of `count` rows along an axis: 1 for tokens, 2 for heads.
 inline RowSpan row_span(const ConstTensorView& view, size_t axis, int64_t batch, int64_t seq,
                         int64_t head, int64_t count, int64_t dim, int64_t n) noexcept {
-  return {element(view, batch, seq, head, dim), view.dtype,
+  // Of no rows nothing says where they would lie.
+  return {count > 0 ? element(view, batch, seq, head, dim) : nullptr, view.dtype,
           // The stride of a single row may be anything.
           count > 1 ? view.strides[axis] * static_cast<int64_t>(dtype_bytes(view.dtype)) : 0, count,
           view.strides[3], static_cast<int>(n)};

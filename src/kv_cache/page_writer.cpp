@@ -143,9 +143,7 @@ void PageWriter::append(const PageBlock& block, int64_t filled, const ConstTenso
   }
   const int64_t end = filled + count;
   const auto rows_of = [&](const ConstTensorView& view, int64_t lo, int64_t hi) {
-    // Nothing says where a token beyond the last one would lie.
-    const int64_t token = lo < hi ? first + lo - filled : 0;
-    return cpu::token_rows(view, 0, token, hi - lo, head, 0, view.shape[3]);
+    return cpu::token_rows(view, 0, first + lo - filled, hi - lo, head, 0, view.shape[3]);
   };
   // V first and whole, because every fold depends on the largest scale of the page.
   alignas(64) int8_t partial[kKeyGroup * kMaxDim];

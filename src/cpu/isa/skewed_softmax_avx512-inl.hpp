@@ -201,7 +201,7 @@ ATTN8_INLINE __m128i look_up(__m128i n) {
   return _mm_mask_mov_epi32(_mm512_castsi512_si128(low), upper, _mm512_castsi512_si128(high));
 }
 
-/// advance_reference() for the four rows of an item, whose maxima are in work.top.
+/// advance_reference() for the four rows of an item; largest: of each row, its scores' maxima.
 ATTN8_INLINE void advance_rows(Skewed& work, const SkewedItem& item, const Vector (&largest)[4],
                                SkewedState& state) {
   auto* top = reinterpret_cast<__m128i*>(work.top);
