@@ -78,23 +78,24 @@ struct PackV {
     const int head = ptx::block_y() % p.x.nheads;
     const int batch = ptx::block_y() / p.x.nheads;
     const int64_t first_position = static_cast<int64_t>(ptx::block_x()) * kPanelKeys + word * 4;
-    int key[4];
+    const auto key = [first_position](int i) {
+      return static_cast<int>(packed_key(first_position + i));
+    };
+    EightChannels<kSource> rows[4];
+    load_rows<kSource>(
+        p.x, lane,
+        [&](int i) { return key(i) < p.x.seqlen ? p.x.offset(batch, key(i), head) : kNoRow; },
+        rows);
     float values[4][8];
     ATTN8_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      key[i] = static_cast<int>(packed_key(first_position + i));
-      ATTN8_UNROLL
-      for (int c = 0; c < 8; ++c) values[i][c] = 0;
-      if (key[i] < p.x.seqlen && lane * 8 < p.x.head_dim) {
-        load8<kSource>(p.x, p.x.offset(batch, key[i], head), lane, values[i]);
-      }
-    }
+    for (int i = 0; i < 4; ++i) rows[i].widen(values[i]);
     float scale[8];
     float inverse[8];
     if constexpr (kPerToken) {
+      const VisibleTokens::Range visible = p.visible.of(batch);
       ATTN8_UNROLL
       for (int i = 0; i < 4; ++i) {
-        scale[i] = token_scale(p, batch, head, key[i], lane, values[i], largest);
+        scale[i] = token_scale(p, visible, batch, head, key(i), lane, values[i], largest);
       }
     } else if constexpr (kSource != Source::kCodes) {
       const float* channels =
@@ -127,8 +128,9 @@ struct PackV {
 
   /// Scale to quantize a key with; writes the one that FoldV reads, which is 0 where all codes are,
   /// and keeps the largest of those a query sees. Collective over the kLanes threads of the key.
-  static ATTN8_DEVICE float token_scale(const PackVParams& p, int batch, int head, int key,
-                                        int lane, const float (&values)[8], float& largest) {
+  static ATTN8_DEVICE float token_scale(const PackVParams& p, const VisibleTokens::Range& visible,
+                                        int batch, int head, int key, int lane,
+                                        const float (&values)[8], float& largest) {
     uint32_t magnitude = 0;
     ATTN8_UNROLL
     for (int c = 0; c < 8; ++c) magnitude = larger(magnitude, magnitude_bits(values[c]));
@@ -146,7 +148,6 @@ struct PackV {
         (kSource != Source::kCodes && scale == 1.0f && ptx::as_float(magnitude) < 0.5f)) {
       if (known == known) known = 0;
     }
-    const VisibleTokens::Range visible = p.visible.of(batch);
     if (key >= visible.first && key < visible.last) largest = ptx::max(largest, known);
     if (lane == 0) {
       ptx::st_global(p.token_scale + static_cast<int64_t>(ptx::block_y()) * p.rows + key, known);

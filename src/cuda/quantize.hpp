@@ -67,52 +67,97 @@ ATTN8_DEVICE void load_floats(const float* source, float (&values)[8]) {
   }
 }
 
-/// The element at `offset` as a float.
+/// Eight channels of a row as they lie in memory. Loading is apart from widening, so that many
+/// loads are in flight before the first is waited for.
 template <Source kSource>
-ATTN8_DEVICE float load_element(const SourceTensor& x, int64_t offset) {
-  if constexpr (kSource == Source::kFloat32) {
-    return ptx::ld_global(static_cast<const float*>(x.data) + offset);
-  } else if constexpr (kSource == Source::kCodes) {
-    return static_cast<float>(ptx::ld_global(static_cast<const int8_t*>(x.data) + offset));
-  } else {
-    const uint32_t bits = ptx::ld_global(static_cast<const uint16_t*>(x.data) + offset);
-    return kSource == Source::kFloat16 ? ptx::half_to_float(bits) : ptx::bfloat16_to_float(bits);
+struct EightChannels {
+  static constexpr int kBytes = kSource == Source::kFloat32 ? 4 : kSource == Source::kCodes ? 1 : 2;
+  uint32_t words[2 * kBytes];
+
+  /// From a multiple of 8 * kBytes.
+  ATTN8_DEVICE void load(const void* source) {
+    if constexpr (kSource == Source::kCodes) {
+      const uint2 bits = ptx::ld_global(static_cast<const uint2*>(source));
+      words[0] = bits.x;
+      words[1] = bits.y;
+    } else {
+      ATTN8_UNROLL
+      for (int i = 0; i < kBytes / 2; ++i) {
+        const uint4 bits = ptx::ld_global(static_cast<const uint4*>(source) + i);
+        words[4 * i] = bits.x;
+        words[4 * i + 1] = bits.y;
+        words[4 * i + 2] = bits.z;
+        words[4 * i + 3] = bits.w;
+      }
+    }
+  }
+  /// Channel by channel, as far as there are any.
+  ATTN8_DEVICE void gather(const void* data, int64_t offset, int64_t stride, int channels) {
+    ATTN8_UNROLL
+    for (int c = 0; c < 8; ++c) {
+      if (c >= channels) continue;
+      if constexpr (kSource == Source::kFloat32) {
+        words[c] = ptx::as_uint(ptx::ld_global(static_cast<const float*>(data) + offset));
+      } else if constexpr (kSource == Source::kCodes) {
+        const int8_t code = ptx::ld_global(static_cast<const int8_t*>(data) + offset);
+        words[c / 4] |= uint32_t{static_cast<uint8_t>(code)} << c % 4 * 8;
+      } else {
+        const uint16_t bits = ptx::ld_global(static_cast<const uint16_t*>(data) + offset);
+        words[c / 2] |= uint32_t{bits} << c % 2 * 16;
+      }
+      offset += stride;
+    }
+  }
+  /// As floats; codes as integers.
+  ATTN8_DEVICE void widen(float (&values)[8]) const {
+    ATTN8_UNROLL
+    for (int i = 0; i < 8; ++i) {
+      if constexpr (kSource == Source::kFloat32) {
+        values[i] = ptx::as_float(words[i]);
+      } else if constexpr (kSource == Source::kCodes) {
+        values[i] = signed_byte(words[i / 4], i % 4);
+      } else if (i % 2 == 0) {
+        widen_pair<kSource>(words[i / 2], values[i], values[i + 1]);
+      }
+    }
+  }
+};
+
+/// What stands for the offset of a row that is not there; offsets themselves may be negative.
+inline constexpr int64_t kNoRow = INT64_MIN;
+
+/// Channels [8 lane, 8 lane + 8) of kRows rows, zeros past head_dim. offset_of(i) says where row i
+/// begins; kNoRow is a row of zeros.
+template <Source kSource, int kRows, class OffsetOf>
+ATTN8_DEVICE void load_rows(const SourceTensor& x, int lane, const OffsetOf& offset_of,
+                            EightChannels<kSource> (&rows)[kRows]) {
+  const int channels = x.head_dim - lane * 8;
+  const bool vectors = x.vectors;
+  ATTN8_UNROLL
+  for (int i = 0; i < kRows; ++i) {
+    rows[i] = {};
+    const int64_t offset = offset_of(i);
+    if (vectors && offset != kNoRow && channels > 0) {
+      rows[i].load(static_cast<const int8_t*>(x.data) +
+                   (offset + lane * 8) * EightChannels<kSource>::kBytes);
+    }
+  }
+  if (vectors) return;
+  ATTN8_UNROLL
+  for (int i = 0; i < kRows; ++i) {
+    const int64_t offset = offset_of(i);
+    if (offset == kNoRow) continue;
+    rows[i].gather(x.data, offset + lane * 8 * x.stride_channel, x.stride_channel, channels);
   }
 }
 
-/// Channels [8 lane, 8 lane + 8) of the row at `offset`, as floats (codes as integers); zeros past
-/// head_dim.
+/// One row of load_rows(), as floats.
 template <Source kSource>
 ATTN8_DEVICE void load8(const SourceTensor& x, int64_t offset, int lane, float (&values)[8]) {
-  if (!x.vectors) {
-    ATTN8_UNROLL
-    for (int c = 0; c < 8; ++c) {
-      const int channel = lane * 8 + c;
-      values[c] = channel < x.head_dim
-                      ? load_element<kSource>(x, offset + channel * x.stride_channel)
-                      : 0.0f;
-    }
-    return;
-  }
-  offset += lane * 8;
-  if constexpr (kSource == Source::kFloat32) {
-    load_floats(static_cast<const float*>(x.data) + offset, values);
-  } else if constexpr (kSource == Source::kCodes) {
-    const uint2 bits =
-        ptx::ld_global(reinterpret_cast<const uint2*>(static_cast<const int8_t*>(x.data) + offset));
-    ATTN8_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      values[i] = signed_byte(bits.x, i);
-      values[4 + i] = signed_byte(bits.y, i);
-    }
-  } else {
-    const uint4 bits = ptx::ld_global(
-        reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(x.data) + offset));
-    widen_pair<kSource>(bits.x, values[0], values[1]);
-    widen_pair<kSource>(bits.y, values[2], values[3]);
-    widen_pair<kSource>(bits.z, values[4], values[5]);
-    widen_pair<kSource>(bits.w, values[6], values[7]);
-  }
+  EightChannels<kSource> row[1];
+  load_rows<kSource>(
+      x, lane, [offset](int) { return offset; }, row);
+  row[0].widen(values);
 }
 
 /// |x| in a form whose unsigned maximum keeps a NaN or an infinity.
@@ -204,6 +249,7 @@ struct ChannelStatistics {
   using Partial = std::conditional_t<kStatistic == Statistic::kSum, double, uint32_t>;
   static constexpr int kThreads = 256;
   static constexpr int kChunk = 256;
+  static constexpr int kInFlight = 4;  // rows of a thread
   static constexpr uint32_t kSharedBytes = kThreads * 8 * sizeof(Partial);
 
   static ATTN8_DEVICE Partial combine(Partial a, Partial b) {
@@ -227,24 +273,24 @@ struct ChannelStatistics {
 
     Partial sums[8] = {};
     if (slot < tokens && lane * 8 < p.x.head_dim) {
-      for (int row = begin + slot; row < end; row += 4 * tokens) {
-        float values[4][8];
+      for (int row = begin + slot; row < end; row += kInFlight * tokens) {
+        EightChannels<kSource> rows[kInFlight];
+        load_rows<kSource>(
+            p.x, lane,
+            [&](int u) {
+              return row + u * tokens < end ? p.x.offset(batch, row + u * tokens, head) : kNoRow;
+            },
+            rows);
         ATTN8_UNROLL
-        for (int u = 0; u < 4; ++u) {
-          ATTN8_UNROLL
-          for (int i = 0; i < 8; ++i) values[u][i] = 0;
-          if (row + u * tokens < end) {
-            load8<kSource>(p.x, p.x.offset(batch, row + u * tokens, head), lane, values[u]);
-          }
-        }
-        ATTN8_UNROLL
-        for (int u = 0; u < 4; ++u) {
+        for (int u = 0; u < kInFlight; ++u) {
+          float values[8];
+          rows[u].widen(values);
           ATTN8_UNROLL
           for (int i = 0; i < 8; ++i) {
             if constexpr (kStatistic == Statistic::kSum) {
-              sums[i] += static_cast<double>(values[u][i]);
+              sums[i] += static_cast<double>(values[i]);
             } else {
-              sums[i] = larger(sums[i], magnitude_bits(values[u][i]));
+              sums[i] = larger(sums[i], magnitude_bits(values[i]));
             }
           }
         }
@@ -289,12 +335,23 @@ struct FinishStatistics {
     if (channel < p.packed) {
       const Partial* partial =
           static_cast<const Partial*>(p.partial) + head * p.chunks * p.packed + channel;
-      for (int chunk = 0; chunk < p.chunks; ++chunk) {
-        const Partial value = ptx::ld_global(partial + static_cast<int64_t>(chunk) * p.packed);
-        if constexpr (kStatistic == Statistic::kSum) {
-          total += value;
-        } else {
-          total = larger(total, value);
+      constexpr int kInFlight = 16;
+      for (int chunk = 0; chunk < p.chunks; chunk += kInFlight) {
+        Partial values[kInFlight];
+        ATTN8_UNROLL
+        for (int u = 0; u < kInFlight; ++u) {
+          values[u] = 0;
+          if (chunk + u < p.chunks) {
+            values[u] = ptx::ld_global(partial + static_cast<int64_t>(chunk + u) * p.packed);
+          }
+        }
+        ATTN8_UNROLL
+        for (int u = 0; u < kInFlight; ++u) {
+          if constexpr (kStatistic == Statistic::kSum) {
+            total += values[u];
+          } else {
+            total = larger(total, values[u]);
+          }
         }
       }
     }
@@ -342,66 +399,87 @@ struct RowsParams {
   const int* bad;
 };
 
-/// One row of kRowBytes codes per kRowBytes / 8 threads.
+/// kRowBytes / 8 threads share a row of codes, and each has kRows rows: where a row comes from and
+/// goes to costs more instructions than its quantization.
 template <Source kSource, int kRowBytes, bool kQuery>
 struct QuantizeRows {
   static constexpr int kThreads = 256;
   static constexpr int kLanes = kRowBytes / 8;
-  static constexpr int kBlockTokens = kThreads / kLanes;
+  static constexpr int kSlots = kThreads / kLanes;
+  static constexpr int kRows = 4;
+  static constexpr int kBlockTokens = kSlots * kRows;
   static constexpr uint32_t kSharedBytes = 0;
 
   static ATTN8_DEVICE void run(const RowsParams& p) {
     const int lane = ptx::thread_index() % kLanes;
     const int head = ptx::block_y() % p.x.nheads;
     const int batch = ptx::block_y() / p.x.nheads;
-    const int row = ptx::block_x() * kBlockTokens + ptx::thread_index() / kLanes;
-    Place place = {batch, row, row < p.x.seqlen, ptx::block_y() / p.group,
-                   static_cast<int64_t>(row) * p.group + ptx::block_y() % p.group};
-    bool stored = place.image_row < p.rows;
+    const int first_row = ptx::block_x() * kBlockTokens;
+    const int row = first_row + ptx::thread_index() / kLanes;
+
+    Place place = {
+        batch, 0, p.x.seqlen, p.rows, ptx::block_y() / p.group, ptx::block_y() % p.group};
     if constexpr (kQuery) {
       if (p.cu_seqlens != nullptr) {
         const int first = ptx::ld_global(p.cu_seqlens + batch);
-        place = {0, first + row, row < ptx::ld_global(p.cu_seqlens + batch + 1) - first,
+        const int count = ptx::ld_global(p.cu_seqlens + batch + 1) - first;
+        place = {0,
+                 first,
+                 count,
+                 p.rows,
                  head / p.group,
-                 ragged_row(static_cast<int64_t>(first) * p.group, batch) +
-                     static_cast<int64_t>(row) * p.group + head % p.group};
-        stored = place.inside;
+                 ragged_row(static_cast<int64_t>(first) * p.group, batch) + head % p.group};
+        place.stored_rows = place.first_image_row + static_cast<int64_t>(count) * p.group;
       }
     }
 
-    float values[8] = {};
+    EightChannels<kSource> rows[kRows];
+    load_rows<kSource>(
+        p.x, lane,
+        [&](int i) {
+          const int token = row + i * kSlots;
+          return token < place.count ? p.x.offset(place.batch, place.first_token + token, head)
+                                     : kNoRow;
+        },
+        rows);
     float mean[8] = {};
-    if (lane * 8 < p.x.head_dim) {
-      if (place.inside) {
-        load8<kSource>(p.x, p.x.offset(place.batch, place.token, head), lane, values);
+    if (p.mean != nullptr && lane * 8 < p.x.head_dim) {
+      int64_t mean_head = ptx::block_y() / p.heads_per_mean;
+      if (kQuery && p.mean_pages != nullptr) {
+        const int64_t page = ptx::ld_global(p.mean_pages + batch * p.mean_pages_stride);
+        mean_head = page * (p.x.nheads / p.heads_per_mean) + head / p.heads_per_mean;
       }
-      if (p.mean != nullptr) {
-        int64_t mean_head = ptx::block_y() / p.heads_per_mean;
-        if (kQuery && p.mean_pages != nullptr) {
-          const int64_t page = ptx::ld_global(p.mean_pages + batch * p.mean_pages_stride);
-          mean_head = page * (p.x.nheads / p.heads_per_mean) + head / p.heads_per_mean;
-        }
-        load_floats(p.mean + mean_head * p.mean_channels + lane * 8, mean);
-      }
+      load_floats(p.mean + mean_head * p.mean_channels + lane * 8, mean);
     }
-    quantize_row(p, values, mean, place, stored, batch, head, lane);
+    ATTN8_UNROLL
+    for (int i = 0; i < kRows; ++i) {
+      // A block leaves as one: the lanes of a row add up its statistics.
+      if (place.image_row(first_row + i * kSlots, p.group) >= place.stored_rows) return;
+      float values[8];
+      rows[i].widen(values);
+      quantize_row(p, values, mean, place, row + i * kSlots, batch, head, lane);
+    }
   }
 
-  /// Where a row comes from and goes to.
+  /// Where the rows of a block come from and go to.
   struct Place {
-    int batch, token;  // of the source
-    bool inside;       // whether there is such a row
-    int64_t image, image_row;
+    int batch, first_token, count;  // of the source
+    int64_t stored_rows;            // of the image: those before it are written
+    int64_t image, first_image_row;
+
+    ATTN8_DEVICE int64_t image_row(int row, int group) const {
+      return first_image_row + static_cast<int64_t>(row) * group;
+    }
   };
 
   static ATTN8_DEVICE void quantize_row(const RowsParams& p, float (&x)[8], const float (&mean)[8],
-                                        const Place& place, bool stored, int batch, int head,
+                                        const Place& place, int row, int batch, int head,
                                         int lane) {
-    const bool inside = place.inside;
+    const bool inside = row < place.count;
     float scale = 0;
     float shift = 0;
     if constexpr (kSource == Source::kCodes) {
-      if (inside) scale = p.x.token_scale(place.batch, place.token, head);
+      if (inside) scale = p.x.token_scale(place.batch, place.first_token + row, head);
     } else {
       uint32_t magnitude = 0;
       ATTN8_UNROLL
@@ -433,9 +511,9 @@ struct QuantizeRows {
       code[i] = kSource == Source::kCodes ? static_cast<uint32_t>(static_cast<int>(x[i]))
                                           : code_bits(x[i], scale, inverse);
     }
-    if (!stored) return;
     const int64_t image = place.image;
-    const int64_t image_row = place.image_row;
+    const int64_t image_row = place.image_row(row, p.group);
+    if (image_row >= place.stored_rows) return;
     ptx::st_global(
         reinterpret_cast<uint2*>(p.codes + image * p.rows * kRowBytes +
                                  packed_row_offset(p.rows, kRowBytes, image_row, lane * 8)),
