@@ -73,16 +73,8 @@ struct PackedInputs {
   }
 };
 
-template <class View>
-View stretch(View x, size_t axis, int64_t first, int64_t count) {
-  using Byte = std::conditional_t<std::is_same_v<View, TensorView>, std::byte, const std::byte>;
-  x.data = static_cast<Byte*>(x.data) +
-           first * x.strides[axis] * static_cast<int64_t>(dtype_bytes(x.dtype));
-  x.shape[axis] = count;
-  return x;
-}
-
-Operand stretch(const Operand& x, int64_t first, int64_t count) {
+/// Tokens [first, first + count) of an operand.
+Operand tokens(const Operand& x, int64_t first, int64_t count) {
   if (const auto* view = std::get_if<ConstTensorView>(&x)) return stretch(*view, 1, first, count);
   QuantizedView part = std::get<QuantizedView>(x);
   part.codes = stretch(part.codes, 1, first, count);
@@ -104,8 +96,8 @@ void expect_as_alone(const Packed& c, const AttentionInputs& all, Isa isa) {
   for (size_t i = 0; i < c.queries.size(); ++i) {
     const int64_t queries = c.queries[i];
     const int64_t keys = c.keys[i];
-    AttentionInputs own = {stretch(all.q, first_query, queries), stretch(all.k, first_key, keys),
-                           stretch(all.v, first_key, keys)};
+    AttentionInputs own = {tokens(all.q, first_query, queries), tokens(all.k, first_key, keys),
+                           tokens(all.v, first_key, keys)};
     if (c.attn_mask) {
       own.attn_mask = stretch(*all.attn_mask, 1, first_query, queries);
       own.attn_mask->shape[3] = keys;
