@@ -105,6 +105,9 @@ std::vector<Mode> to_head_modes(nb::handle object);
 
 /// CPU context; `isa` is None or a name.
 Context to_context(nb::handle threads, nb::handle isa);
+/// Where a call runs that needs no workspace: `target` is None for the CPU, or the (device, stream,
+/// allocate) of attn8/cuda.py.
+Context to_place(nb::handle threads, nb::handle target);
 
 /// Adds a function all of whose arguments may be None: the checks above say what they want.
 template <class Returned, class... Arguments>

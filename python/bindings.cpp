@@ -139,9 +139,9 @@ void attention_varlen(nb::handle q, nb::handle k, nb::handle v, nb::handle out, 
 
 /// Lists of outs and of lses, one of each per part.
 void merge_states(nb::handle outs, nb::handle lses, nb::handle out, nb::handle lse,
-                  nb::handle layout_name, nb::handle threads) {
+                  nb::handle layout_name, nb::handle threads, nb::handle target) {
   const Layout layout = to_layout(layout_name);
-  const Context context = to_context(threads, nb::none());
+  const Context context = to_place(threads, target);
   const auto out_list = to_list(outs, "outs");
   const auto lse_list = to_list(lses, "lses");
   if (nb::len(lse_list) != nb::len(out_list)) {

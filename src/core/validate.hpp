@@ -26,8 +26,8 @@ Status validate_quantize(const ConstTensorView& x, const QuantSpec& spec,
                          const std::optional<TensorView>& mean) noexcept;
 Status validate_dequantize(const QuantizedView& x, const ConstTensorView& out) noexcept;
 Status validate_scale_shape(const Extents& x, const QuantSpec& spec) noexcept;
-Status validate_merge(std::span<const AttentionState> states,
-                      const AttentionOutputs& merged) noexcept;
+Status validate_merge(std::span<const AttentionState> states, const AttentionOutputs& merged,
+                      Device device) noexcept;
 
 Status validate_kv_cache(const KvCacheOptions& options) noexcept;
 /// Of a cache whose head_dim_v is resolved, as of the next.
