@@ -84,7 +84,7 @@ TensorView sequence(const Array& array, int64_t first, int64_t last);
 /// The same of its LSE [nheads_q, total].
 TensorView packed_lse(const Array& array, int64_t first, int64_t last);
 /// Starts of the sequences of a packed array, int32 [batch + 1]: from 0 to `total`, not falling.
-std::vector<int64_t> to_starts(nb::handle object, const char* name, size_t total);
+std::vector<int32_t> to_starts(nb::handle object, const char* name, size_t total);
 
 /// Which keys a query sees.
 Mask to_mask(nb::handle causal, nb::handle align, nb::handle window_size);
@@ -105,6 +105,9 @@ std::vector<Mode> to_head_modes(nb::handle object);
 
 /// CPU context; `isa` is None or a name.
 Context to_context(nb::handle threads, nb::handle isa);
+/// Where a call runs that needs no workspace: `target` is None for the CPU, or the (device, stream,
+/// allocate) of attn8/cuda.py.
+Context to_place(nb::handle threads, nb::handle target);
 
 /// Adds a function all of whose arguments may be None: the checks above say what they want.
 template <class Returned, class... Arguments>

@@ -27,6 +27,18 @@ Context to_cuda_context(nb::handle device, nb::handle stream) {
                        reinterpret_cast<void*>(address));  // NOLINT(performance-no-int-to-ptr)
 }
 
+}  // namespace
+
+Context to_place(nb::handle threads, nb::handle target) {
+  if (target.is_none()) return to_context(threads, nb::none());
+  if (!PyTuple_Check(target.ptr()) || nb::len(target) != 3) {
+    raise_type_error("target", describe(target), "None or (device, stream, allocate)");
+  }
+  return to_cuda_context(target[0], target[1]);
+}
+
+namespace {
+
 /// Memory of allocate(bytes), an int8 array on the device. It may be given back as soon as the call
 /// is enqueued, because the framework reuses it in the order of the stream.
 class Workspace {

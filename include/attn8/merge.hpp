@@ -31,8 +31,11 @@ struct AttentionState {
 /// Weights and LSE are computed in float64 and rounded once, sums over parts in float32: with n
 /// parts, |error| <= (n + 2) 2^-24 sum_i w_i |out_i| and the rounding to the type of merged.out.
 /// The LSE that comes in counts as exact; its own rounding moves a weight by up to |lse_i| 2^-24.
-/// Errors: kInvalidArgument names the argument. Thread-safe; results do not depend on
-/// context.threads or on the ISA.
+/// On a CUDA device it only enqueues on context.stream and can be captured into a CUDA graph; there
+/// are at most 256 parts there.
+/// Errors: kInvalidArgument names the argument; kUnsupported (more parts than a device takes),
+/// kUnavailable, kDeviceError. Thread-safe; results do not depend on context.threads or on the ISA,
+/// those of a device differ by roundings.
 ATTN8_API Status merge_states(std::span<const AttentionState> states,
                               const AttentionOutputs& merged, const Context& context) noexcept;
 

@@ -2,25 +2,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention of one sequence over several processes, on torch.distributed; K and V move in INT8.
 
-Every process holds a part of the sequence, ``[batch, tokens, heads, head_dim]``, which parts
-:func:`positions` says. K and V are quantized where they are, with the mean of K over the whole
-sequence taken out, and cross the network as codes and scales: ``head_dim + 4`` bytes per token and
-head, where bfloat16 takes ``2 head_dim`` and float32 ``4 head_dim``. Partial results are merged by
-their LSE in float32. A collective call: every process of the group calls with parts of the same
-shape and the same options.
+Every process holds a part of the sequence, ``[batch, tokens, heads, head_dim]``, which part
+:func:`positions` says, on the CPU or on a CUDA device of its own, and computes where it lies.
+K and V are quantized there, with the mean of K over the whole sequence taken out, and cross the
+network as codes and scales: ``head_dim + 4`` bytes per token and head, where bfloat16 takes
+``2 head_dim`` and float32 ``4 head_dim``. Partial results are merged by their LSE in float32. A
+collective call: every process of the group calls with parts of the same shape and the same options.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
+from attn8.arrays import without_grad
 from attn8.errors import UnsupportedError
-from attn8.functional import attention, merge_states
+from attn8.functional import attention, merge_states, operand_shape
+from attn8.process_group import Processes
 from attn8.quantization import QuantizedTensor, quantize
 
 __all__ = [
@@ -107,7 +108,7 @@ def bytes_sent(
 
 @dataclass(frozen=True)
 class _Part:
-    """K and V of one process, quantized per token, all with the same mean."""
+    """K and V of one process, quantized per token; K of all less the same mean."""
 
     k: QuantizedTensor
     v: QuantizedTensor
@@ -118,41 +119,56 @@ class _Part:
 
         return _Part(cut(self.k), cut(self.v))
 
+    def _pieces_of(self, data: torch.Tensor) -> list[torch.Tensor]:
+        """Return scales and codes of a part of this shape as they lie in ``data``."""
+        found, at = [], 0
+        for like in (self.k.scale, self.v.scale, self.k.codes, self.v.codes):
+            found.append(data[at : at + like.nbytes].view(like.dtype).view(like.shape))
+            at += _padded(like.nbytes)
+        return found
+
     def pack(self) -> torch.Tensor:
         """Return scales and codes as bytes: what crosses the network."""
         parts = (self.k.scale, self.v.scale, self.k.codes, self.v.codes)
-        return torch.cat([x.contiguous().view(-1).view(torch.uint8) for x in parts])
+        size = sum(_padded(x.nbytes) for x in parts)
+        data = torch.empty(size, dtype=torch.uint8, device=self.k.codes.device)
+        for piece, x in zip(self._pieces_of(data), parts, strict=True):
+            piece.copy_(x)
+        return data
 
     def unpack(self, data: torch.Tensor) -> _Part:
         """Read the bytes of a part of the same shape and mean."""
-        found, at = [], 0
-        for like in (self.k.scale, self.v.scale, self.k.codes, self.v.codes):
-            piece = data[at : at + like.nbytes].view(like.dtype)
-            found.append(piece.view(like.shape))
-            at += like.nbytes
-        k_scale, v_scale, k_codes, v_codes = found
+        k_scale, v_scale, k_codes, v_codes = self._pieces_of(data)
         return _Part(
             QuantizedTensor(k_codes, k_scale, mean=self.k.mean), QuantizedTensor(v_codes, v_scale)
         )
 
 
-def _checked(q: Any, k: Any, v: Any) -> None:
+def _padded(size: int) -> int:
+    """Return ``size`` up to the next multiple of the 16 bytes that kernels load at a time."""
+    return (size + 15) // 16 * 16
+
+
+def _checked(q: Any, k: Any, v: Any) -> tuple[torch.Tensor, ...]:
+    """Return the operands without their gradients; raises before anything is sent."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, torch.Tensor):
             raise TypeError(f"{name}: got {type(x).__name__}, want a torch.Tensor")
         if x.ndim != 4:
             raise ValueError(f"{name}: got {x.ndim} dimensions, want 4")
-    if k.shape != v.shape:
-        raise ValueError(f"v: got shape {tuple(v.shape)}, want {tuple(k.shape)}, as k")
-    if not dist.is_initialized():
-        raise RuntimeError("group: got no process group, want torch.distributed initialized")
+        if x.device != q.device:
+            raise ValueError(f"{name}: got a tensor on {x.device}, want one on {q.device}, as q")
+    if k.shape[:3] != v.shape[:3]:
+        raise ValueError(f"v: got shape {tuple(v.shape)}, want {tuple(k.shape[:3])} first, as k")
+    return without_grad(q, "q"), without_grad(k, "k"), without_grad(v, "v")
 
 
-def _quantized(k: torch.Tensor, v: torch.Tensor, group: Any, threads: int | None) -> _Part:
+def _quantized(
+    k: torch.Tensor, v: torch.Tensor, processes: Processes, threads: int | None
+) -> _Part:
     """Quantize with the mean of K over all processes: every part then has the same."""
-    mean = k.double().sum(1, keepdim=True)
-    dist.all_reduce(mean, group=group)
-    mean /= max(k.shape[1] * dist.get_world_size(group), 1)
+    mean = processes.sum(k.sum(1, keepdim=True, dtype=torch.float64))
+    mean /= max(k.shape[1] * processes.size, 1)
     return _Part(quantize(k, mean=mean.float(), threads=threads), quantize(v, threads=threads))
 
 
@@ -185,7 +201,8 @@ class _Merger:
                 if self.causal and theirs > mine:
                     continue
                 keys = part.tokens(j * length, (j + 1) * length)
-                out = torch.empty(query.shape, dtype=torch.float32)
+                shape = (*query.shape[:3], keys.v.shape[3])
+                out = torch.empty(shape, dtype=torch.float32, device=query.device)
                 state = attention(
                     query, keys.k, keys.v, causal=self.causal and theirs == mine, out=out,
                     return_lse=True, **self.options,
@@ -203,7 +220,7 @@ class _Merger:
 
 
 def _context_parallel(
-    walk: Callable[[_Part, Any, Callable[[_Part, int], None]], None],
+    scheme: str,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -214,48 +231,22 @@ def _context_parallel(
     return_lse: bool,
     threads: int | None,
 ) -> Any:
-    _checked(q, k, v)
+    q, k, v = _checked(q, k, v)
+    processes = Processes(group, q.device)
     if causal and q.shape[1] != k.shape[1]:
         raise ValueError(f"k: got {k.shape[1]} tokens, want {q.shape[1]}, as q, when causal")
-    rank, world_size = dist.get_rank(group), dist.get_world_size(group)
     options = {"softmax_scale": softmax_scale, "threads": threads}
-    merger = _Merger(q, rank, world_size, causal, balance, options)
+    merger = _Merger(q, processes.rank, processes.size, causal, balance, options)
     if k.shape[1] % len(merger.pieces) != 0:
         raise ValueError(f"k: got {k.shape[1]} tokens, want an even number for {balance}")
-    walk(_quantized(k, v, group, threads), group, merger.add)
+    part = _quantized(k, v, processes, threads)
+    data = part.pack()
+    parts: Iterator[tuple[int, torch.Tensor]] = (
+        processes.ring(data) if scheme == "ring" else enumerate(processes.gather(data))
+    )
+    for owner, each in parts:
+        merger.add(part.unpack(each), owner)
     return merger.result(return_lse)
-
-
-def _ring(part: _Part, group: Any, add: Callable[[_Part, int], None]) -> None:
-    rank, world_size = dist.get_rank(group), dist.get_world_size(group)
-
-    def peer(step: int) -> int:
-        other = (rank + step) % world_size
-        return other if group is None else int(dist.get_global_rank(group, other))
-
-    data = part.pack()
-    for step in range(world_size):
-        received = torch.empty_like(data)
-        moves = []
-        if step + 1 < world_size:  # while the next part travels, this one is computed
-            moves = dist.batch_isend_irecv(
-                [
-                    dist.P2POp(dist.isend, data, peer(1), group),
-                    dist.P2POp(dist.irecv, received, peer(-1), group),
-                ]
-            )
-        add(part.unpack(data), (rank - step) % world_size)
-        for move in moves:
-            move.wait()
-        data = received
-
-
-def _all_gather(part: _Part, group: Any, add: Callable[[_Part, int], None]) -> None:
-    data = part.pack()
-    found = [torch.empty_like(data) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(found, data, group=group)
-    for owner, each in enumerate(found):
-        add(part.unpack(each), owner)
 
 
 def ring_attention(
@@ -275,7 +266,8 @@ def ring_attention(
     Parameters
     ----------
     q, k, v : Tensor
-        This process's tokens, ``[batch, tokens, heads, head_dim]``, float32, float16 or bfloat16.
+        This process's tokens, ``[batch, tokens, heads, head_dim]``, float32, float16 or bfloat16,
+        on the CPU or on one CUDA device; v may have a head_dim of its own.
     group : ProcessGroup, optional
         None: all processes.
     causal : bool
@@ -295,7 +287,7 @@ def ring_attention(
     Each process holds two parts of K and V at a time.
     """
     return _context_parallel(
-        _ring, q, k, v, group, causal, balance, softmax_scale, return_lse, threads
+        "ring", q, k, v, group, causal, balance, softmax_scale, return_lse, threads
     )
 
 
@@ -316,7 +308,7 @@ def all_gather_attention(
     One collective instead of a chain of messages; every process holds all of K and V for a while.
     """
     return _context_parallel(
-        _all_gather, q, k, v, group, causal, balance, softmax_scale, return_lse, threads
+        "all_gather", q, k, v, group, causal, balance, softmax_scale, return_lse, threads
     )
 
 
@@ -346,29 +338,23 @@ def split_kv_attention(
     out, lse
         The same bits in every process. Only outputs and LSE cross the network.
     """
-    if not dist.is_initialized():
-        raise RuntimeError("group: got no process group, want torch.distributed initialized")
-    written = torch.empty(q.shape, dtype=torch.float32)
+    if not isinstance(q, torch.Tensor):
+        raise TypeError(f"q: got {type(q).__name__}, want a torch.Tensor")
+    processes = Processes(group, q.device)
+    shape = (*operand_shape(q, "q")[:3], operand_shape(v, "v")[3])
+    written = torch.empty(shape, dtype=torch.float32, device=q.device)
     out, lse = attention(
         q, k, v, softmax_scale=softmax_scale, out=written, return_lse=True, threads=threads
     )
-    world_size = dist.get_world_size(group)
-    outs = [torch.empty_like(out) for _ in range(world_size)]
-    lses = [torch.empty_like(lse) for _ in range(world_size)]
-    dist.all_gather(outs, out, group=group)
-    dist.all_gather(lses, lse, group=group)
-    merged, merged_lse = merge_states(outs, lses)
+    merged, merged_lse = merge_states(processes.gather(out), processes.gather(lse))
     merged = merged.to(q.dtype)
     return (merged, merged_lse) if return_lse else merged
 
 
-def _exchange(x: torch.Tensor, group: Any, split: int, joined: int) -> torch.Tensor:
+def _exchange(x: torch.Tensor, processes: Processes, split: int, joined: int) -> torch.Tensor:
     """All-to-all: cut dimension ``split`` over the processes, join ``joined`` in their order."""
-    world_size = dist.get_world_size(group)
-    sent = torch.stack([piece.contiguous() for piece in x.chunk(world_size, split)])
-    received = torch.empty_like(sent)
-    dist.all_to_all_single(received, sent, group=group)
-    return torch.cat(list(received), joined)
+    found = processes.exchange(torch.stack(x.chunk(processes.size, split)))
+    return torch.cat(list(found), joined)
 
 
 def ulysses_attention(
@@ -399,20 +385,18 @@ def ulysses_attention(
         As q. For one length of Q and K, the bits of :func:`attn8.attention` of the whole, as far
         as the mean of K rounds the same.
     """
-    _checked(q, k, v)
-    world_size = dist.get_world_size(group)
+    q, k, v = _checked(q, k, v)
+    processes = Processes(group, q.device)
     for name, x in (("q", q), ("k", k)):
-        if x.shape[2] % world_size != 0:
+        if x.shape[2] % processes.size != 0:
             raise UnsupportedError(
-                f"{name}: got {x.shape[2]} heads, want a multiple of the {world_size} processes"
+                f"{name}: got {x.shape[2]} heads, want a multiple of the {processes.size} processes"
             )
-    part = _quantized(k, v, group, threads)
+    part = _quantized(k, v, processes, threads)
     whole = []
     for x in (quantize(q, threads=threads), part.k, part.v):
-        codes, scale = (_exchange(y, group, 2, 1) for y in (x.codes, x.scale))
-        mean = None
-        if x.mean is not None:
-            mean = x.mean.chunk(world_size, 2)[dist.get_rank(group)]
+        codes, scale = (_exchange(y, processes, 2, 1) for y in (x.codes, x.scale))
+        mean = None if x.mean is None else x.mean.chunk(processes.size, 2)[processes.rank]
         whole.append(QuantizedTensor(codes, scale, mean=mean))
     out = attention(*whole, causal=causal, softmax_scale=softmax_scale, threads=threads)
-    return _exchange(out.to(q.dtype), group, 1, 2)
+    return _exchange(out.to(q.dtype), processes, 1, 2)

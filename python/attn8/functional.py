@@ -385,6 +385,11 @@ def merge_states(
             found = shape_of(part, f"{name}[{i}]", len(wanted))
             if found != wanted:
                 raise ValueError(f"{name}[{i}]: got shape {found}, want {wanted}")
+    target = cuda.target_of(first, "outs[0]")
+    if target is not None:
+        parts = [(f"outs[{i}]", part) for i, part in enumerate(outs)]
+        parts += [(f"lses[{i}]", part) for i, part in enumerate(lses)]
+        cuda.check_place(first, parts, "outs[0]")
     out, lse = empty(first, shape), empty(first, rows, "float32")
-    _core.merge_states(outs, lses, out, lse, layout, threads_for(first, threads))
+    _core.merge_states(outs, lses, out, lse, layout, threads_for(first, threads), target)
     return finish(first, out), finish(first, lse, keep_dtype=True)

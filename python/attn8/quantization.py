@@ -7,8 +7,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from attn8 import _core
-from attn8.arrays import Array, empty, finish, shape_of, without_grad
+from attn8 import _core, device_quantization
+from attn8.arrays import Array, empty, finish, shape_of, torch_of, without_grad
 from attn8.runtime import threads_for
 
 
@@ -102,6 +102,8 @@ def quantize(
 ) -> QuantizedTensor:
     """Quantize to INT8, symmetric, rounding half to even (docs/numerics.md).
 
+    Torch tensors on a device are quantized there, by torch's operations: the same codes and scales.
+
     Parameters
     ----------
     x : Array
@@ -139,6 +141,10 @@ def quantize(
     if smooth and mean is not None:
         raise ValueError("mean: got an array with smooth=True, want one of the two")
     scale_shape = _scale_shape(shape, granularity, block, layout)
+    if torch_of(x) is not None and x.device.type != "cpu":
+        axis = _sequence_axis(layout)
+        parts = device_quantization.quantize(x, granularity, block, smooth, mean, axis)
+        return QuantizedTensor(*parts[:2], granularity, block, parts[2], layout)
     codes = empty(x, shape, "int8")
     scale = empty(x, scale_shape, "float32")
     written_mean = mean
@@ -176,6 +182,13 @@ def dequantize(
     if not isinstance(x, QuantizedTensor):
         raise TypeError(f"x: got {type(x).__name__}, want a QuantizedTensor")
     shape = shape_of(x.codes, "x.codes", 4)
+    if torch_of(x.codes) is not None and x.codes.device.type != "cpu":
+        _scale_shape(shape, x.granularity, x.block, x.layout)
+        axis = _sequence_axis(x.layout)
+        found = device_quantization.dequantize(
+            x.codes, x.scale, x.granularity, x.block, x.mean, axis
+        )
+        return found if out is None else out.copy_(found)
     written = empty(x.codes, shape, "float32") if out is None else out
     _core.dequantize(x.fields(), written, x.layout, threads_for(x.codes, threads))
     return finish(x.codes, written, keep_dtype=True) if out is None else out

@@ -4,9 +4,11 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <span>
 #include <string_view>
 
 #include "attn8/attention.hpp"
+#include "attn8/merge.hpp"
 
 namespace attn8 {
 
@@ -34,5 +36,9 @@ Result<std::shared_ptr<const DevicePlan>> make_cuda_plan(const AttentionInputs& 
                                                          const AttentionOutputs& outputs,
                                                          const AttentionOptions& options,
                                                          int32_t device) noexcept;
+
+/// merge_states() of what has passed validation, enqueued on `stream`. Likewise in two places.
+Status merge_states_on_cuda(std::span<const AttentionState> states, const AttentionOutputs& merged,
+                            int32_t device, void* stream) noexcept;
 
 }  // namespace attn8

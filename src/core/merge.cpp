@@ -6,6 +6,7 @@
 #include <cmath>
 #include <limits>
 
+#include "core/device_plan.hpp"
 #include "core/kernel_table.hpp"
 #include "core/message.hpp"
 #include "core/validate.hpp"
@@ -72,8 +73,12 @@ struct Merger {
 
 Status merge_states(std::span<const AttentionState> states, const AttentionOutputs& merged,
                     const Context& context) noexcept {
-  if (Status status = validate_context(context); !status.ok()) return status;
-  if (Status status = validate_merge(states, merged); !status.ok()) return status;
+  const bool on_cpu = context.device.type == DeviceType::kCpu;
+  if (on_cpu) {
+    if (Status status = validate_context(context); !status.ok()) return status;
+  }
+  if (Status status = validate_merge(states, merged, context.device); !status.ok()) return status;
+  if (!on_cpu) return merge_states_on_cuda(states, merged, context.device.index, context.stream);
   const KernelTable* table = find_kernel_table(context.force_isa ? context.isa : best_isa());
   if (table == nullptr) return failure(StatusCode::kInternal, "no kernel table");
   const Merger merger{*table, states, merged};

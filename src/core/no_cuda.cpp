@@ -25,6 +25,11 @@ Result<std::shared_ptr<const DevicePlan>> make_cuda_plan(const AttentionInputs&,
   return not_built();
 }
 
+Status merge_states_on_cuda(std::span<const AttentionState>, const AttentionOutputs&, int32_t,
+                            void*) noexcept {
+  return not_built();
+}
+
 CudaSupport cuda_support() noexcept {
   CudaSupport support;
   support.reason = not_built().message();

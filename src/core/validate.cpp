@@ -85,24 +85,24 @@ Status validate_scale_shape(const Extents& x, const QuantSpec& spec) noexcept {
   });
 }
 
-Status validate_merge(std::span<const AttentionState> states,
-                      const AttentionOutputs& merged) noexcept {
+Status validate_merge(std::span<const AttentionState> states, const AttentionOutputs& merged,
+                      Device device) noexcept {
   return guarded([&]() -> Status {
     const Extents& shape = merged.out.shape;
     const Extents lse_shape = {shape[0], shape[1], shape[2], 1};
-    ATTN8_RETURN_IF_ERROR(check_view("merged.out", merged.out, true));
+    ATTN8_RETURN_IF_ERROR(check_view("merged.out", merged.out, true, device));
     ATTN8_RETURN_IF_ERROR(check_float("merged.out", merged.out));
     if (merged.lse.has_value()) {
-      ATTN8_RETURN_IF_ERROR(check_view("merged.lse", *merged.lse, true));
+      ATTN8_RETURN_IF_ERROR(check_view("merged.lse", *merged.lse, true, device));
       ATTN8_RETURN_IF_ERROR(check_type("merged.lse", *merged.lse, DType::kFloat32));
       ATTN8_RETURN_IF_ERROR(check_shape("merged.lse", *merged.lse, lse_shape, ""));
     }
     for (size_t i = 0; i < states.size(); ++i) {
       const std::string name = "states[" + std::to_string(i) + "]";
-      ATTN8_RETURN_IF_ERROR(check_view(name + ".out", states[i].out, false));
+      ATTN8_RETURN_IF_ERROR(check_view(name + ".out", states[i].out, false, device));
       ATTN8_RETURN_IF_ERROR(check_float(name + ".out", states[i].out));
       ATTN8_RETURN_IF_ERROR(check_shape(name + ".out", states[i].out, shape, ", as merged.out"));
-      ATTN8_RETURN_IF_ERROR(check_view(name + ".lse", states[i].lse, false));
+      ATTN8_RETURN_IF_ERROR(check_view(name + ".lse", states[i].lse, false, device));
       ATTN8_RETURN_IF_ERROR(check_type(name + ".lse", states[i].lse, DType::kFloat32));
       ATTN8_RETURN_IF_ERROR(check_shape(name + ".lse", states[i].lse, lse_shape, ""));
     }

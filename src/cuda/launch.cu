@@ -107,15 +107,19 @@ float score_scale_of(float softmax_scale) {
   return static_cast<float>(static_cast<double>(softmax_scale) * 1.4426950408889634);
 }
 
+Element element_of(DType dtype) {
+  return dtype == DType::kFloat32   ? Element::kFloat32
+         : dtype == DType::kFloat16 ? Element::kFloat16
+                                    : Element::kBFloat16;
+}
+
 void set_out(AttendParams& p, const ConstTensorView& out) {
   p.out = const_cast<void*>(out.data);
   p.out_stride_batch = out.strides[0];
   p.out_stride_row = out.strides[1];
   p.out_stride_head = out.strides[2];
   p.out_stride_channel = out.strides[3];
-  p.out_type = out.dtype == DType::kFloat32   ? Element::kFloat32
-               : out.dtype == DType::kFloat16 ? Element::kFloat16
-                                              : Element::kBFloat16;
+  p.out_type = element_of(out.dtype);
   p.head_dim = static_cast<int>(out.shape[3]);
   p.out_pairs = out.strides[3] == 1 &&
                 reinterpret_cast<uintptr_t>(out.data) % (2 * dtype_bytes(out.dtype)) == 0;

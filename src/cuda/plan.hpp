@@ -120,6 +120,8 @@ struct MaskOffsets {
 };
 MaskOffsets mask_offsets(const Mask& mask, int64_t shift);
 float score_scale_of(float softmax_scale);
+/// Of a float type.
+Element element_of(DType dtype);
 /// Where and what the kernel writes.
 void set_out(AttendParams& p, const ConstTensorView& out);
 

@@ -163,6 +163,11 @@ template <class T>
 ATTN8_DEVICE T ld_global(const T* source) {
   return __ldg(source);
 }
+/// Global load of memory the grid may write (ld.global), naturally aligned.
+template <class T>
+ATTN8_DEVICE T ld_written(const T* source) {
+  return *source;
+}
 template <class T>
 ATTN8_DEVICE void st_global(T* target, T value) {
   *target = value;

@@ -11,6 +11,7 @@
 #include "attn8/attention.hpp"
 #include "attn8/cuda.hpp"
 #include "attn8/cuda_kv_cache.hpp"
+#include "attn8/merge.hpp"
 #include "attn8/reference.hpp"
 
 /// AttentionPlan on a CUDA device: what it says without one, and what it computes on one.
@@ -443,6 +444,77 @@ TEST(Cuda, PagedCache) {
       ASSERT_TRUE(cuda_synchronize(0).ok());
     }
   }
+}
+
+/// What the kernel computes the emulator's tests say; here it is held to the CPU's.
+TEST(Cuda, MergesStates) {
+  SKIP_WITHOUT_DEVICE();
+  constexpr size_t kParts = 20;
+  const Extents shape = {2, 37, 3, 72};
+  const Extents lse_shape = {2, 37, 3, 1};
+  const size_t rows = 2 * 37 * 3;
+  std::mt19937 generator(5);
+  std::normal_distribution<float> normal;
+  std::vector<std::vector<float>> outs(kParts);
+  std::vector<std::vector<float>> lses(kParts);
+  std::vector<CudaMemory> memory;
+  const auto to_device = [&](const std::vector<float>& data) -> std::byte* {
+    Result<CudaMemory> copy = CudaMemory::allocate(data.size() * 4, 0);
+    if (!copy.ok() || !copy.value().upload(data.data()).ok()) return nullptr;
+    memory.push_back(std::move(copy).value());
+    return memory.back().data();
+  };
+  std::vector<AttentionState> on_host;
+  std::vector<AttentionState> on_device;
+  const Device device = {DeviceType::kCuda, 0};
+  for (size_t i = 0; i < kParts; ++i) {
+    for (size_t j = 0; j < rows * 72; ++j) outs[i].push_back(normal(generator));
+    for (size_t j = 0; j < rows; ++j) {
+      lses[i].push_back(generator() % 3 == 0 ? -INFINITY : 5 * normal(generator));
+    }
+    on_host.push_back({bshd(outs[i].data(), DType::kFloat32, shape),
+                       bshd(lses[i].data(), DType::kFloat32, lse_shape)});
+    on_device.push_back({bshd(to_device(outs[i]), DType::kFloat32, shape, device),
+                         bshd(to_device(lses[i]), DType::kFloat32, lse_shape, device)});
+  }
+  for (const size_t count : {size_t{3}, kParts}) {
+    std::vector<float> want(rows * 72);
+    std::vector<float> want_lse(rows);
+    ASSERT_TRUE(merge_states({on_host.data(), count},
+                             {bshd(want.data(), DType::kFloat32, shape),
+                              bshd(want_lse.data(), DType::kFloat32, lse_shape)},
+                             {})
+                    .ok());
+    std::vector<float> out(rows * 72, NAN);
+    std::vector<float> lse(rows, NAN);
+    to_device(out);
+    to_device(lse);
+    const CudaMemory& lse_memory = memory.back();
+    const CudaMemory& out_memory = memory[memory.size() - 2];
+    const Status status =
+        merge_states({on_device.data(), count},
+                     {bshd(out_memory.data(), DType::kFloat32, shape, device),
+                      bshd(lse_memory.data(), DType::kFloat32, lse_shape, device)},
+                     Context::cuda(0));
+    ASSERT_TRUE(status.ok()) << status.message();
+    ASSERT_TRUE(out_memory.download(out.data()).ok());
+    ASSERT_TRUE(lse_memory.download(lse.data()).ok());
+    for (size_t j = 0; j < out.size(); ++j) {
+      ASSERT_NEAR(out[j], want[j], 1e-6 * (1 + std::fabs(want[j]))) << count << " " << j;
+    }
+    for (size_t j = 0; j < rows; ++j) {
+      if (std::isinf(want_lse[j])) {
+        ASSERT_EQ(lse[j], want_lse[j]);
+      } else {
+        ASSERT_NEAR(lse[j], want_lse[j], 1e-6 * (1 + std::fabs(want_lse[j])));
+      }
+    }
+  }
+  const std::vector<AttentionState> many(257, on_device[0]);
+  EXPECT_EQ(
+      merge_states(many, {bshd(memory[0].data(), DType::kFloat32, shape, device)}, Context::cuda(0))
+          .code(),
+      StatusCode::kUnsupported);
 }
 
 TEST(Cuda, TheSameDataGiveTheSameBits) {

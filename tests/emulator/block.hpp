@@ -54,6 +54,15 @@ struct Thread {
   uint64_t committed = 0, retired = 0;
 };
 
+/// What a barrier orders, for ThreadSanitizer. A thread that goes on late must not learn of what
+/// others did before the next use of the barrier, so uses take turns at two addresses: nobody comes
+/// to the use after the next before all have gone on from this one.
+struct BarrierOrder {
+  char sync[2] = {};
+  uint32_t uses = 0;  ///< that have ended
+  [[nodiscard]] void* now() { return &sync[uses % 2]; }
+};
+
 /// Where the threads of a warp or warpgroup meet to execute one instruction together.
 struct Rendezvous {
   int size = 0;
@@ -62,13 +71,14 @@ struct Rendezvous {
   const char* op = "";
   int first_arrived = 0;
   void* arguments[kWarpgroupThreads] = {};
+  BarrierOrder order;
 };
 
 struct NamedBarrier {
   int expected = 0;
   int arrived = 0;
   std::vector<int> waiting;
-  char sync = 0;  ///< its address stands for the barrier in ThreadSanitizer
+  BarrierOrder order;
 };
 
 struct Mbarrier {
@@ -80,7 +90,7 @@ struct Mbarrier {
   int64_t bytes = 0;     ///< and bytes
   uint32_t phase = 0;
   std::vector<int> waiting;
-  char sync = 0;
+  char sync = 0;  ///< its address stands for the barrier in ThreadSanitizer
 };
 
 /// A TMA box or bulk copy under way.
@@ -124,6 +134,7 @@ struct Block {
     }
     execute(place.arguments);
     place.arrived = 0;
+    ++place.order.uses;
     for (int i = 0; i < place.size; ++i) {
       if (place.first_thread + i != current) wake(place.first_thread + i);
     }

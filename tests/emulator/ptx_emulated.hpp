@@ -120,6 +120,10 @@ ATTN8_DEVICE T ld_global(const T* source) {
   return *source;
 }
 template <class T>
+ATTN8_DEVICE T ld_written(const T* source) {
+  return ld_global(source);
+}
+template <class T>
 ATTN8_DEVICE void st_global(T* target, T value) {
   emulator::check_global(target, sizeof(T), true, "st.global");
   *target = value;

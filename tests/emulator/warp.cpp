@@ -63,9 +63,10 @@ void sync_warp() {
   Block& b = block();
   if (b.skips(Sync::kWarpBarrier, __builtin_return_address(0))) return;
   Rendezvous& warp = b.warp();
-  tsan::release(&warp);
+  void* const order = warp.order.now();
+  tsan::release(order);
   b.meet(warp, "bar.warp.sync", nullptr, [](void**) {});
-  tsan::acquire(&warp);
+  tsan::acquire(order);
 }
 
 void barrier(int id, int threads, bool wait) {
@@ -81,9 +82,11 @@ void barrier(int id, int threads, bool wait) {
     fail("barrier %d: this thread expects %d threads, others %d", id, threads, barrier.expected);
   }
   ++b.stats.barrier;
-  tsan::release(&barrier.sync);
+  void* const order = barrier.order.now();
+  tsan::release(order);
   if (++barrier.arrived == barrier.expected) {
     barrier.arrived = 0;
+    ++barrier.order.uses;
     for (int thread : barrier.waiting) b.wake(thread);
     barrier.waiting.clear();
   } else if (wait) {
@@ -93,7 +96,7 @@ void barrier(int id, int threads, bool wait) {
     }
     b.wait({Wait::Kind::kBarrier, "", static_cast<uint32_t>(id), 0});
   }
-  if (wait) tsan::acquire(&barrier.sync);
+  if (wait) tsan::acquire(order);
 }
 
 void mma(Product product, void* d, const uint32_t* a, const uint32_t* b_registers) {

@@ -237,6 +237,31 @@ def test_packed_sequences_that_are_wrong_are_nan():
         attn8.flash_attn_varlen_func(*given, on_device[0], starts[1], 129, 300)
 
 
+@gpu
+@pytest.mark.parametrize("layout", ["bshd", "bhsd"])
+def test_merged_states(layout):
+    given = tensors(batch=2, seqlen_q=70, seqlen_k=300, nheads_q=4, nheads_k=2, head_dim=64)
+    q, k, v = (x.transpose(1, 2).contiguous() if layout == "bhsd" else x for x in given)
+    tokens = 2 if layout == "bhsd" else 1
+    parts = [
+        attn8.attention(
+            q.to(dtype), k.narrow(tokens, first, 100).to(dtype),
+            v.narrow(tokens, first, 100).to(dtype), return_lse=True, layout=layout,
+        )
+        for first, dtype in zip((0, 100, 200), (torch.float16, torch.float32, torch.bfloat16),
+                                strict=True)
+    ]  # fmt: skip
+    outs, lses = zip(*parts, strict=True)
+    lses[1][0, 1] = -torch.inf
+    out, lse = attn8.merge_states(outs, lses, layout=layout)
+    assert (out.device, out.dtype, lse.dtype) == (q.device, torch.float16, torch.float32)
+    wanted = attn8.merge_states([x.cpu() for x in outs], [x.cpu() for x in lses], layout=layout)
+    np.testing.assert_allclose(on_host(out), wanted[0].double(), atol=1e-3)
+    np.testing.assert_allclose(on_host(lse), wanted[1].double(), rtol=1e-6)
+    with pytest.raises(ValueError, match=r"lses\[2\]: got a tensor on cpu, want a tensor on cuda"):
+        attn8.merge_states(outs, [*lses[:2], lses[2].cpu()], layout=layout)
+
+
 # ---- streams, graphs, memory --------------------------------------------------------------------
 
 

@@ -451,6 +451,22 @@ TEST(MergeStates, Refusals) {
                  [](States&, AttentionOutputs& o, Context&) { o.lse->data = nullptr; });
 }
 
+TEST(MergeStates, WantsTensorsWhereTheContextIs) {
+  const Extents shape = {1, 2, 1, 4};
+  std::vector<Part> parts = {random_part(shape, 1, DType::kFloat32, Memory::kBshd, 1, 9)};
+  Part result = parts[0];
+  AttentionOutputs outputs = {result.out.view(), result.lse.view()};
+  std::vector<AttentionState> states = states_of(parts);
+  const Status on_host = merge_states(states, outputs, Context::cuda(0));
+  EXPECT_EQ(on_host.code(), StatusCode::kInvalidArgument);
+  EXPECT_EQ(on_host.message(), "merged.out.device got cpu, wants cuda:0, as the context's");
+  outputs.out.device = outputs.lse->device = {DeviceType::kCuda, 0};
+  const Status part_on_host = merge_states(states, outputs, Context::cuda(0));
+  EXPECT_EQ(part_on_host.message(), "states[0].out.device got cpu, wants cuda:0, as the context's");
+  const Status elsewhere = merge_states(states, {result.out.view(), outputs.lse}, {});
+  EXPECT_EQ(elsewhere.message(), "merged.lse.device got cuda:0, wants cpu, as the context's");
+}
+
 TEST(MergeStates, EmptyShapes) {
   for (const Extents& shape : {Extents{0, 3, 2, 4}, {2, 0, 2, 4}, {2, 3, 0, 4}}) {
     TensorView out = bshd(static_cast<void*>(nullptr), DType::kFloat32, shape);
