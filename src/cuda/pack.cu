@@ -234,6 +234,7 @@ Status enqueue_pack(const Plan::State& s, const AttentionInputs& inputs, char* w
   k_rows.mean = s.has_mean && s.k_type != DType::kInt8 ? floats_at(s.workspace.k_mean) : nullptr;
   k_rows.heads_per_mean = 1;
   k_rows.mean_channels = s.row_bytes();
+  k_rows.last_image = static_cast<int>(kv_heads) - 1;
   RowsParams q_rows{};
   q_rows.x = q;
   q_rows.codes = reinterpret_cast<int8_t*>(at(s.workspace.q));

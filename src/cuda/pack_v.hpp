@@ -109,6 +109,11 @@ struct PackV {
       for (int i = 0; i < (kPerToken ? 4 : 8); ++i) inverse[i] = reciprocal(scale[i]);
     }
     if (lane * 8 >= kPackedDim) return;
+    uint32_t finite = 0;  // of each key's byte
+    if constexpr (kPerToken && kSource != Source::kCodes) {
+      ATTN8_UNROLL
+      for (int i = 0; i < 4; ++i) finite |= scale[i] == scale[i] ? 0xFFu << 8 * i : 0;
+    }
     ATTN8_UNROLL
     for (int c = 0; c < 8; ++c) {
       uint32_t code[4];
@@ -117,12 +122,17 @@ struct PackV {
         if constexpr (kSource == Source::kCodes) {
           code[i] = static_cast<uint32_t>(static_cast<int>(values[i][c]));
         } else {
-          code[i] = code_bits(values[i][c], scale[kPerToken ? i : c], inverse[kPerToken ? i : c]);
+          code[i] =
+              rounded_bits(values[i][c], scale[kPerToken ? i : c], inverse[kPerToken ? i : c]);
         }
+      }
+      uint32_t four = pack_bytes(code[0], code[1], code[2], code[3]);
+      if constexpr (kSource != Source::kCodes) {
+        four = kPerToken ? four & finite : scale[c] == scale[c] ? four : 0;
       }
       const int channel = lane * 8 + c;
       ptx::st_shared<uint32_t>(shared + (channel * kWords + swizzled_word(channel, word)) * 4,
-                               pack_bytes(code[0], code[1], code[2], code[3]));
+                               four);
     }
   }
 
@@ -143,10 +153,11 @@ struct PackV {
     if constexpr (kSource == Source::kCodes) {
       known = key < p.x.seqlen ? p.x.token_scale(batch, key, head) : 0.0f;
     }
-    // A token of zeros, or with a scale too small for a float, has codes 0 throughout.
-    if (magnitude == 0 ||
-        (kSource != Source::kCodes && scale == 1.0f && ptx::as_float(magnitude) < 0.5f)) {
-      if (known == known) known = 0;
+    // A token of zeros, or with a scale too small for a float (it is 1), has codes 0 throughout.
+    if constexpr (kSource == Source::kCodes) {
+      if (magnitude == 0 && known == known) known = 0;
+    } else if (scale == 1.0f && ptx::as_float(magnitude) < 0.5f) {
+      known = 0;
     }
     if (key >= visible.first && key < visible.last) largest = ptx::max(largest, known);
     if (lane == 0) {

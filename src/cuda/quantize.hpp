@@ -187,11 +187,15 @@ ATTN8_DEVICE float group_scale(uint32_t magnitude) {
   return scale < FLT_MIN ? 1.0f : scale;
 }
 
-/// round-half-even(x / scale) in the low byte, two's complement; 0 for a scale of NaN. `inverse` is
-/// reciprocal(scale).
-ATTN8_DEVICE uint32_t code_bits(float x, float scale, float inverse) {
+/// round-half-even(x / scale) in the low byte, two's complement; anything for a scale of NaN.
+/// `inverse` is reciprocal(scale).
+ATTN8_DEVICE uint32_t rounded_bits(float x, float scale, float inverse) {
   const float magic = 12582912.0f;  // 1.5 * 2^23: the sum's last bit is worth 1
-  return scale == scale ? ptx::as_uint(ptx::add(divide(x, scale, inverse), magic)) : 0;
+  return ptx::as_uint(ptx::add(divide(x, scale, inverse), magic));
+}
+/// The same; 0 for a scale of NaN.
+ATTN8_DEVICE uint32_t code_bits(float x, float scale, float inverse) {
+  return scale == scale ? rounded_bits(x, scale, inverse) : 0;
 }
 
 ATTN8_DEVICE uint32_t pack_bytes(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
@@ -321,39 +325,38 @@ struct ChannelStatistics {
   }
 };
 
-/// One block per batch and head: partial results to the mean or the scales.
+/// One block per batch and head: partial results to the mean or the scales. Threads that share a
+/// channel take turns at the chunks, because the way to memory and back is what takes time.
 template <Statistic kStatistic>
 struct FinishStatistics {
-  static constexpr int kThreads = 256;
-  static constexpr uint32_t kSharedBytes = kThreads * 4;
+  using Chunks = ChannelStatistics<Source::kFloat32, kStatistic>;
+  using Partial = typename Chunks::Partial;
+  static constexpr int kThreads = 1024;
+  static constexpr uint32_t kSharedBytes = kThreads * sizeof(Partial);
 
   static ATTN8_DEVICE void run(const StatisticsParams& p) {
-    using Partial = std::conditional_t<kStatistic == Statistic::kSum, double, uint32_t>;
-    const int channel = ptx::thread_index();
+    const int channel = ptx::thread_index() % p.packed;
+    const int slots = kThreads / p.packed;
+    const int slot = ptx::thread_index() / p.packed;
     const int64_t head = ptx::block_x();
+    const uint32_t shared = ptx::smem_base();
+    const auto address = [shared](int item) {
+      return shared + static_cast<uint32_t>(item) * static_cast<uint32_t>(sizeof(Partial));
+    };
     Partial total = 0;
-    if (channel < p.packed) {
+    if (slot < slots) {
       const Partial* partial =
           static_cast<const Partial*>(p.partial) + head * p.chunks * p.packed + channel;
-      constexpr int kInFlight = 16;
-      for (int chunk = 0; chunk < p.chunks; chunk += kInFlight) {
-        Partial values[kInFlight];
-        ATTN8_UNROLL
-        for (int u = 0; u < kInFlight; ++u) {
-          values[u] = 0;
-          if (chunk + u < p.chunks) {
-            values[u] = ptx::ld_global(partial + static_cast<int64_t>(chunk + u) * p.packed);
-          }
-        }
-        ATTN8_UNROLL
-        for (int u = 0; u < kInFlight; ++u) {
-          if constexpr (kStatistic == Statistic::kSum) {
-            total += values[u];
-          } else {
-            total = larger(total, values[u]);
-          }
-        }
+      for (int chunk = slot; chunk < p.chunks; chunk += slots) {
+        total = Chunks::combine(total,
+                                ptx::ld_global(partial + static_cast<int64_t>(chunk) * p.packed));
       }
+      ptx::st_shared<Partial>(address(slot * p.packed + channel), total);
+    }
+    ptx::sync_block();
+    total = 0;
+    for (int s = 0; s < slots; ++s) {
+      total = Chunks::combine(total, ptx::ld_shared<Partial>(address(s * p.packed + channel)));
     }
     float result = 0;
     if constexpr (kStatistic == Statistic::kSum) {
@@ -362,16 +365,13 @@ struct FinishStatistics {
       if (magnitude_bits(result) >= kNotFinite) result = 0;
     } else {
       if (p.per_tensor) {
-        const uint32_t shared = ptx::smem_base();
-        ptx::st_shared<uint32_t>(shared + channel * 4, total);
-        ptx::sync_block();
-        for (int c = 0; c < p.packed; ++c) {
-          total = larger(total, ptx::ld_shared<uint32_t>(shared + c * 4));
+        for (int i = 0; i < slots * p.packed; ++i) {
+          total = larger(total, ptx::ld_shared<uint32_t>(address(i)));
         }
       }
       result = group_scale(total);
     }
-    if (channel < p.packed) ptx::st_global(p.result + head * p.packed + channel, result);
+    if (slot == 0) ptx::st_global(p.result + head * p.packed + channel, result);
   }
 };
 
@@ -390,6 +390,9 @@ struct RowsParams {
   float* lse_shift;  ///< Q: [batch * nheads][rows] or nullptr
   float softmax_scale;
   int group;  ///< Q: heads that share an image, rows interleaved (see AttendParams); else 1
+  /// The last of batch * nheads, to begin with it: what made the mean of K has just left that end
+  /// in the cache. 0: begin with the first.
+  int last_image;
   /// Q of a ragged batch: [batch + 1]; `x` is a batch of one, an image has all its sequences.
   const int* cu_seqlens;
   /// Q over a cache: the mean of sequence b is that of page mean_pages[b * mean_pages_stride], and
@@ -412,13 +415,16 @@ struct QuantizeRows {
 
   static ATTN8_DEVICE void run(const RowsParams& p) {
     const int lane = ptx::thread_index() % kLanes;
-    const int head = ptx::block_y() % p.x.nheads;
-    const int batch = ptx::block_y() / p.x.nheads;
+    const int image_y = p.last_image > 0 ? p.last_image - ptx::block_y() : ptx::block_y();
+    const int head = image_y % p.x.nheads;
+    const int batch = image_y / p.x.nheads;
     const int first_row = ptx::block_x() * kBlockTokens;
     const int row = first_row + ptx::thread_index() / kLanes;
 
-    Place place = {
-        batch, 0, p.x.seqlen, p.rows, ptx::block_y() / p.group, ptx::block_y() % p.group};
+    const int group = kQuery ? p.group : 1;
+    const int member = image_y % group;
+    Place place = {batch,           0,     p.x.seqlen, (p.rows - member + group - 1) / group,
+                   image_y / group, member};
     if constexpr (kQuery) {
       if (p.cu_seqlens != nullptr) {
         const int first = ptx::ld_global(p.cu_seqlens + batch);
@@ -426,55 +432,57 @@ struct QuantizeRows {
         place = {0,
                  first,
                  count,
-                 p.rows,
-                 head / p.group,
-                 ragged_row(static_cast<int64_t>(first) * p.group, batch) + head % p.group};
-        place.stored_rows = place.first_image_row + static_cast<int64_t>(count) * p.group;
+                 count,
+                 head / group,
+                 ragged_row(static_cast<int64_t>(first) * group, batch) + head % group};
       }
     }
 
+    const int64_t offset = p.x.offset(place.batch, place.first_token + row, head);
     EightChannels<kSource> rows[kRows];
     load_rows<kSource>(
         p.x, lane,
         [&](int i) {
-          const int token = row + i * kSlots;
-          return token < place.count ? p.x.offset(place.batch, place.first_token + token, head)
-                                     : kNoRow;
+          return row + i * kSlots < place.count ? offset + i * (kSlots * p.x.stride_row) : kNoRow;
         },
         rows);
     float mean[8] = {};
     if (p.mean != nullptr && lane * 8 < p.x.head_dim) {
-      int64_t mean_head = ptx::block_y() / p.heads_per_mean;
+      int64_t mean_head = image_y / p.heads_per_mean;
       if (kQuery && p.mean_pages != nullptr) {
         const int64_t page = ptx::ld_global(p.mean_pages + batch * p.mean_pages_stride);
         mean_head = page * (p.x.nheads / p.heads_per_mean) + head / p.heads_per_mean;
       }
       load_floats(p.mean + mean_head * p.mean_channels + lane * 8, mean);
     }
+    // Rows of an image that are a multiple of 8 apart are swizzled alike.
+    static_assert(kSlots % 8 == 0);
+    constexpr int kSpan = kRowBytes < 128 ? kRowBytes : 128;
+    const int64_t image_row = place.first_image_row + static_cast<int64_t>(row) * group;
+    int8_t* codes = p.codes + place.image * p.rows * kRowBytes +
+                    packed_row_offset(p.rows, kRowBytes, image_row, lane * 8);
+    const int64_t step = static_cast<int64_t>(kSlots) * group;
     ATTN8_UNROLL
     for (int i = 0; i < kRows; ++i) {
       // A block leaves as one: the lanes of a row add up its statistics.
-      if (place.image_row(first_row + i * kSlots, p.group) >= place.stored_rows) return;
+      if (first_row + i * kSlots >= place.stored) return;
       float values[8];
       rows[i].widen(values);
-      quantize_row(p, values, mean, place, row + i * kSlots, batch, head, lane);
+      quantize_row(p, values, mean, place, row + i * kSlots, image_row + i * step,
+                   codes + i * step * kSpan, batch, head, lane);
     }
   }
 
   /// Where the rows of a block come from and go to.
   struct Place {
     int batch, first_token, count;  // of the source
-    int64_t stored_rows;            // of the image: those before it are written
+    int stored;                     // rows that are written
     int64_t image, first_image_row;
-
-    ATTN8_DEVICE int64_t image_row(int row, int group) const {
-      return first_image_row + static_cast<int64_t>(row) * group;
-    }
   };
 
   static ATTN8_DEVICE void quantize_row(const RowsParams& p, float (&x)[8], const float (&mean)[8],
-                                        const Place& place, int row, int batch, int head,
-                                        int lane) {
+                                        const Place& place, int row, int64_t image_row,
+                                        int8_t* codes, int batch, int head, int lane) {
     const bool inside = row < place.count;
     float scale = 0;
     float shift = 0;
@@ -509,27 +517,24 @@ struct QuantizeRows {
     ATTN8_UNROLL
     for (int i = 0; i < 8; ++i) {
       code[i] = kSource == Source::kCodes ? static_cast<uint32_t>(static_cast<int>(x[i]))
-                                          : code_bits(x[i], scale, inverse);
+                                          : rounded_bits(x[i], scale, inverse);
     }
-    const int64_t image = place.image;
-    const int64_t image_row = place.image_row(row, p.group);
-    if (image_row >= place.stored_rows) return;
-    ptx::st_global(
-        reinterpret_cast<uint2*>(p.codes + image * p.rows * kRowBytes +
-                                 packed_row_offset(p.rows, kRowBytes, image_row, lane * 8)),
-        uint2{pack_bytes(code[0], code[1], code[2], code[3]),
-              pack_bytes(code[4], code[5], code[6], code[7])});
+    if (row >= place.stored) return;
+    uint2 words = {pack_bytes(code[0], code[1], code[2], code[3]),
+                   pack_bytes(code[4], code[5], code[6], code[7])};
+    if (kSource != Source::kCodes && scale != scale) words = {0, 0};
+    ptx::st_global(reinterpret_cast<uint2*>(codes), words);
     if (lane != 0) return;
     if (!inside) scale = 0;
     if constexpr (kQuery) {
       if (p.bad != nullptr && ptx::ld_global(p.bad + batch) != 0) {
         scale = ptx::as_float(0x7FC00000u);
       }
-      const int64_t head_row = image * p.rows + image_row;
+      const int64_t head_row = place.image * p.rows + image_row;
       ptx::st_global(p.q_scale + head_row, scale);
       if (p.lse_shift != nullptr) ptx::st_global(p.lse_shift + head_row, shift * p.softmax_scale);
     } else {
-      const int64_t constants = static_cast<int64_t>(ptx::block_y()) * p.rows * 2;
+      const int64_t constants = place.image * p.rows * 2;
       ptx::st_global(p.key_constants + constants + key_constant_offset(image_row, 0), scale);
     }
   }
