@@ -121,8 +121,14 @@ def reference_attention(
     /,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64] | None]: ...
 def merge_states(
-    outs: list[Any], lses: list[Any], out: Any, lse: Any, layout: str, threads: int,
-    target: tuple[int, int, Callable[[int], Any]] | None, /
+    outs: list[Any],
+    lses: list[Any],
+    out: Any,
+    lse: Any,
+    layout: str,
+    threads: int,
+    target: tuple[int, int, Callable[[int], Any]] | None,
+    /,
 ) -> None: ...
 def rotate(x: Any, out: Any, threads: int, /) -> None: ...
 def error_report(

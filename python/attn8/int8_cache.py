@@ -167,9 +167,9 @@ class _Int8Layer(DynamicLayer):  # type: ignore[misc]
         growing = [i for i, new in enumerate(missing) if new > 0]
         if growing:
             ends = {i: ranges[i][1] - start for i in growing}
+            new = {i: slice(ends[i] - missing[i], ends[i]) for i in growing}
             k, v = (
-                torch.cat([x[i, :, ends[i] - missing[i] : ends[i]].transpose(0, 1) for i in growing])
-                for x in self.waiting
+                torch.cat([x[i, :, new[i]].transpose(0, 1) for i in growing]) for x in self.waiting
             )
             starts = torch.tensor([0, *(missing[i] for i in growing)], dtype=torch.int32)
             self.rows[0].pages.append(
