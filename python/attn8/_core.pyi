@@ -121,8 +121,14 @@ def reference_attention(
     /,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64] | None]: ...
 def merge_states(
-    outs: list[Any], lses: list[Any], out: Any, lse: Any, layout: str, threads: int,
-    target: tuple[int, int, Callable[[int], Any]] | None, /
+    outs: list[Any],
+    lses: list[Any],
+    out: Any,
+    lse: Any,
+    layout: str,
+    threads: int,
+    target: tuple[int, int, Callable[[int], Any]] | None,
+    /,
 ) -> None: ...
 def rotate(x: Any, out: Any, threads: int, /) -> None: ...
 def error_report(
@@ -135,7 +141,15 @@ class KVSequence:
 class KvCache:
     def create(self) -> KVSequence: ...
     def append(
-        self, sequence: KVSequence, k: Any, v: Any, rotate: bool, threads: int, isa: str | None, /
+        self,
+        sequence: KVSequence | list[KVSequence],
+        k: Any,
+        v: Any,
+        cu_seqlens: Any,
+        rotate: bool,
+        threads: int,
+        isa: str | None,
+        /,
     ) -> None: ...
     def fork(self, parent: KVSequence, length: int, /) -> KVSequence: ...
     def truncate(self, sequence: KVSequence, length: int, /) -> None: ...
