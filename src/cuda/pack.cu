@@ -5,8 +5,11 @@
 namespace attn8::cuda {
 namespace {
 
+/// Blocks of 256 threads, four to a multiprocessor: loads of 1024 threads in flight.
+constexpr int least_blocks(int threads) { return threads <= 256 ? 4 : 1; }
+
 template <class Kernel, class Params>
-__global__ void __launch_bounds__(Kernel::kThreads)
+__global__ void __launch_bounds__(Kernel::kThreads, least_blocks(Kernel::kThreads))
     pack_kernel(const __grid_constant__ Params params) {
   Kernel::run(params);
 }

@@ -92,10 +92,25 @@ struct PackV {
     float scale[8];
     float inverse[8];
     if constexpr (kPerToken) {
+      uint32_t magnitude[4] = {};
+      ATTN8_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        ATTN8_UNROLL
+        for (int c = 0; c < 8; ++c) {
+          magnitude[i] = larger(magnitude[i], magnitude_bits(values[i][c]));
+        }
+      }
+      ATTN8_UNROLL
+      for (int mask = 1; mask < kLanes; mask *= 2) {
+        ATTN8_UNROLL
+        for (int i = 0; i < 4; ++i) {
+          magnitude[i] = larger(magnitude[i], ptx::shfl_xor(magnitude[i], mask));
+        }
+      }
       const VisibleTokens::Range visible = p.visible.of(batch);
       ATTN8_UNROLL
       for (int i = 0; i < 4; ++i) {
-        scale[i] = token_scale(p, visible, batch, head, key(i), lane, values[i], largest);
+        scale[i] = token_scale(p, visible, batch, head, key(i), lane, magnitude[i], largest);
       }
     } else if constexpr (kSource != Source::kCodes) {
       const float* channels =
@@ -136,18 +151,12 @@ struct PackV {
     }
   }
 
-  /// Scale to quantize a key with; writes the one that FoldV reads, which is 0 where all codes are,
-  /// and keeps the largest of those a query sees. Collective over the kLanes threads of the key.
+  /// Scale to quantize a key with, from the largest magnitude_bits() of its channels; writes the
+  /// one that FoldV reads, which is 0 where all codes are, and keeps the largest of those a query
+  /// sees.
   static ATTN8_DEVICE float token_scale(const PackVParams& p, const VisibleTokens::Range& visible,
-                                        int batch, int head, int key, int lane,
-                                        const float (&values)[8], float& largest) {
-    uint32_t magnitude = 0;
-    ATTN8_UNROLL
-    for (int c = 0; c < 8; ++c) magnitude = larger(magnitude, magnitude_bits(values[c]));
-    ATTN8_UNROLL
-    for (int mask = 1; mask < kLanes; mask *= 2) {
-      magnitude = larger(magnitude, ptx::shfl_xor(magnitude, mask));
-    }
+                                        int batch, int head, int key, int lane, uint32_t magnitude,
+                                        float& largest) {
     const float scale = group_scale(magnitude);
     float known = scale;
     if constexpr (kSource == Source::kCodes) {
