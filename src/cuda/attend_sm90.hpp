@@ -46,8 +46,7 @@ struct AttendSm90 {
   /// exponentials fastest when they do not compete for them, and left alone they fall into step.
   /// Measured on an H200 at head_dim 128: 3/4 of the block with folded V scales, all without.
   static constexpr int kTurnGroups =
-      kKvBlock / kKeyGroup * (kWeights == Weights::kFolded && kScores == Scores::kPlain ? 3 : 4) /
-      4;
+      kKvBlock / kKeyGroup * (kWeights == Weights::kFolded ? 3 : 4) / 4;
 
   static constexpr uint32_t kQ = 0;
   static constexpr uint32_t kK = kQ + QTile::kBytes;
