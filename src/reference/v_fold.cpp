@@ -48,7 +48,8 @@ FloatFold fold_into_float_scores(const Quantized& v, int64_t kv_block) {
 }
 
 GridFold fold_into_score_grid(Quantized& v, int64_t kv_block, int64_t seqlen) {
-  constexpr float kMinRatio = 0x1p-16F;
+  constexpr float kMinRatio = 0x1p-10F;
+  constexpr float kZeroRatio = 0x1p-6F;
   Tokens& codes = v.codes;
   const int64_t last = codes.first + codes.count;
   GridFold fold;
@@ -66,9 +67,9 @@ GridFold fold_into_score_grid(Quantized& v, int64_t kv_block, int64_t seqlen) {
         fold.weight.push_back(0);
         continue;
       }
-      if (is_zero(codes, j)) r = kMinRatio;
+      if (is_zero(codes, j)) r = kZeroRatio;
       if (r < kMinRatio) {
-        const float shrink = r * 0x1p16F;
+        const float shrink = r * 0x1p10F;
         for (int64_t d = 0; d < codes.head_dim; ++d) {
           codes.token(j)[d] = std::nearbyint(codes.token(j)[d] * shrink);
         }
