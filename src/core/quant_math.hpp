@@ -43,9 +43,8 @@ inline constexpr int64_t kMeanChunk = 4096;
 /// finite.
 inline constexpr float kMaxKeyScale = 0x1p104f;
 
-/// Smallest r of a V token. A weight has 16 bits, of which a token loses as many as r has octaves:
-/// with fewer left the softmax denominator would miss keys whose V is small but whose score is not.
-inline constexpr float kMinRatio = 0x1p-10f;
+/// Smallest r of a V token: the integer weights of the denominator span 2^16.
+inline constexpr float kMinRatio = 0x1p-16f;
 
 /// r of a V token of zero codes, which adds nothing to the output: any r is right, a large one keeps
 /// its weight in the denominator exact where many such tokens share a row (padding), a small one

@@ -24,7 +24,7 @@ struct GridFold {
   std::vector<double> v_block;  // [blocks from key 0]; 1 where no token of `v` falls
 };
 
-/// Replaces the codes of tokens whose scale is below 2^-10 of the largest of their block.
+/// Replaces the codes of tokens whose scale is below 2^-16 of the largest of their block.
 GridFold fold_into_score_grid(Quantized& v, int64_t kv_block, int64_t seqlen);
 
 }  // namespace attn8::reference

@@ -179,7 +179,7 @@ TEST_P(Attend, ReferencesMove) {
 }
 
 /// V scales over 2^-24 .. 1 within a block: both halves of the weights of the denominator, and
-/// tokens below 2^-10 of the largest, whose codes are taken again.
+/// tokens below 2^-16 of the largest, whose codes are taken again.
 TEST_P(Attend, UnevenValues) {
   for (const int64_t head_dim : {32, 64, 128, 176}) {
     KernelCase c;
@@ -197,34 +197,31 @@ TEST_P(Attend, UnevenValues) {
   }
 }
 
-/// Keys whose V is zero, or next to nothing beside others of their block, keep their weight in the
-/// softmax: text that is padded with zeros has many of them, an attention sink may be one.
+/// Keys whose V is zero keep their weight in the softmax: text that is padded with zeros has many
+/// of them, an attention sink may be one.
 TEST_P(Attend, KeysWithoutValues) {
-  for (const double size : {0.0, 0x1p-18, 0x1p-13, 0x1p-9}) {
-    for (const int64_t last : {1, 12, 150}) {  // keys from there on have such a V
-      for (const bool padding : {false, true}) {
-        KernelCase c;
-        c.seqlen_q = 40;
-        c.seqlen_k = 300;
-        c.head_dim = 64;
-        KernelInputs inputs = make_inputs(c);
-        for (int64_t j = last; j < c.seqlen_k; ++j) {
-          for (int64_t d = 0; d < c.head_dim; ++d) {
-            inputs.v.set(0, j, 0, d, inputs.v.get(0, j, 0, d) * size);
-            if (padding) inputs.k.set(0, j, 0, d, 0);
-          }
+  for (const int64_t last : {1, 12, 150, 299}) {  // keys from there on have no V
+    for (const bool padding : {false, true}) {
+      KernelCase c;
+      c.seqlen_q = 40;
+      c.seqlen_k = 300;
+      c.head_dim = 64;
+      KernelInputs inputs = make_inputs(c);
+      for (int64_t j = last; j < c.seqlen_k; ++j) {
+        for (int64_t d = 0; d < c.head_dim; ++d) {
+          inputs.v.set(0, j, 0, d, 0);
+          if (padding) inputs.k.set(0, j, 0, d, 0);
         }
-        const KernelResult result = run_kernel(c, inputs.operands(), GetParam());
-        expect_matches_oracle(c, inputs.operands(), result, GetParam());
-        std::vector<double> out(static_cast<size_t>(c.seqlen_q * c.head_dim));
-        std::vector<double> lse(static_cast<size_t>(c.seqlen_q));
-        const Status status = reference::exact_attention(
-            inputs.q.view(), inputs.k.view(), inputs.v.view(), std::nullopt, {}, out, lse);
-        ASSERT_TRUE(status.ok()) << status.message();
-        // Weights of keys at the smallest r have six bits, cut off: alike, they err alike.
-        EXPECT_LT(reference::error_report(result.out.values(), out).rel_l2, size == 0 ? 0.03 : 0.08)
-            << size << " from " << last << " padding " << padding;
       }
+      const KernelResult result = run_kernel(c, inputs.operands(), GetParam());
+      expect_matches_oracle(c, inputs.operands(), result, GetParam());
+      std::vector<double> out(static_cast<size_t>(c.seqlen_q * c.head_dim));
+      std::vector<double> lse(static_cast<size_t>(c.seqlen_q));
+      const Status status = reference::exact_attention(inputs.q.view(), inputs.k.view(),
+                                                       inputs.v.view(), std::nullopt, {}, out, lse);
+      ASSERT_TRUE(status.ok()) << status.message();
+      EXPECT_LT(reference::error_report(result.out.values(), out).rel_l2, 0.03)
+          << "from " << last << " padding " << padding;
     }
   }
 }

@@ -8,7 +8,7 @@
 /// visible one. Beyond it, T - hidden would leave the 16 bits.
 inline constexpr float kMaxSkewedScore = 31000.0f;
 inline constexpr int16_t kHiddenScore16 = -32768;
-/// Most negative offset g of a key: 16 octaves (kMinRatio has 10).
+/// Most negative offset g of a key: 16 octaves (kMinRatio).
 inline constexpr float kMaxOffset = 1024.0f;
 
 using Vector = __m512i;
