@@ -47,6 +47,43 @@ struct ExponentialUnit {
   static constexpr const char* kName = "2^x, exponential unit";
   static __device__ float step(float x, float, float) { return ptx::ex2(x); }
 };
+/// Pairs of float16: whether weights of half the size would take half the time.
+struct HalfExponentialUnit {
+  static constexpr const char* kName = "2^x of two float16, exponential unit";
+  static __device__ float step(float x, float, float) {
+    uint32_t y;
+    asm("ex2.approx.f16x2 %0, %1;" : "=r"(y) : "r"(ptx::as_uint(x)));
+    return ptx::as_float(y);
+  }
+};
+struct PackHalf {
+  static constexpr const char* kName = "two floats -> two float16";
+  static __device__ float step(float x, float a, float) {
+    return ptx::as_float(ptx::pack_half2(x, a));
+  }
+};
+struct MultiplyHalf {
+  static constexpr const char* kName = "two float16 times two float16";
+  static __device__ float step(float x, float a, float) {
+    uint32_t y;
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(y) : "r"(ptx::as_uint(x)), "r"(ptx::as_uint(a)));
+    return ptx::as_float(y);
+  }
+};
+struct MaximumHalf {
+  static constexpr const char* kName = "maximum of three pairs of 16 bits";
+  static __device__ float step(float x, float a, float b) {
+    return ptx::as_float(__vimax3_u16x2(ptx::as_uint(x), ptx::as_uint(a), ptx::as_uint(b)));
+  }
+};
+struct Maximum {
+  static constexpr const char* kName = "maximum of three integers";
+  static __device__ float step(float x, float a, float b) {
+    return ptx::as_float(static_cast<uint32_t>(ptx::max3(static_cast<int>(ptx::as_uint(x)),
+                                                         static_cast<int>(ptx::as_uint(a)),
+                                                         static_cast<int>(ptx::as_uint(b)))));
+  }
+};
 struct Polynomial {
   static constexpr const char* kName = "2^x, polynomial of degree 4";
   static __device__ float step(float x, float, float) { return polynomial_ex2(x); }
@@ -126,7 +163,10 @@ int main() {
   }
   std::printf("%-44s  cycles of a scheduler per warp, with 1, 2 and 4 warps on it\n", "");
   const bool ok = report<IntegerConversion>(data, spans) && report<MagicConversion>(data, spans) &&
-                  report<ExponentialUnit>(data, spans) && report<Polynomial>(data, spans) &&
+                  report<ExponentialUnit>(data, spans) &&
+                  report<HalfExponentialUnit>(data, spans) && report<PackHalf>(data, spans) &&
+                  report<MultiplyHalf>(data, spans) && report<MaximumHalf>(data, spans) &&
+                  report<Maximum>(data, spans) && report<Polynomial>(data, spans) &&
                   report<Accumulate>(data, spans) && report<Rescale>(data, spans);
   return ok ? 0 : 1;
 }

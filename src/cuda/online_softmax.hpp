@@ -58,7 +58,7 @@ ATTN8_DEVICE int key_column(int group, int e) {
 /// thread's own, as VisibleKeys are.
 struct RowChanges {
   static constexpr int kBytes = 48;
-  float shift[2];   // log2 units, before softcap
+  float shift[2];   // of softcap's argument
   float slope[2];   // log2 units per key
   int position[2];  // of the query, among the keys
   int2 mask_at[2];  // attn_mask of key 0: low and high half of an element offset
@@ -80,8 +80,9 @@ struct RowChanges {
         changes.mask_at[r] = {static_cast<int>(at), static_cast<int>(at >> 32)};
       }
       if (p.changes.score_shift != nullptr) {
-        changes.shift[r] = kLog2E * ptx::ld_global(p.changes.score_shift +
-                                                   sequence.row_index(p, head, row + 8 * r));
+        changes.shift[r] =
+            p.changes.softcap_rate * kLog2E *
+            ptx::ld_global(p.changes.score_shift + sequence.row_index(p, head, row + 8 * r));
       }
       if (p.changes.alibi_slopes != nullptr) {
         changes.slope[r] =
@@ -109,7 +110,7 @@ struct RowChanges {
                            bool visible) const {
     if (kScores == Scores::kSoftcap || changes.softcap != 0) {
       // tanh(x) = 1 - 2 / (e^2x + 1): off by a few float roundings of softcap, however small x is.
-      const float power = ptx::ex2(ptx::mul(ptx::add(t, shift[r]), changes.softcap_rate));
+      const float power = ptx::ex2(ptx::fma(t, changes.softcap_rate, shift[r]));
       t = ptx::fma(-2 * changes.softcap, ptx::rcp(ptx::add(power, 1.0f)), changes.softcap);
     }
     if constexpr (kScores == Scores::kBiased) {

@@ -5,8 +5,11 @@
 namespace attn8::cuda {
 namespace {
 
+/// Blocks of 256 threads, four to a multiprocessor: loads of 1024 threads in flight.
+constexpr int least_blocks(int threads) { return threads <= 256 ? 4 : 1; }
+
 template <class Kernel, class Params>
-__global__ void __launch_bounds__(Kernel::kThreads)
+__global__ void __launch_bounds__(Kernel::kThreads, least_blocks(Kernel::kThreads))
     pack_kernel(const __grid_constant__ Params params) {
   Kernel::run(params);
 }
@@ -234,6 +237,7 @@ Status enqueue_pack(const Plan::State& s, const AttentionInputs& inputs, char* w
   k_rows.mean = s.has_mean && s.k_type != DType::kInt8 ? floats_at(s.workspace.k_mean) : nullptr;
   k_rows.heads_per_mean = 1;
   k_rows.mean_channels = s.row_bytes();
+  k_rows.last_image = static_cast<int>(kv_heads) - 1;
   RowsParams q_rows{};
   q_rows.x = q;
   q_rows.codes = reinterpret_cast<int8_t*>(at(s.workspace.q));

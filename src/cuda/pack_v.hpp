@@ -78,23 +78,39 @@ struct PackV {
     const int head = ptx::block_y() % p.x.nheads;
     const int batch = ptx::block_y() / p.x.nheads;
     const int64_t first_position = static_cast<int64_t>(ptx::block_x()) * kPanelKeys + word * 4;
-    int key[4];
+    const auto key = [first_position](int i) {
+      return static_cast<int>(packed_key(first_position + i));
+    };
+    EightChannels<kSource> rows[4];
+    load_rows<kSource>(
+        p.x, lane,
+        [&](int i) { return key(i) < p.x.seqlen ? p.x.offset(batch, key(i), head) : kNoRow; },
+        rows);
     float values[4][8];
     ATTN8_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      key[i] = static_cast<int>(packed_key(first_position + i));
-      ATTN8_UNROLL
-      for (int c = 0; c < 8; ++c) values[i][c] = 0;
-      if (key[i] < p.x.seqlen && lane * 8 < p.x.head_dim) {
-        load8<kSource>(p.x, p.x.offset(batch, key[i], head), lane, values[i]);
-      }
-    }
+    for (int i = 0; i < 4; ++i) rows[i].widen(values[i]);
     float scale[8];
     float inverse[8];
     if constexpr (kPerToken) {
+      uint32_t magnitude[4] = {};
       ATTN8_UNROLL
       for (int i = 0; i < 4; ++i) {
-        scale[i] = token_scale(p, batch, head, key[i], lane, values[i], largest);
+        ATTN8_UNROLL
+        for (int c = 0; c < 8; ++c) {
+          magnitude[i] = larger(magnitude[i], magnitude_bits(values[i][c]));
+        }
+      }
+      ATTN8_UNROLL
+      for (int mask = 1; mask < kLanes; mask *= 2) {
+        ATTN8_UNROLL
+        for (int i = 0; i < 4; ++i) {
+          magnitude[i] = larger(magnitude[i], ptx::shfl_xor(magnitude[i], mask));
+        }
+      }
+      const VisibleTokens::Range visible = p.visible.of(batch);
+      ATTN8_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        scale[i] = token_scale(p, visible, batch, head, key(i), lane, magnitude[i], largest);
       }
     } else if constexpr (kSource != Source::kCodes) {
       const float* channels =
@@ -108,6 +124,11 @@ struct PackV {
       for (int i = 0; i < (kPerToken ? 4 : 8); ++i) inverse[i] = reciprocal(scale[i]);
     }
     if (lane * 8 >= kPackedDim) return;
+    uint32_t finite = 0;  // of each key's byte
+    if constexpr (kPerToken && kSource != Source::kCodes) {
+      ATTN8_UNROLL
+      for (int i = 0; i < 4; ++i) finite |= scale[i] == scale[i] ? 0xFFu << 8 * i : 0;
+    }
     ATTN8_UNROLL
     for (int c = 0; c < 8; ++c) {
       uint32_t code[4];
@@ -116,37 +137,37 @@ struct PackV {
         if constexpr (kSource == Source::kCodes) {
           code[i] = static_cast<uint32_t>(static_cast<int>(values[i][c]));
         } else {
-          code[i] = code_bits(values[i][c], scale[kPerToken ? i : c], inverse[kPerToken ? i : c]);
+          code[i] =
+              rounded_bits(values[i][c], scale[kPerToken ? i : c], inverse[kPerToken ? i : c]);
         }
+      }
+      uint32_t four = pack_bytes(code[0], code[1], code[2], code[3]);
+      if constexpr (kSource != Source::kCodes) {
+        four = kPerToken ? four & finite : scale[c] == scale[c] ? four : 0;
       }
       const int channel = lane * 8 + c;
       ptx::st_shared<uint32_t>(shared + (channel * kWords + swizzled_word(channel, word)) * 4,
-                               pack_bytes(code[0], code[1], code[2], code[3]));
+                               four);
     }
   }
 
-  /// Scale to quantize a key with; writes the one that FoldV reads, which is 0 where all codes are,
-  /// and keeps the largest of those a query sees. Collective over the kLanes threads of the key.
-  static ATTN8_DEVICE float token_scale(const PackVParams& p, int batch, int head, int key,
-                                        int lane, const float (&values)[8], float& largest) {
-    uint32_t magnitude = 0;
-    ATTN8_UNROLL
-    for (int c = 0; c < 8; ++c) magnitude = larger(magnitude, magnitude_bits(values[c]));
-    ATTN8_UNROLL
-    for (int mask = 1; mask < kLanes; mask *= 2) {
-      magnitude = larger(magnitude, ptx::shfl_xor(magnitude, mask));
-    }
+  /// Scale to quantize a key with, from the largest magnitude_bits() of its channels; writes the
+  /// one that FoldV reads, which is 0 where all codes are, and keeps the largest of those a query
+  /// sees.
+  static ATTN8_DEVICE float token_scale(const PackVParams& p, const VisibleTokens::Range& visible,
+                                        int batch, int head, int key, int lane, uint32_t magnitude,
+                                        float& largest) {
     const float scale = group_scale(magnitude);
     float known = scale;
     if constexpr (kSource == Source::kCodes) {
       known = key < p.x.seqlen ? p.x.token_scale(batch, key, head) : 0.0f;
     }
-    // A token of zeros, or with a scale too small for a float, has codes 0 throughout.
-    if (magnitude == 0 ||
-        (kSource != Source::kCodes && scale == 1.0f && ptx::as_float(magnitude) < 0.5f)) {
-      if (known == known) known = 0;
+    // A token of zeros, or with a scale too small for a float (it is 1), has codes 0 throughout.
+    if constexpr (kSource == Source::kCodes) {
+      if (magnitude == 0 && known == known) known = 0;
+    } else if (scale == 1.0f && ptx::as_float(magnitude) < 0.5f) {
+      known = 0;
     }
-    const VisibleTokens::Range visible = p.visible.of(batch);
     if (key >= visible.first && key < visible.last) largest = ptx::max(largest, known);
     if (lane == 0) {
       ptx::st_global(p.token_scale + static_cast<int64_t>(ptx::block_y()) * p.rows + key, known);

@@ -6,8 +6,7 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "params.hpp"
-#include "ptx.hpp"
+#include "source_tensor.hpp"
 
 /// From float tensors (or codes that were quantized before) to the packed form of params.hpp, the
 /// rules of docs/numerics.md. Memory-bound: 16-byte loads where strides allow them, several in
@@ -17,103 +16,6 @@
 /// Order of launches: ChannelStatistics and FinishStatistics of K (mean) and V (scales), then
 /// QuantizeRows of K and Q, PackV and FoldV (pack_v.hpp).
 namespace attn8::cuda {
-
-/// A [batch, seqlen, nheads, head_dim] tensor on the device, any strides.
-struct SourceTensor {
-  const void* data;
-  int64_t stride_batch, stride_row, stride_head, stride_channel;  // elements
-  bool vectors;  // channels contiguous, rows at multiples of 8 elements from a 16-byte aligned
-                 // start, head_dim a multiple of 8
-  const float* scale;  // of codes: one per token; else nullptr
-  int64_t scale_stride_batch, scale_stride_row, scale_stride_head;
-  int seqlen, nheads, head_dim;
-
-  ATTN8_DEVICE int64_t offset(int batch, int row, int head) const {
-    return batch * stride_batch + row * stride_row + head * stride_head;
-  }
-  ATTN8_DEVICE float token_scale(int batch, int row, int head) const {
-    return ptx::ld_global(scale + batch * scale_stride_batch + row * scale_stride_row +
-                          head * scale_stride_head);
-  }
-};
-
-/// What a source holds.
-enum class Source : int32_t { kFloat32, kFloat16, kBFloat16, kCodes };
-
-template <Source kSource>
-ATTN8_DEVICE void widen_pair(uint32_t bits, float& low, float& high) {
-  if constexpr (kSource == Source::kFloat16) {
-    low = ptx::half_to_float(bits & 0xFFFF);
-    high = ptx::half_to_float(bits >> 16);
-  } else {
-    low = ptx::bfloat16_to_float(bits & 0xFFFF);
-    high = ptx::as_float(bits & 0xFFFF0000u);
-  }
-}
-
-ATTN8_DEVICE float signed_byte(uint32_t word, int index) {
-  return static_cast<float>(static_cast<int8_t>(word >> 8 * index));
-}
-
-/// Eight floats, 16-byte aligned.
-ATTN8_DEVICE void load_floats(const float* source, float (&values)[8]) {
-  ATTN8_UNROLL
-  for (int i = 0; i < 2; ++i) {
-    const float4 part = ptx::ld_global(reinterpret_cast<const float4*>(source) + i);
-    values[4 * i] = part.x;
-    values[4 * i + 1] = part.y;
-    values[4 * i + 2] = part.z;
-    values[4 * i + 3] = part.w;
-  }
-}
-
-/// The element at `offset` as a float.
-template <Source kSource>
-ATTN8_DEVICE float load_element(const SourceTensor& x, int64_t offset) {
-  if constexpr (kSource == Source::kFloat32) {
-    return ptx::ld_global(static_cast<const float*>(x.data) + offset);
-  } else if constexpr (kSource == Source::kCodes) {
-    return static_cast<float>(ptx::ld_global(static_cast<const int8_t*>(x.data) + offset));
-  } else {
-    const uint32_t bits = ptx::ld_global(static_cast<const uint16_t*>(x.data) + offset);
-    return kSource == Source::kFloat16 ? ptx::half_to_float(bits) : ptx::bfloat16_to_float(bits);
-  }
-}
-
-/// Channels [8 lane, 8 lane + 8) of the row at `offset`, as floats (codes as integers); zeros past
-/// head_dim.
-template <Source kSource>
-ATTN8_DEVICE void load8(const SourceTensor& x, int64_t offset, int lane, float (&values)[8]) {
-  if (!x.vectors) {
-    ATTN8_UNROLL
-    for (int c = 0; c < 8; ++c) {
-      const int channel = lane * 8 + c;
-      values[c] = channel < x.head_dim
-                      ? load_element<kSource>(x, offset + channel * x.stride_channel)
-                      : 0.0f;
-    }
-    return;
-  }
-  offset += lane * 8;
-  if constexpr (kSource == Source::kFloat32) {
-    load_floats(static_cast<const float*>(x.data) + offset, values);
-  } else if constexpr (kSource == Source::kCodes) {
-    const uint2 bits =
-        ptx::ld_global(reinterpret_cast<const uint2*>(static_cast<const int8_t*>(x.data) + offset));
-    ATTN8_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      values[i] = signed_byte(bits.x, i);
-      values[4 + i] = signed_byte(bits.y, i);
-    }
-  } else {
-    const uint4 bits = ptx::ld_global(
-        reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(x.data) + offset));
-    widen_pair<kSource>(bits.x, values[0], values[1]);
-    widen_pair<kSource>(bits.y, values[2], values[3]);
-    widen_pair<kSource>(bits.z, values[4], values[5]);
-    widen_pair<kSource>(bits.w, values[6], values[7]);
-  }
-}
 
 /// |x| in a form whose unsigned maximum keeps a NaN or an infinity.
 ATTN8_DEVICE uint32_t magnitude_bits(float x) { return ptx::as_uint(x) & 0x7FFFFFFFu; }
@@ -142,11 +44,15 @@ ATTN8_DEVICE float group_scale(uint32_t magnitude) {
   return scale < FLT_MIN ? 1.0f : scale;
 }
 
-/// round-half-even(x / scale) in the low byte, two's complement; 0 for a scale of NaN. `inverse` is
-/// reciprocal(scale).
-ATTN8_DEVICE uint32_t code_bits(float x, float scale, float inverse) {
+/// round-half-even(x / scale) in the low byte, two's complement; anything for a scale of NaN.
+/// `inverse` is reciprocal(scale).
+ATTN8_DEVICE uint32_t rounded_bits(float x, float scale, float inverse) {
   const float magic = 12582912.0f;  // 1.5 * 2^23: the sum's last bit is worth 1
-  return scale == scale ? ptx::as_uint(ptx::add(divide(x, scale, inverse), magic)) : 0;
+  return ptx::as_uint(ptx::add(divide(x, scale, inverse), magic));
+}
+/// The same; 0 for a scale of NaN.
+ATTN8_DEVICE uint32_t code_bits(float x, float scale, float inverse) {
+  return scale == scale ? rounded_bits(x, scale, inverse) : 0;
 }
 
 ATTN8_DEVICE uint32_t pack_bytes(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
@@ -204,6 +110,7 @@ struct ChannelStatistics {
   using Partial = std::conditional_t<kStatistic == Statistic::kSum, double, uint32_t>;
   static constexpr int kThreads = 256;
   static constexpr int kChunk = 256;
+  static constexpr int kInFlight = 4;  // rows of a thread
   static constexpr uint32_t kSharedBytes = kThreads * 8 * sizeof(Partial);
 
   static ATTN8_DEVICE Partial combine(Partial a, Partial b) {
@@ -227,24 +134,24 @@ struct ChannelStatistics {
 
     Partial sums[8] = {};
     if (slot < tokens && lane * 8 < p.x.head_dim) {
-      for (int row = begin + slot; row < end; row += 4 * tokens) {
-        float values[4][8];
+      for (int row = begin + slot; row < end; row += kInFlight * tokens) {
+        EightChannels<kSource> rows[kInFlight];
+        load_rows<kSource>(
+            p.x, lane,
+            [&](int u) {
+              return row + u * tokens < end ? p.x.offset(batch, row + u * tokens, head) : kNoRow;
+            },
+            rows);
         ATTN8_UNROLL
-        for (int u = 0; u < 4; ++u) {
-          ATTN8_UNROLL
-          for (int i = 0; i < 8; ++i) values[u][i] = 0;
-          if (row + u * tokens < end) {
-            load8<kSource>(p.x, p.x.offset(batch, row + u * tokens, head), lane, values[u]);
-          }
-        }
-        ATTN8_UNROLL
-        for (int u = 0; u < 4; ++u) {
+        for (int u = 0; u < kInFlight; ++u) {
+          float values[8];
+          rows[u].widen(values);
           ATTN8_UNROLL
           for (int i = 0; i < 8; ++i) {
             if constexpr (kStatistic == Statistic::kSum) {
-              sums[i] += static_cast<double>(values[u][i]);
+              sums[i] += static_cast<double>(values[i]);
             } else {
-              sums[i] = larger(sums[i], magnitude_bits(values[u][i]));
+              sums[i] = larger(sums[i], magnitude_bits(values[i]));
             }
           }
         }
@@ -275,28 +182,38 @@ struct ChannelStatistics {
   }
 };
 
-/// One block per batch and head: partial results to the mean or the scales.
+/// One block per batch and head: partial results to the mean or the scales. Threads that share a
+/// channel take turns at the chunks, because the way to memory and back is what takes time.
 template <Statistic kStatistic>
 struct FinishStatistics {
-  static constexpr int kThreads = 256;
-  static constexpr uint32_t kSharedBytes = kThreads * 4;
+  using Chunks = ChannelStatistics<Source::kFloat32, kStatistic>;
+  using Partial = typename Chunks::Partial;
+  static constexpr int kThreads = 1024;
+  static constexpr uint32_t kSharedBytes = kThreads * sizeof(Partial);
 
   static ATTN8_DEVICE void run(const StatisticsParams& p) {
-    using Partial = std::conditional_t<kStatistic == Statistic::kSum, double, uint32_t>;
-    const int channel = ptx::thread_index();
+    const int channel = ptx::thread_index() % p.packed;
+    const int slots = kThreads / p.packed;
+    const int slot = ptx::thread_index() / p.packed;
     const int64_t head = ptx::block_x();
+    const uint32_t shared = ptx::smem_base();
+    const auto address = [shared](int item) {
+      return shared + static_cast<uint32_t>(item) * static_cast<uint32_t>(sizeof(Partial));
+    };
     Partial total = 0;
-    if (channel < p.packed) {
+    if (slot < slots) {
       const Partial* partial =
           static_cast<const Partial*>(p.partial) + head * p.chunks * p.packed + channel;
-      for (int chunk = 0; chunk < p.chunks; ++chunk) {
-        const Partial value = ptx::ld_global(partial + static_cast<int64_t>(chunk) * p.packed);
-        if constexpr (kStatistic == Statistic::kSum) {
-          total += value;
-        } else {
-          total = larger(total, value);
-        }
+      for (int chunk = slot; chunk < p.chunks; chunk += slots) {
+        total = Chunks::combine(total,
+                                ptx::ld_global(partial + static_cast<int64_t>(chunk) * p.packed));
       }
+      ptx::st_shared<Partial>(address(slot * p.packed + channel), total);
+    }
+    ptx::sync_block();
+    total = 0;
+    for (int s = 0; s < slots; ++s) {
+      total = Chunks::combine(total, ptx::ld_shared<Partial>(address(s * p.packed + channel)));
     }
     float result = 0;
     if constexpr (kStatistic == Statistic::kSum) {
@@ -305,16 +222,13 @@ struct FinishStatistics {
       if (magnitude_bits(result) >= kNotFinite) result = 0;
     } else {
       if (p.per_tensor) {
-        const uint32_t shared = ptx::smem_base();
-        ptx::st_shared<uint32_t>(shared + channel * 4, total);
-        ptx::sync_block();
-        for (int c = 0; c < p.packed; ++c) {
-          total = larger(total, ptx::ld_shared<uint32_t>(shared + c * 4));
+        for (int i = 0; i < slots * p.packed; ++i) {
+          total = larger(total, ptx::ld_shared<uint32_t>(address(i)));
         }
       }
       result = group_scale(total);
     }
-    if (channel < p.packed) ptx::st_global(p.result + head * p.packed + channel, result);
+    if (slot == 0) ptx::st_global(p.result + head * p.packed + channel, result);
   }
 };
 
@@ -333,6 +247,9 @@ struct RowsParams {
   float* lse_shift;  ///< Q: [batch * nheads][rows] or nullptr
   float softmax_scale;
   int group;  ///< Q: heads that share an image, rows interleaved (see AttendParams); else 1
+  /// The last of batch * nheads, to begin with it: what made the mean of K has just left that end
+  /// in the cache. 0: begin with the first.
+  int last_image;
   /// Q of a ragged batch: [batch + 1]; `x` is a batch of one, an image has all its sequences.
   const int* cu_seqlens;
   /// Q over a cache: the mean of sequence b is that of page mean_pages[b * mean_pages_stride], and
@@ -342,66 +259,92 @@ struct RowsParams {
   const int* bad;
 };
 
-/// One row of kRowBytes codes per kRowBytes / 8 threads.
+/// kRowBytes / 8 threads share a row of codes, and each has kRows rows: where a row comes from and
+/// goes to costs more instructions than its quantization.
 template <Source kSource, int kRowBytes, bool kQuery>
 struct QuantizeRows {
   static constexpr int kThreads = 256;
   static constexpr int kLanes = kRowBytes / 8;
-  static constexpr int kBlockTokens = kThreads / kLanes;
+  static constexpr int kSlots = kThreads / kLanes;
+  static constexpr int kRows = 4;
+  static constexpr int kBlockTokens = kSlots * kRows;
   static constexpr uint32_t kSharedBytes = 0;
 
   static ATTN8_DEVICE void run(const RowsParams& p) {
     const int lane = ptx::thread_index() % kLanes;
-    const int head = ptx::block_y() % p.x.nheads;
-    const int batch = ptx::block_y() / p.x.nheads;
-    const int row = ptx::block_x() * kBlockTokens + ptx::thread_index() / kLanes;
-    Place place = {batch, row, row < p.x.seqlen, ptx::block_y() / p.group,
-                   static_cast<int64_t>(row) * p.group + ptx::block_y() % p.group};
-    bool stored = place.image_row < p.rows;
+    const int image_y = p.last_image > 0 ? p.last_image - ptx::block_y() : ptx::block_y();
+    const int head = image_y % p.x.nheads;
+    const int batch = image_y / p.x.nheads;
+    const int first_row = ptx::block_x() * kBlockTokens;
+    const int row = first_row + ptx::thread_index() / kLanes;
+
+    const int group = kQuery ? p.group : 1;
+    const int member = image_y % group;
+    Place place = {batch,           0,     p.x.seqlen, (p.rows - member + group - 1) / group,
+                   image_y / group, member};
     if constexpr (kQuery) {
       if (p.cu_seqlens != nullptr) {
         const int first = ptx::ld_global(p.cu_seqlens + batch);
-        place = {0, first + row, row < ptx::ld_global(p.cu_seqlens + batch + 1) - first,
-                 head / p.group,
-                 ragged_row(static_cast<int64_t>(first) * p.group, batch) +
-                     static_cast<int64_t>(row) * p.group + head % p.group};
-        stored = place.inside;
+        const int count = ptx::ld_global(p.cu_seqlens + batch + 1) - first;
+        place = {0,
+                 first,
+                 count,
+                 count,
+                 head / group,
+                 ragged_row(static_cast<int64_t>(first) * group, batch) + head % group};
       }
     }
 
-    float values[8] = {};
+    const int64_t offset = p.x.offset(place.batch, place.first_token + row, head);
+    EightChannels<kSource> rows[kRows];
+    load_rows<kSource>(
+        p.x, lane,
+        [&](int i) {
+          return row + i * kSlots < place.count ? offset + i * (kSlots * p.x.stride_row) : kNoRow;
+        },
+        rows);
     float mean[8] = {};
-    if (lane * 8 < p.x.head_dim) {
-      if (place.inside) {
-        load8<kSource>(p.x, p.x.offset(place.batch, place.token, head), lane, values);
+    if (p.mean != nullptr && lane * 8 < p.x.head_dim) {
+      int64_t mean_head = image_y / p.heads_per_mean;
+      if (kQuery && p.mean_pages != nullptr) {
+        const int64_t page = ptx::ld_global(p.mean_pages + batch * p.mean_pages_stride);
+        mean_head = page * (p.x.nheads / p.heads_per_mean) + head / p.heads_per_mean;
       }
-      if (p.mean != nullptr) {
-        int64_t mean_head = ptx::block_y() / p.heads_per_mean;
-        if (kQuery && p.mean_pages != nullptr) {
-          const int64_t page = ptx::ld_global(p.mean_pages + batch * p.mean_pages_stride);
-          mean_head = page * (p.x.nheads / p.heads_per_mean) + head / p.heads_per_mean;
-        }
-        load_floats(p.mean + mean_head * p.mean_channels + lane * 8, mean);
-      }
+      load_floats(p.mean + mean_head * p.mean_channels + lane * 8, mean);
     }
-    quantize_row(p, values, mean, place, stored, batch, head, lane);
+    // Rows of an image that are a multiple of 8 apart are swizzled alike.
+    static_assert(kSlots % 8 == 0);
+    constexpr int kSpan = kRowBytes < 128 ? kRowBytes : 128;
+    const int64_t image_row = place.first_image_row + static_cast<int64_t>(row) * group;
+    int8_t* codes = p.codes + place.image * p.rows * kRowBytes +
+                    packed_row_offset(p.rows, kRowBytes, image_row, lane * 8);
+    const int64_t step = static_cast<int64_t>(kSlots) * group;
+    ATTN8_UNROLL
+    for (int i = 0; i < kRows; ++i) {
+      // A block leaves as one: the lanes of a row add up its statistics.
+      if (first_row + i * kSlots >= place.stored) return;
+      float values[8];
+      rows[i].widen(values);
+      quantize_row(p, values, mean, place, row + i * kSlots, image_row + i * step,
+                   codes + i * step * kSpan, batch, head, lane);
+    }
   }
 
-  /// Where a row comes from and goes to.
+  /// Where the rows of a block come from and go to.
   struct Place {
-    int batch, token;  // of the source
-    bool inside;       // whether there is such a row
-    int64_t image, image_row;
+    int batch, first_token, count;  // of the source
+    int stored;                     // rows that are written
+    int64_t image, first_image_row;
   };
 
   static ATTN8_DEVICE void quantize_row(const RowsParams& p, float (&x)[8], const float (&mean)[8],
-                                        const Place& place, bool stored, int batch, int head,
-                                        int lane) {
-    const bool inside = place.inside;
+                                        const Place& place, int row, int64_t image_row,
+                                        int8_t* codes, int batch, int head, int lane) {
+    const bool inside = row < place.count;
     float scale = 0;
     float shift = 0;
     if constexpr (kSource == Source::kCodes) {
-      if (inside) scale = p.x.token_scale(place.batch, place.token, head);
+      if (inside) scale = p.x.token_scale(place.batch, place.first_token + row, head);
     } else {
       uint32_t magnitude = 0;
       ATTN8_UNROLL
@@ -431,27 +374,24 @@ struct QuantizeRows {
     ATTN8_UNROLL
     for (int i = 0; i < 8; ++i) {
       code[i] = kSource == Source::kCodes ? static_cast<uint32_t>(static_cast<int>(x[i]))
-                                          : code_bits(x[i], scale, inverse);
+                                          : rounded_bits(x[i], scale, inverse);
     }
-    if (!stored) return;
-    const int64_t image = place.image;
-    const int64_t image_row = place.image_row;
-    ptx::st_global(
-        reinterpret_cast<uint2*>(p.codes + image * p.rows * kRowBytes +
-                                 packed_row_offset(p.rows, kRowBytes, image_row, lane * 8)),
-        uint2{pack_bytes(code[0], code[1], code[2], code[3]),
-              pack_bytes(code[4], code[5], code[6], code[7])});
+    if (row >= place.stored) return;
+    uint2 words = {pack_bytes(code[0], code[1], code[2], code[3]),
+                   pack_bytes(code[4], code[5], code[6], code[7])};
+    if (kSource != Source::kCodes && scale != scale) words = {0, 0};
+    ptx::st_global(reinterpret_cast<uint2*>(codes), words);
     if (lane != 0) return;
     if (!inside) scale = 0;
     if constexpr (kQuery) {
       if (p.bad != nullptr && ptx::ld_global(p.bad + batch) != 0) {
         scale = ptx::as_float(0x7FC00000u);
       }
-      const int64_t head_row = image * p.rows + image_row;
+      const int64_t head_row = place.image * p.rows + image_row;
       ptx::st_global(p.q_scale + head_row, scale);
       if (p.lse_shift != nullptr) ptx::st_global(p.lse_shift + head_row, shift * p.softmax_scale);
     } else {
-      const int64_t constants = static_cast<int64_t>(ptx::block_y()) * p.rows * 2;
+      const int64_t constants = place.image * p.rows * 2;
       ptx::st_global(p.key_constants + constants + key_constant_offset(image_row, 0), scale);
     }
   }
