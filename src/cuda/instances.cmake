@@ -90,8 +90,12 @@ foreach(kernel Folded.Plain Plain.Plain Paper.Plain Folded.Softcap Folded.Biased
   # Head dim 64 leaves room for two blocks per multiprocessor.
   attn8_cuda_instance(sm80 ${weights} ${scores} 64 "AttendSm80<64, ${kv_block}, 4" 2)
   foreach(head_dim ${dims})
+    set(warps 8)
+    if(head_dim EQUAL 256 AND NOT ${scores} STREQUAL Plain AND NOT ${weights} STREQUAL Half)
+      set(warps 4)  # eight and what they keep of their rows are more than sm_80 has for a block
+    endif()
     attn8_cuda_instance(sm80 ${weights} ${scores} ${head_dim}
-                        "AttendSm80<${head_dim}, ${kv_block}, 8" 1)
+                        "AttendSm80<${head_dim}, ${kv_block}, ${warps}" 1)
   endforeach()
   if(has_sm90)
     foreach(head_dim 64 ${dims})
