@@ -167,18 +167,22 @@ void decode(benchmark::State& state, attn8::Isa isa) {
   state.counters["ratio"] = median(ratios);
 }
 
-/// A decode step of 32 sequences of 17 to 8192 tokens, with a cache of its own.
+constexpr size_t kSequences = 32;
+
+/// Length of a sequence of a ragged batch: 17 to 8192 tokens, each by the same factor longer.
+int64_t ragged_length(size_t sequence) {
+  const double share = static_cast<double>(sequence) / (kSequences - 1);
+  return std::llround(17 * std::pow(8192.0 / 17, share));
+}
+
+/// A decode step of such a batch, with a cache of its own.
 class RaggedStep {
  public:
-  static constexpr size_t kSequences = 32;
-
   RaggedStep()
       : cache_(attn8::KvCache::make({.nheads_k = kHeadsK, .head_dim = kHeadDim, .max_pages = 1024})
                    .value()) {
     for (size_t i = 0; i < kSequences; ++i) {
-      const double share = static_cast<double>(i) / (kSequences - 1);
-      const auto length = static_cast<int64_t>(std::llround(17 * std::pow(8192.0 / 17, share)));
-      const Extents shape = {1, length, kHeadsK, kHeadDim};
+      const Extents shape = {1, ragged_length(i), kHeadsK, kHeadDim};
       const std::vector<float> k = normal_tensor(shape, 2);
       const attn8::ConstTensorView view = attn8::bshd(k.data(), DType::kFloat32, shape);
       sequences_.push_back(cache_.create().value());
@@ -267,6 +271,107 @@ void ragged(benchmark::State& state, attn8::Isa isa) {
   state.counters["shared"] = median(shared);
 }
 
+/// The prompts of such a batch, packed one after the other.
+class RaggedPrompts {
+ public:
+  RaggedPrompts() {
+    for (size_t i = 0; i < kSequences; ++i) {
+      starts_.push_back(starts_.back() + static_cast<int32_t>(ragged_length(i)));
+    }
+    const int64_t total = starts_.back();
+    q_ = normal_tensor({1, total, kHeadsQ, kHeadDim}, 1);
+    k_ = normal_tensor({1, total, kHeadsK, kHeadDim}, 2);
+    out_.resize(q_.size());
+  }
+  RaggedPrompts(const RaggedPrompts&) = delete;
+  RaggedPrompts& operator=(const RaggedPrompts&) = delete;
+  ~RaggedPrompts() { ::operator delete(workspace_, kWorkspaceAlignment); }
+
+  /// All prompts in one call. Both return seconds.
+  double together(const attn8::Context& context) {
+    const Extents numbers = {std::ssize(starts_), 1, 1, 1};
+    attn8::AttentionInputs inputs = part(0, starts_.back());
+    inputs.cu_seqlens_q = attn8::bshd(starts_.data(), DType::kInt32, numbers);
+    inputs.cu_seqlens_k = inputs.cu_seqlens_q;
+    return run(inputs, 0, starts_.back(), context);
+  }
+  /// A call for each.
+  double separate(const attn8::Context& context) {
+    double sum = 0;
+    for (size_t i = 0; i < kSequences; ++i) {
+      sum += run(part(starts_[i], starts_[i + 1]), starts_[i], starts_[i + 1], context);
+    }
+    return sum;
+  }
+  [[nodiscard]] const attn8::Status& status() const { return status_; }
+
+ private:
+  static constexpr int64_t kHeadsQ = 4;
+  static constexpr int64_t kHeadsK = 2;
+  static constexpr int64_t kHeadDim = 128;
+
+  /// Prompts of the tokens [first, last).
+  attn8::AttentionInputs part(int64_t first, int64_t last) {
+    const attn8::ConstTensorView k =
+        attn8::bshd(k_.data() + first * kHeadsK * kHeadDim, DType::kFloat32,
+                    {1, last - first, kHeadsK, kHeadDim});
+    return {
+        attn8::ConstTensorView(attn8::bshd(q_.data() + first * kHeadsQ * kHeadDim, DType::kFloat32,
+                                           {1, last - first, kHeadsQ, kHeadDim})),
+        k, k};
+  }
+
+  double run(const attn8::AttentionInputs& inputs, int64_t first, int64_t last,
+             const attn8::Context& context) {
+    const attn8::AttentionOutputs outputs = {attn8::bshd(out_.data() + first * kHeadsQ * kHeadDim,
+                                                         DType::kFloat32,
+                                                         {1, last - first, kHeadsQ, kHeadDim})};
+    const attn8::AttentionOptions options = {.mask = {.causal = true}};
+    const auto plan = attn8::AttentionPlan::make(inputs, outputs, options, context);
+    if (!plan.ok()) {
+      status_ = plan.status();
+      return 0;
+    }
+    const size_t bytes = plan.value().workspace_bytes();
+    if (bytes > bytes_) {
+      ::operator delete(workspace_, kWorkspaceAlignment);
+      bytes_ = bytes;
+      workspace_ = static_cast<std::byte*>(::operator new(bytes, kWorkspaceAlignment));
+      std::fill_n(workspace_, bytes, std::byte{0});  // the system has given the memory
+    }
+    const auto start = std::chrono::steady_clock::now();
+    attn8::Status status = plan.value().run(inputs, outputs, {workspace_, bytes});
+    const double seconds = seconds_since(start);
+    if (status_.ok()) status_ = std::move(status);
+    return seconds;
+  }
+
+  std::vector<int32_t> starts_ = {0};
+  std::vector<float> q_, k_, out_;
+  std::byte* workspace_ = nullptr;
+  size_t bytes_ = 0;
+  attn8::Status status_;
+};
+
+/// As `ragged`, of causal prompts with their quantization.
+void ragged_prompts(benchmark::State& state, attn8::Isa isa) {
+  RaggedPrompts prompts;
+  const attn8::Context one = attn8::Context::with_isa(isa, 1);
+  const attn8::Context two = attn8::Context::with_isa(isa, 2);
+  std::vector<double> separate;
+  std::vector<double> ratios;
+  prompts.together(two);  // grows the workspace
+  for (auto _ : state) {
+    const double together = prompts.together(two);
+    state.SetIterationTime(together);
+    separate.push_back(prompts.separate(one) * 1e3);
+    ratios.push_back(together * 1e3 / (separate.back() / 2));
+  }
+  if (!prompts.status().ok()) state.SkipWithError(prompts.status().message().c_str());
+  state.counters["separate_ms"] = median(separate);
+  state.counters["ratio"] = median(ratios);
+}
+
 /// Appends to a sequence of a cache, from a page boundary on: one token, or a prompt with its mean.
 void append(benchmark::State& state, attn8::Isa isa) {
   const int64_t tokens = state.range(0);
@@ -311,6 +416,10 @@ void register_all() {
     benchmark::RegisterBenchmark(("ragged" + suffix).c_str(), ragged, isa)
         ->UseManualTime()
         ->Unit(benchmark::kMicrosecond);
+    benchmark::RegisterBenchmark(("ragged_prompts" + suffix).c_str(), ragged_prompts, isa)
+        ->UseManualTime()
+        ->Iterations(5)
+        ->Unit(benchmark::kMillisecond);
     benchmark::RegisterBenchmark(("append_token" + suffix).c_str(), append, isa)
         ->Arg(1)
         ->Unit(benchmark::kMicrosecond);

@@ -407,13 +407,13 @@ TensorView packed_lse(const Array& array, int64_t first, int64_t last) {
   return view;
 }
 
-std::vector<int64_t> to_starts(nb::handle object, const char* name, size_t total) {
+std::vector<int32_t> to_starts(nb::handle object, const char* name, size_t total) {
   const Array array = import_array(object, name, 1, false);
   if (array.dtype != DType::kInt32) raise_type_error(name, describe(object), "dtype int32");
   if (array.device.type != DeviceType::kCpu) raise_value_error(name, "device cuda", "the CPU");
   const size_t count = array.handle.shape(0);
   if (count == 0) raise_value_error(name, "no element", "batch + 1 of them");
-  std::vector<int64_t> starts(count);
+  std::vector<int32_t> starts(count);
   for (size_t i = 0; i < count; ++i) {
     starts[i] =
         static_cast<const int32_t*>(array.data)[static_cast<int64_t>(i) * array.handle.stride(0)];
@@ -422,7 +422,7 @@ std::vector<int64_t> to_starts(nb::handle object, const char* name, size_t total
                         "numbers from 0 that do not fall");
     }
   }
-  if (starts.front() != 0 || starts.back() != static_cast<int64_t>(total)) {
+  if (starts.front() != 0 || static_cast<size_t>(starts.back()) != total) {
     raise_value_error(name, std::to_string(starts.front()) + " to " + std::to_string(starts.back()),
                       "0 to " + std::to_string(total) + ", the number of tokens");
   }

@@ -84,7 +84,7 @@ TensorView sequence(const Array& array, int64_t first, int64_t last);
 /// The same of its LSE [nheads_q, total].
 TensorView packed_lse(const Array& array, int64_t first, int64_t last);
 /// Starts of the sequences of a packed array, int32 [batch + 1]: from 0 to `total`, not falling.
-std::vector<int64_t> to_starts(nb::handle object, const char* name, size_t total);
+std::vector<int32_t> to_starts(nb::handle object, const char* name, size_t total);
 
 /// Which keys a query sees.
 Mask to_mask(nb::handle causal, nb::handle align, nb::handle window_size);

@@ -77,16 +77,6 @@ double attention_seconds(nb::handle q, nb::handle k, nb::handle v, nb::handle ou
   return shortest;
 }
 
-/// Row `i` of slopes [batch or 1, 1, nheads_q, 1].
-ConstTensorView row(ConstTensorView slopes, size_t i) {
-  if (slopes.shape[0] > 1) {
-    slopes.data =
-        static_cast<const float*>(slopes.data) + static_cast<int64_t>(i) * slopes.strides[0];
-  }
-  slopes.shape[0] = 1;
-  return slopes;
-}
-
 void attention_varlen(nb::handle q, nb::handle k, nb::handle v, nb::handle out, nb::handle lse,
                       nb::handle cu_seqlens_q, nb::handle cu_seqlens_k, nb::handle mode,
                       nb::handle softmax_scale, nb::handle causal, nb::handle align,
@@ -110,11 +100,15 @@ void attention_varlen(nb::handle q, nb::handle k, nb::handle v, nb::handle out, 
     raise_value_error("out", std::to_string(out_array.handle.shape(0)) + " tokens",
                       std::to_string(read[0].handle.shape(0)) + ", as q");
   }
-  AttentionInputs changed;  // slopes and sinks, the same for every sequence or one row for each
+  const auto whole = [](const Array& array) {
+    return sequence(array, 0, static_cast<int64_t>(array.handle.shape(0)));
+  };
+  AttentionInputs inputs{whole(read[0]), whole(read[1]), whole(read[2])};
   Arrays changes_kept;
-  add_changes(changes, changed, options, changes_kept);
+  add_changes(changes, inputs, options, changes_kept);
   const auto tokens = static_cast<int64_t>(read[0].handle.shape(0));
-  check_apart(sequence(out_array, 0, tokens), "out", read);
+  AttentionOutputs outputs{whole(out_array), std::nullopt};
+  check_apart(outputs.out, "out", read);
   std::optional<Array> lse_array;
   if (!lse.is_none()) {
     lse_array = import_array(lse, "lse", 2, true);
@@ -122,33 +116,23 @@ void attention_varlen(nb::handle q, nb::handle k, nb::handle v, nb::handle out, 
       raise_value_error("lse", std::to_string(lse_array->handle.shape(1)) + " tokens",
                         std::to_string(read[0].handle.shape(0)) + ", as q");
     }
+    outputs.lse = packed_lse(*lse_array, 0, tokens);
   }
-  const std::vector<int64_t> q_starts =
+  const std::vector<int32_t> q_starts =
       to_starts(cu_seqlens_q, "cu_seqlens_q", read[0].handle.shape(0));
-  const std::vector<int64_t> k_starts =
+  const std::vector<int32_t> k_starts =
       to_starts(cu_seqlens_k, "cu_seqlens_k", read[1].handle.shape(0));
   if (q_starts.size() != k_starts.size()) {
     raise_value_error("cu_seqlens_k", std::to_string(k_starts.size()) + " numbers",
                       std::to_string(q_starts.size()) + ", as cu_seqlens_q");
   }
+  const Extents numbers = {std::ssize(q_starts), 1, 1, 1};
+  inputs.cu_seqlens_q = bshd(q_starts.data(), DType::kInt32, numbers);
+  inputs.cu_seqlens_k = bshd(k_starts.data(), DType::kInt32, numbers);
   Status status;
   {
     const nb::gil_scoped_release release;
-    for (size_t i = 0; i + 1 < q_starts.size() && status.ok(); ++i) {
-      const auto part = [&](const Array& array, const std::vector<int64_t>& starts) {
-        return sequence(array, starts[i], starts[i + 1]);
-      };
-      AttentionOutputs outputs{part(out_array, q_starts), std::nullopt};
-      if (lse_array.has_value()) {
-        outputs.lse = packed_lse(*lse_array, q_starts[i], q_starts[i + 1]);
-      }
-      AttentionInputs inputs = changed;
-      inputs.q = part(read[0], q_starts);
-      inputs.k = part(read[1], k_starts);
-      inputs.v = part(read[2], k_starts);
-      if (changed.alibi_slopes.has_value()) inputs.alibi_slopes = row(*changed.alibi_slopes, i);
-      status = attn8::attention(inputs, outputs, options, context);
-    }
+    status = attn8::attention(inputs, outputs, options, context);
   }
   check(status);
 }

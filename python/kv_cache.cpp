@@ -78,13 +78,7 @@ void append(KvCache& cache, nb::handle sequence, nb::handle k, nb::handle v, nb:
 
 /// Starts of the queries of each sequence; None: the same number for each.
 std::vector<int32_t> query_starts(nb::handle cu_seqlens_q, size_t total, size_t sequences) {
-  std::vector<int32_t> starts;
-  if (!cu_seqlens_q.is_none()) {
-    for (const int64_t start : to_starts(cu_seqlens_q, "cu_seqlens_q", total)) {
-      starts.push_back(static_cast<int32_t>(start));
-    }
-    return starts;
-  }
+  if (!cu_seqlens_q.is_none()) return to_starts(cu_seqlens_q, "cu_seqlens_q", total);
   if (sequences == 0 ? total != 0 : total % sequences != 0) {
     raise_value_error("q", std::to_string(total) + " tokens",
                       "a multiple of " + std::to_string(sequences) +
@@ -93,6 +87,7 @@ std::vector<int32_t> query_starts(nb::handle cu_seqlens_q, size_t total, size_t 
   if (total > static_cast<size_t>(std::numeric_limits<int32_t>::max())) {
     raise_value_error("q", std::to_string(total) + " tokens", "fewer than 2^31");
   }
+  std::vector<int32_t> starts;
   for (size_t i = 0; i <= sequences; ++i) {
     starts.push_back(static_cast<int32_t>(sequences == 0 ? 0 : total / sequences * i));
   }

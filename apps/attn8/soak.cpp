@@ -299,8 +299,10 @@ class Worker {
   void attend_batch(const std::vector<size_t>& batch, bool check) {
     std::vector<KvSequence> handles;
     std::vector<int32_t> cu_seqlens_q = {0};
+    int64_t longest = 0;
     for (const size_t i : batch) {
       handles.push_back(live_[i].handle);
+      longest = std::max(longest, live_[i].model.length());
       const uint64_t rows = below(8) != 0 ? 1 : below(16);
       cu_seqlens_q.push_back(cu_seqlens_q.back() + static_cast<int32_t>(rows));
     }
@@ -317,9 +319,9 @@ class Worker {
     TensorView q = bshd(q_.data(), DType::kFloat32, shape);
     TensorView out = bshd(out_.data(), DType::kFloat32, shape);
     TensorView lse = bshd(lse_.data(), DType::kFloat32, lse_shape);
-    const bool causal = below(4) != 0;
-    const Status status = shared_.cache.attend(handles, q, cu_seqlens_q, {out, lse},
-                                               {.mask = {.causal = causal}}, Context());
+    const SoakScores scores(random_, total, longest);
+    const Status status =
+        shared_.cache.attend(handles, q, cu_seqlens_q, {out, lse}, scores.options(), Context());
     if (!succeeded("attend", status, 0, 0)) return;
     report_.rows += total;
     for (size_t b = 0; b < batch.size(); ++b) {
@@ -332,15 +334,15 @@ class Worker {
       };
       if (part(q).shape[1] == 0) continue;
       const SoakRatios ratios = compare_with_oracle(live_[batch[b]].model, shared_.tokens, part(q),
-                                                    part(out), part(lse), causal);
+                                                    part(out), part(lse), scores, first);
       ++report_.checks;
       report_.worst_out_ratio = std::max(report_.worst_out_ratio, ratios.out);
       report_.worst_lse_ratio = std::max(report_.worst_lse_ratio, ratios.lse);
       if (ratios.out > 1 || ratios.lse > 1) {
         fail_soak(
-            fmt::format("attend over {} tokens is {:.3g} (out) and {:.3g} (lse) times the "
+            fmt::format("attend ({}) over {} tokens is {:.3g} (out) and {:.3g} (lse) times the "
                         "bound away from the oracle",
-                        live_[batch[b]].model.length(), ratios.out, ratios.lse));
+                        scores.label(), live_[batch[b]].model.length(), ratios.out, ratios.lse));
       }
     }
   }

@@ -4,9 +4,12 @@
 #include <atomic>
 #include <cstdint>
 #include <memory>
+#include <random>
 #include <span>
+#include <string>
 #include <vector>
 
+#include "attn8/kv_cache.hpp"
 #include "attn8/tensor.hpp"
 
 namespace attn8::app {
@@ -62,16 +65,45 @@ class SoakSequence {
   std::vector<SoakPages::Page> held_;
 };
 
+/// What changes the scores of one attend(), and the mode.
+class SoakScores {
+ public:
+  /// rows: of the batch; keys: of its longest sequence.
+  SoakScores(std::mt19937_64& random, int64_t rows, int64_t keys);
+  /// Views into this.
+  [[nodiscard]] KvCacheAttentionOptions options() const;
+  /// Whether row `row` of a batch, query `query` of `queries` of a sequence of `keys`, may see
+  /// `key` as far as the window goes.
+  [[nodiscard]] bool in_window(int64_t query, int64_t queries, int64_t key, int64_t keys) const;
+  /// What attn_mask adds, -inf where it hides; 0 without one.
+  [[nodiscard]] float added(int64_t row, int64_t head, int64_t key) const;
+  [[nodiscard]] bool has_window_or_mask() const;
+  /// What it takes to say which case failed.
+  [[nodiscard]] std::string label() const;
+
+ private:
+  Mode mode_ = Mode::kAccurate;
+  Mask mask_;
+  float softcap_ = 0;
+  std::vector<float> alibi_slopes_, sinks_;
+  DType mask_dtype_ = DType::kFloat32;
+  Extents mask_shape_ = {};
+  std::vector<float> mask_floats_;
+  std::vector<uint8_t> mask_bools_;
+};
+
 /// How far a result is from the oracle, in bounds.
 struct SoakRatios {
   double out = 0;
   double lse = 0;
 };
 
-/// Compares what attend() gave for q [1, rows, nheads_q, head_dim] of one sequence with
-/// reference::emulation over what the model says it holds.
+/// Compares what attend() gave for q [1, rows, nheads_q, head_dim] of one sequence, rows
+/// [first_row, first_row + rows) of its batch, with reference::emulation over what the model says
+/// it holds.
 SoakRatios compare_with_oracle(const SoakSequence& sequence, const SoakTokens& tokens,
                                const ConstTensorView& q, const ConstTensorView& out,
-                               const ConstTensorView& lse, bool causal);
+                               const ConstTensorView& lse, const SoakScores& scores,
+                               int64_t first_row);
 
 }  // namespace attn8::app

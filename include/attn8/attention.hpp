@@ -108,6 +108,17 @@ using Operand = std::variant<ConstTensorView, QuantizedView>;
 /// seqlens_k     [batch, 1, 1, 1] int32 in [0, seqlen_k]: keys from there on do not exist; stands
 ///               for seqlen_k in Mask.
 /// leftpad_k     [batch, 1, 1, 1] int32 in [0, seqlens_k]: keys before it count for nothing.
+///
+/// cu_seqlens_q, cu_seqlens_k  [sequences + 1, 1, 1, 1] int32, both or neither: sequences of any
+/// lengths (prompts, chunks and single tokens mixed) lie one after the other, and sequence i is
+/// rows [cu_seqlens_q[i], cu_seqlens_q[i + 1]) of q, out and lse against tokens [cu_seqlens_k[i],
+/// cu_seqlens_k[i + 1]) of k and v. Both run from 0 to the tensor's length and do not decrease;
+/// batch is 1. Every sequence gets the bits it would get alone. Then
+///   attn_mask     is [1, seqlen_q or 1, nheads_q or 1, keys or 1]: a row of it for each row of q,
+///                 its keys counted from the start of the row's sequence, at least as many as the
+///                 longest sequence has;
+///   alibi_slopes  is [sequences or 1, 1, nheads_q, 1];
+///   seqlens_k, leftpad_k and a V quantized by block are refused. On the CPU only.
 struct AttentionInputs {
   Operand q, k, v;
   std::optional<ConstTensorView> attn_mask = std::nullopt;
@@ -115,6 +126,8 @@ struct AttentionInputs {
   std::optional<ConstTensorView> sinks = std::nullopt;
   std::optional<ConstTensorView> seqlens_k = std::nullopt;
   std::optional<ConstTensorView> leftpad_k = std::nullopt;
+  std::optional<ConstTensorView> cu_seqlens_q = std::nullopt;
+  std::optional<ConstTensorView> cu_seqlens_k = std::nullopt;
 };
 
 /// out [batch, seqlen_q, nheads_q, head_dim_v], float32, float16 or bfloat16, any strides, may not

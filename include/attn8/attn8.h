@@ -235,6 +235,10 @@ typedef struct attn8_score_operands {
   const attn8_tensor* sinks;        /* [1, 1, nheads_q, 1] float32, in nats */
   const attn8_tensor* seqlens_k;    /* [batch, 1, 1, 1] int32: keys of each sequence */
   const attn8_tensor* leftpad_k;    /* [batch, 1, 1, 1] int32: first keys that do not count */
+  /* [sequences + 1, 1, 1, 1] int32, both or neither: packed sequences of any lengths, batch 1, as
+   * of attn8::AttentionInputs, which also says what attn_mask and alibi_slopes then are */
+  const attn8_tensor* cu_seqlens_q;
+  const attn8_tensor* cu_seqlens_k;
 } attn8_score_operands;
 
 ATTN8_API attn8_status attn8_score_operands_init(attn8_score_operands* scores,
@@ -316,8 +320,7 @@ ATTN8_API attn8_status attn8_plan_run(const attn8_plan* plan, const attn8_tensor
                                       void* workspace, size_t workspace_bytes,
                                       attn8_run_times* times);
 
-/* The same with score operands; seqlens_k and leftpad_k as the plan was made with or without them.
- */
+/* The same with score operands; lengths of sequences as the plan was made with or without them. */
 ATTN8_API attn8_status attn8_plan_run_with_scores(const attn8_plan* plan, const attn8_tensor* q,
                                                   const attn8_tensor* k, const attn8_tensor* v,
                                                   const attn8_score_operands* scores,
@@ -375,7 +378,7 @@ typedef struct attn8_kv_attention_params {
   float softcap;             /* default 0: none */
   int64_t window_left;       /* default -1: unlimited */
   int64_t window_right;      /* default -1: unlimited */
-  /* default NULL; neither seqlens_k nor leftpad_k; batch 1. attn_mask is [1, total or 1,
+  /* default NULL; no lengths, which the cache knows; batch 1. attn_mask is [1, total or 1,
    * nheads_q or 1, keys or 1]; keys count from the start of a row's sequence, at least as many as
    * the longest sequence has */
   const attn8_score_operands* scores;

@@ -1,9 +1,10 @@
 # SPDX-FileCopyrightText: The attn8 authors
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m attn8``: eval, and the commands of the command line attn8."""
+"""``python -m attn8``: info, compare, eval, and the commands of the command line attn8."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shutil
@@ -13,11 +14,13 @@ from pathlib import Path
 
 from attn8.runtime import info
 
+OWN = {"compare": "attn8.comparison", "eval": "attn8.evaluation.command"}
 FORWARDED = ("bench", "paper", "report", "run", "study", "verify")
 USAGE = f"""usage: python -m attn8 COMMAND ...
 
 info [--json]   version, instruction sets, threads, torch and transformers found
-eval            INT8 attention in whole models; python -m attn8 eval --help
+compare         time and error beside torch's attention, on the CPU or a GPU (--device cuda)
+eval            INT8 attention in whole models; both explain themselves with --help
 {", ".join(FORWARDED)}
                 the command line attn8, built from the same sources: found through ATTN8_CLI,
                 beside this Python, or on PATH
@@ -59,15 +62,20 @@ def main(arguments: list[str]) -> int:
     name, rest = arguments[0], arguments[1:]
     if name == "info":
         return _info(rest)
-    if name == "eval":
+    if name in OWN:
         try:
-            from attn8.evaluation.command import main as evaluate
+            main_of = importlib.import_module(OWN[name]).main
         except ImportError as error:
-            print(f"eval: got no {error.name}, want it: pip install attn8[eval]", file=sys.stderr)
+            extra = "eval" if name == "eval" else "torch"
+            print(
+                f"{name}: got no {error.name}, want it: pip install attn8[{extra}]",
+                file=sys.stderr,
+            )
             return 3
-        return evaluate(rest)
+        return int(main_of(rest))
     if name not in FORWARDED:
-        print(f"command: got {name}, want info, eval, {', '.join(FORWARDED)}", file=sys.stderr)
+        known = ", ".join(("info", *OWN, *FORWARDED))
+        print(f"command: got {name}, want {known}", file=sys.stderr)
         return 2
     program = command_line()
     if program is None:

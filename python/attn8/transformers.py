@@ -256,7 +256,7 @@ def _attention(
     if ranges is not None:
         # Queries keep their positions among the padded keys.
         common.update(align="top_left", q_offset=seqlen_k - seqlen_q)
-        first, last = torch.tensor(ranges, dtype=torch.int32).unbind(1)
+        first, last = torch.tensor(ranges, dtype=torch.int32, device=query.device).unbind(1)
         common.update(leftpad_k=first, seqlens_k=last)
     if query.device.type == "cpu":  # each CUDA kernel has a block of its own
         common["kv_block"] = kv_block

@@ -82,7 +82,9 @@ Status c_api::read_scores(const attn8_score_operands* in, AttentionInputs& input
                              {"alibi_slopes", scores.alibi_slopes, inputs.alibi_slopes},
                              {"sinks", scores.sinks, inputs.sinks},
                              {"seqlens_k", scores.seqlens_k, inputs.seqlens_k},
-                             {"leftpad_k", scores.leftpad_k, inputs.leftpad_k}}) {
+                             {"leftpad_k", scores.leftpad_k, inputs.leftpad_k},
+                             {"cu_seqlens_q", scores.cu_seqlens_q, inputs.cu_seqlens_q},
+                             {"cu_seqlens_k", scores.cu_seqlens_k, inputs.cu_seqlens_k}}) {
     std::optional<TensorView> view;
     ATTN8_RETURN_IF_ERROR(read_optional(field.name, field.tensor, view));
     if (view.has_value()) field.view = *view;

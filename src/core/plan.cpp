@@ -81,7 +81,8 @@ Status check_same_problem(const AttentionPlan::State& plan, const AttentionInput
   }
   if (!same_kind(plan.q, inputs.q) || !same_kind(plan.k, inputs.k) ||
       !same_kind(plan.v, inputs.v) || outputs.lse.has_value() != plan.with_lse ||
-      (inputs.seqlens_k.has_value() || inputs.leftpad_k.has_value()) != plan.changes_lengths) {
+      (inputs.seqlens_k.has_value() || inputs.leftpad_k.has_value()) != plan.changes_lengths ||
+      inputs.cu_seqlens_q.has_value() != plan.ragged || sequences_of(inputs) != plan.sequences) {
     return invalid("operands do not have the dtypes, lengths and outputs the plan was made for");
   }
   if (const auto* v = std::get_if<QuantizedView>(&inputs.v);
@@ -93,6 +94,10 @@ Status check_same_problem(const AttentionPlan::State& plan, const AttentionInput
 
 Status plan_on_device(const AttentionInputs& inputs, const AttentionOutputs& outputs,
                       const AttentionOptions& options, AttentionPlan::State& plan) {
+  if (plan.ragged) {
+    return failure(StatusCode::kUnsupported,
+                   "cu_seqlens_q is set, on cuda it is CudaKvCache that takes packed sequences");
+  }
   if (options.check_finite) {
     return failure(StatusCode::kUnsupported,
                    "options.check_finite got true, device memory is not read by the host");
@@ -150,8 +155,12 @@ Result<AttentionPlan> AttentionPlan::make(const AttentionInputs& inputs,
     plan->options.v_granularity = plan->v_granularity;
     plan->keys = visible_union(options.mask, plan->seqlen_q, plan->seqlen_k);
     plan->changes_lengths = inputs.seqlens_k.has_value() || inputs.leftpad_k.has_value();
-    // Where the diagonal of a shorter sequence lies is data.
-    if (plan->changes_lengths) plan->keys = {0, plan->seqlen_q > 0 ? plan->seqlen_k : 0};
+    plan->ragged = inputs.cu_seqlens_q.has_value();
+    plan->sequences = sequences_of(inputs);
+    // Where the diagonal of a sequence lies is data.
+    if (plan->changes_lengths || plan->ragged) {
+      plan->keys = {0, plan->seqlen_q > 0 ? plan->seqlen_k : 0};
+    }
     if (!all_options.head_modes.empty()) {
       plan->table =
           on_cpu ? find_kernel_table(context.force_isa ? context.isa : best_isa()) : nullptr;

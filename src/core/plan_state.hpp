@@ -20,17 +20,19 @@ struct OperandKind {
   DType dtype = DType::kFloat32;  ///< of the float tensor; kInt8 when quantized
 };
 
-/// Byte offsets into the workspace of one run; H = batch * nheads_k heads.
+/// Byte offsets into the workspace of one run; H = sequences * nheads_k heads. What lies by block
+/// lies sequence by sequence, [nheads_k][kv blocks of the sequence].
 struct WorkspaceLayout {
   BlockLayout block;                           ///< of one kv block
-  size_t blocks = 0;                           ///< [H][kv blocks] data of blocks
-  size_t block_headers = 0;                    ///< [H][kv blocks] their headers
-  size_t packed_blocks = 0;                    ///< PackedBlock [H][kv blocks]
+  size_t blocks = 0;                           ///< by block: data
+  size_t block_headers = 0;                    ///< by block: headers
+  size_t packed_blocks = 0;                    ///< PackedBlock by block, also those no query sees
   size_t heads = 0;                            ///< cpu::PackedHead [H]
-  size_t sequences = 0;                        ///< cpu::AttendSequence [batch]
+  size_t sequences = 0;                        ///< cpu::AttendSequence [sequences]
+  size_t sequence_keys = 0;                    ///< cpu::SequenceKeys [sequences]
   size_t k_mean = 0;                           ///< float [H][head_dim]
-  size_t k_mean_sums = 0;                      ///< double [H][chunks][head_dim]
-  size_t v_max_bits = 0;                       ///< uint32 [H][kv blocks][head_dim]
+  size_t k_mean_sums = 0;                      ///< double, likewise by chunk: [head_dim]
+  size_t v_max_bits = 0;                       ///< uint32 by block: [head_dim_v]
   size_t v_out_scale = 0;                      ///< float [H][padded_dim]
   size_t partials = 0, bytes_per_partial = 0;  ///< results of parts of the keys
   size_t workers = 0;                          ///< [threads] tile buffers
@@ -57,6 +59,8 @@ struct AttentionPlan::State {
   Granularity v_granularity = Granularity::kToken;
   bool with_lse = false;
   bool changes_lengths = false;  ///< whether seqlens_k or leftpad_k is given
+  bool ragged = false;           ///< whether cu_seqlens_q and cu_seqlens_k are given
+  int64_t sequences = 0;         ///< of them; else batch
   KeyRange keys;  ///< visible to at least one query; with changes_lengths: that may be
   WorkspaceLayout layout;
   std::string kernel;
@@ -64,10 +68,7 @@ struct AttentionPlan::State {
 
   /// head_dim of packed operands: the shorter of K and V ends in zeros.
   [[nodiscard]] int64_t packed_dim() const noexcept { return std::max(head_dim, head_dim_v); }
-  [[nodiscard]] int64_t heads() const noexcept { return batch * nheads_k; }
-  [[nodiscard]] int64_t kv_blocks() const noexcept {
-    return (seqlen_k + options.kv_block - 1) / options.kv_block;
-  }
+  [[nodiscard]] int64_t heads() const noexcept { return sequences * nheads_k; }
   [[nodiscard]] bool int8_scores() const noexcept { return options.mode != Mode::kExact; }
   [[nodiscard]] bool int8_values() const noexcept {
     return options.mode == Mode::kAccurate || options.mode == Mode::kPaper;
@@ -91,6 +92,12 @@ struct AttentionPlan::State {
 inline const ConstTensorView& data_view(const Operand& operand) noexcept {
   if (const auto* view = std::get_if<ConstTensorView>(&operand)) return *view;
   return std::get_if<QuantizedView>(&operand)->codes;
+}
+
+/// Of validated inputs: those of cu_seqlens_q, or batch.
+inline int64_t sequences_of(const AttentionInputs& inputs) noexcept {
+  return inputs.cu_seqlens_q.has_value() ? inputs.cu_seqlens_q->shape[0] - 1
+                                         : data_view(inputs.q).shape[0];
 }
 
 namespace cpu {

@@ -17,7 +17,7 @@ Status validate_context(const Context& context) noexcept;
 /// `device`: where the context wants the tensors.
 Status validate_attention(const AttentionInputs& inputs, const AttentionOutputs& outputs,
                           const AttentionOptions& options, Device device) noexcept;
-/// Of what was validated: the values of seqlens_k, leftpad_k and alibi_slopes, in host memory.
+/// Of what was validated: the values of lengths and of alibi_slopes, in host memory.
 Status validate_score_values(const AttentionInputs& inputs) noexcept;
 /// Of tensors that validate_attention() took: outputs share no memory with inputs or each other.
 Status validate_no_overlap(const AttentionInputs& inputs, const AttentionOutputs& outputs) noexcept;
@@ -36,8 +36,10 @@ Status validate_kv_append(const KvCacheOptions& options, const ConstTensorView& 
 Status validate_kv_attention(const KvCacheOptions& cache, int64_t sequences, const Operand& q,
                              std::span<const int32_t> cu_seqlens_q, const AttentionOutputs& outputs,
                              const KvCacheAttentionOptions& options) noexcept;
-/// Of a validated call, once the sequences are at hand: whether attn_mask has their keys.
-Status validate_kv_mask(const std::optional<ConstTensorView>& attn_mask, int64_t longest) noexcept;
+/// Of packed sequences, once their lengths are at hand: whether attn_mask has the keys of the
+/// longest.
+Status validate_ragged_mask(const std::optional<ConstTensorView>& attn_mask,
+                            int64_t longest) noexcept;
 
 /// kInvalidArgument naming the first element that is a NaN or an Inf.
 Status validate_finite(std::string_view name, const ConstTensorView& x) noexcept;

@@ -126,9 +126,10 @@ Status check_broadcast(std::string_view name, const ConstTensorView& view, const
   return {};
 }
 
-/// What changes the scores of queries of shape q against seqlen_k keys.
-Status check_score_operands(const AttentionInputs& inputs, const Extents& q, int64_t seqlen_k,
-                            Device device) {
+/// What changes the scores of queries of shape q against seqlen_k keys. sequences: that
+/// alibi_slopes may tell apart.
+Status check_score_operands(const AttentionInputs& inputs, const Extents& q, int64_t sequences,
+                            int64_t seqlen_k, Device device) {
   if (const auto& mask = inputs.attn_mask; mask.has_value()) {
     ATTN8_RETURN_IF_ERROR(check_view("attn_mask", *mask, false, device));
     if (mask->dtype != DType::kBool && !is_float(mask->dtype)) {
@@ -143,7 +144,7 @@ Status check_score_operands(const AttentionInputs& inputs, const Extents& q, int
     ATTN8_RETURN_IF_ERROR(check_type("alibi_slopes", *slopes, DType::kFloat32));
     if (slopes->shape != Extents{1, 1, q[2], 1}) {
       ATTN8_RETURN_IF_ERROR(
-          check_shape("alibi_slopes", *slopes, {q[0], 1, q[2], 1}, " or a first extent of 1"));
+          check_shape("alibi_slopes", *slopes, {sequences, 1, q[2], 1}, " or a first extent of 1"));
     }
   }
   if (const auto& sinks = inputs.sinks; sinks.has_value()) {
@@ -151,15 +152,81 @@ Status check_score_operands(const AttentionInputs& inputs, const Extents& q, int
     ATTN8_RETURN_IF_ERROR(check_type("sinks", *sinks, DType::kFloat32));
     ATTN8_RETURN_IF_ERROR(check_shape("sinks", *sinks, {1, 1, q[2], 1}, ""));
   }
-  for (const auto& [name, lengths] : {std::pair<const char*, const std::optional<ConstTensorView>&>{
-                                          "seqlens_k", inputs.seqlens_k},
-                                      {"leftpad_k", inputs.leftpad_k}}) {
-    if (!lengths.has_value()) continue;
-    ATTN8_RETURN_IF_ERROR(check_view(name, *lengths, false, device));
-    ATTN8_RETURN_IF_ERROR(check_type(name, *lengths, DType::kInt32));
-    ATTN8_RETURN_IF_ERROR(check_shape(name, *lengths, {q[0], 1, 1, 1}, ""));
+  return {};
+}
+
+Status check_int32(std::string_view name, const ConstTensorView& view, int64_t count,
+                   Device device) {
+  ATTN8_RETURN_IF_ERROR(check_view(name, view, false, device));
+  ATTN8_RETURN_IF_ERROR(check_type(name, view, DType::kInt32));
+  return check_shape(name, view, {count, 1, 1, 1}, "");
+}
+
+/// The lengths of sequences: seqlens_k, leftpad_k, cu_seqlens_q and cu_seqlens_k.
+Status check_lengths(const AttentionInputs& inputs, const Extents& q, Device device) {
+  if (inputs.seqlens_k.has_value()) {
+    ATTN8_RETURN_IF_ERROR(check_int32("seqlens_k", *inputs.seqlens_k, q[0], device));
+  }
+  if (inputs.leftpad_k.has_value()) {
+    ATTN8_RETURN_IF_ERROR(check_int32("leftpad_k", *inputs.leftpad_k, q[0], device));
+  }
+  if (inputs.cu_seqlens_q.has_value() != inputs.cu_seqlens_k.has_value()) {
+    return invalid(inputs.cu_seqlens_q.has_value() ? "cu_seqlens_q" : "cu_seqlens_k",
+                   " is set alone, wants cu_seqlens_q and cu_seqlens_k");
+  }
+  if (!inputs.cu_seqlens_q.has_value()) return {};
+  const int64_t count = std::max<int64_t>(1, inputs.cu_seqlens_q->shape[0]);
+  ATTN8_RETURN_IF_ERROR(check_int32("cu_seqlens_q", *inputs.cu_seqlens_q, count, device));
+  ATTN8_RETURN_IF_ERROR(check_int32("cu_seqlens_k", *inputs.cu_seqlens_k, count, device));
+  if (q[0] != 1) {
+    return invalid("q.shape[0]=", q[0], " (batch) wants 1 with cu_seqlens_q: [1, total, ...]");
+  }
+  if (inputs.seqlens_k.has_value() || inputs.leftpad_k.has_value()) {
+    return invalid(inputs.seqlens_k.has_value() ? "seqlens_k" : "leftpad_k",
+                   " is set beside cu_seqlens_k, wants one of the two");
+  }
+  if (const auto* v = std::get_if<QuantizedView>(&inputs.v);
+      v != nullptr && by_block(v->spec.granularity)) {
+    return invalid("v.spec.granularity got ", to_string(v->spec.granularity),
+                   ", wants token, tensor or channel with cu_seqlens_k");
   }
   return {};
+}
+
+/// Offsets [0, sequences] of packed sequences in host memory: from 0 to total, not decreasing.
+template <class At>
+Status check_offsets(std::string_view name, int64_t sequences, std::string_view tensor,
+                     int64_t total, const At& at) {
+  if (at(0) != 0 || at(sequences) != total) {
+    return invalid(name, " runs from ", at(0), " to ", at(sequences), ", wants 0 to ", tensor,
+                   ".shape[1]=", total);
+  }
+  for (int64_t i = 1; i <= sequences; ++i) {
+    if (at(i) >= at(i - 1)) continue;
+    return invalid(name, "[", i, "]=", at(i), " wants at least the ", at(i - 1), " before it");
+  }
+  return {};
+}
+
+int64_t int_at(const ConstTensorView& view, int64_t i) {
+  return static_cast<const int32_t*>(view.data)[i * view.strides[0]];
+}
+
+/// The values of cu_seqlens_q and cu_seqlens_k, and whether attn_mask has the keys they want.
+Status check_ragged_values(const AttentionInputs& inputs) {
+  if (!inputs.cu_seqlens_q.has_value()) return {};
+  const ConstTensorView& cu_seqlens_q = *inputs.cu_seqlens_q;
+  const ConstTensorView& cu_seqlens_k = *inputs.cu_seqlens_k;
+  const int64_t sequences = cu_seqlens_q.shape[0] - 1;
+  ATTN8_RETURN_IF_ERROR(check_offsets("cu_seqlens_q", sequences, "q", data_view(inputs.q).shape[1],
+                                      [&](int64_t i) { return int_at(cu_seqlens_q, i); }));
+  ATTN8_RETURN_IF_ERROR(check_offsets("cu_seqlens_k", sequences, "k", data_view(inputs.k).shape[1],
+                                      [&](int64_t i) { return int_at(cu_seqlens_k, i); }));
+  int64_t longest = 0;
+  for (int64_t i = 0; i < sequences; ++i) {
+    longest = std::max(longest, int_at(cu_seqlens_k, i + 1) - int_at(cu_seqlens_k, i));
+  }
+  return validate_ragged_mask(inputs.attn_mask, longest);
 }
 
 /// out and lse of a call with queries of shape q.
@@ -236,7 +303,12 @@ Status validate_attention(const AttentionInputs& inputs, const AttentionOutputs&
     const Extents q = shape_of(inputs.q);
     const Extents v = shape_of(inputs.v);
     ATTN8_RETURN_IF_ERROR(check_shapes(q, shape_of(inputs.k), v));
-    ATTN8_RETURN_IF_ERROR(check_score_operands(inputs, q, v[1], device));
+    ATTN8_RETURN_IF_ERROR(check_lengths(inputs, q, device));
+    // Of packed sequences: how many keys attn_mask has to have, their lengths say.
+    const bool ragged = inputs.cu_seqlens_q.has_value();
+    const int64_t mask_keys =
+        ragged && inputs.attn_mask.has_value() ? inputs.attn_mask->shape[3] : v[1];
+    ATTN8_RETURN_IF_ERROR(check_score_operands(inputs, q, sequences_of(inputs), mask_keys, device));
     return check_outputs(outputs, q, v[3], device);
   });
 }
@@ -252,7 +324,9 @@ Status validate_no_overlap(const AttentionInputs& inputs,
                                       {"alibi_slopes", inputs.alibi_slopes},
                                       {"sinks", inputs.sinks},
                                       {"seqlens_k", inputs.seqlens_k},
-                                      {"leftpad_k", inputs.leftpad_k}}) {
+                                      {"leftpad_k", inputs.leftpad_k},
+                                      {"cu_seqlens_q", inputs.cu_seqlens_q},
+                                      {"cu_seqlens_k", inputs.cu_seqlens_k}}) {
       if (input.has_value()) {
         ATTN8_RETURN_IF_ERROR(check_apart(outputs, std::string_view(name), *input));
       }
@@ -285,29 +359,24 @@ Status validate_kv_attention(const KvCacheOptions& cache, int64_t sequences, con
     scores.attn_mask = options.attn_mask;
     scores.alibi_slopes = options.alibi_slopes;
     scores.sinks = options.sinks;
-    // How many keys there are, validate_kv_mask() sees.
+    // How many keys there are, validate_ragged_mask() sees.
     const int64_t keys = options.attn_mask.has_value() ? options.attn_mask->shape[3] : 0;
-    ATTN8_RETURN_IF_ERROR(check_score_operands(scores, shape, keys, {}));
+    ATTN8_RETURN_IF_ERROR(check_score_operands(scores, shape, 1, keys, {}));
     ATTN8_RETURN_IF_ERROR(validate_score_values(scores));
     const auto wanted = static_cast<size_t>(sequences) + 1;
     if (cu_seqlens_q.size() != wanted) {
       return invalid("cu_seqlens_q got ", cu_seqlens_q.size(), " entries, wants ", wanted);
     }
-    if (cu_seqlens_q.front() != 0 || cu_seqlens_q.back() != shape[1]) {
-      return invalid("cu_seqlens_q runs from ", cu_seqlens_q.front(), " to ", cu_seqlens_q.back(),
-                     ", wants 0 to q.shape[1]=", shape[1]);
-    }
-    for (size_t i = 1; i < wanted; ++i) {
-      if (cu_seqlens_q[i] >= cu_seqlens_q[i - 1]) continue;
-      return invalid("cu_seqlens_q[", i, "]=", cu_seqlens_q[i], " wants at least the ",
-                     cu_seqlens_q[i - 1], " before it");
-    }
+    ATTN8_RETURN_IF_ERROR(check_offsets("cu_seqlens_q", sequences, "q", shape[1], [&](int64_t i) {
+      return cu_seqlens_q[static_cast<size_t>(i)];
+    }));
     ATTN8_RETURN_IF_ERROR(check_outputs(outputs, shape, cache.head_dim_v));
     return validate_no_overlap(scores, outputs);
   });
 }
 
-Status validate_kv_mask(const std::optional<ConstTensorView>& attn_mask, int64_t longest) noexcept {
+Status validate_ragged_mask(const std::optional<ConstTensorView>& attn_mask,
+                            int64_t longest) noexcept {
   if (!attn_mask.has_value() || attn_mask->shape[3] == 1 || attn_mask->shape[3] >= longest) {
     return {};
   }
@@ -316,9 +385,7 @@ Status validate_kv_mask(const std::optional<ConstTensorView>& attn_mask, int64_t
 }
 
 Status validate_score_values(const AttentionInputs& inputs) noexcept {
-  const auto int_at = [](const ConstTensorView& view, int64_t b) {
-    return static_cast<const int32_t*>(view.data)[b * view.strides[0]];
-  };
+  ATTN8_RETURN_IF_ERROR(guarded([&] { return check_ragged_values(inputs); }));
   const Extents& k = data_view(inputs.k).shape;
   for (int64_t b = 0; b < k[0]; ++b) {
     int64_t length = k[1];

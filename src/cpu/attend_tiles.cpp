@@ -20,10 +20,6 @@
 namespace attn8::cpu {
 namespace {
 
-/// Few queries against at least twice this many keys are split over the keys: enough parts for the
-/// threads of a machine, each long enough that starting it costs little.
-constexpr int64_t kKeysPerSplit = 8192;
-
 /// Buffers of one worker, one after the other, each on a page of its own.
 struct TileBuffers {
   size_t q = 0, out = 0, normalizer = 0, weight_sum = 0, row_max = 0, scratch = 0, total = 0;
@@ -213,7 +209,7 @@ class TileRunner {
     }
     if (call_.attn_mask != nullptr) changes.mask[r] = mask_element(sequence.batch, seq, row.head);
     if (const ConstTensorView* slopes = call_.alibi_slopes; slopes != nullptr) {
-      const int64_t batch = slopes->shape[0] == 1 ? 0 : sequence.batch;
+      const int64_t batch = slopes->shape[0] == 1 ? 0 : sequence.index;
       changes.alibi_slope[r] = float_at(*slopes, batch, 0, row.head) * changes.unit;
     }
   }
@@ -488,37 +484,12 @@ class TileRunner {
 
 }  // namespace
 
-KeySplit split_keys(Mode mode, int64_t rows, KeyRange keys, int64_t kv_block) noexcept {
-  // `paper` and `half` round P relative to a running maximum that parts would not share.
-  const bool can = mode == Mode::kAccurate || mode == Mode::kExact;
-  if (!can || keys.hi - keys.lo < 2 * kKeysPerSplit || rows > kQueryTile) return {};
-  const int64_t blocks = (keys.hi + kv_block - 1) / kv_block - keys.lo / kv_block;
-  KeySplit split;
-  split.blocks_per_part = kKeysPerSplit / kv_block;
-  split.parts = (blocks + split.blocks_per_part - 1) / split.blocks_per_part;
-  return split;
-}
-
 size_t worker_bytes(const KernelTable& table, int kv_block, int64_t packed_dim) noexcept {
   return tile_buffers(table, kv_block, packed_dim).total;
 }
 
 size_t partial_bytes(int64_t rows, int64_t packed_dim) noexcept {
   return partial_buffers(rows, packed_dim).total;
-}
-
-TaskCount begin_tasks(std::span<AttendSequence> sequences, int64_t nheads_q,
-                      int64_t nheads_k) noexcept {
-  TaskCount count;
-  for (AttendSequence& sequence : sequences) {
-    sequence.first_task = count.tasks;
-    sequence.first_partial = count.partials;
-    const int64_t rows = sequence.seqlen_q * (nheads_q / nheads_k);
-    const int64_t tiles = (rows + kQueryTile - 1) / kQueryTile;
-    count.tasks += nheads_k * tiles * sequence.split.parts;
-    if (sequence.split.parts > 1) count.partials += nheads_k * sequence.split.parts;
-  }
-  return count;
 }
 
 Status attend_tiles(const AttendCall& call) noexcept { return TileRunner(call).run(); }

@@ -8,6 +8,7 @@
 
 #include "attn8/attention.hpp"
 #include "core/kernel_table.hpp"
+#include "cpu/attend_sequences.hpp"
 
 namespace attn8::cpu {
 
@@ -18,36 +19,6 @@ inline constexpr size_t kAlignment = 4096;
 constexpr size_t on_pages(size_t bytes) noexcept {
   return (bytes + kAlignment - 1) / kAlignment * kAlignment;
 }
-
-/// Packed K and V of one kv head of a sequence, and what finishing its rows needs.
-struct PackedHead {
-  PackedKv kv;
-  bool poisoned = false;               ///< whether a key holds a NaN or an Inf
-  const float* k_mean = nullptr;       ///< [head_dim] what was subtracted from K, if anything
-  const float* v_out_scale = nullptr;  ///< [padded_dim] of the output; nullptr where V is float
-};
-
-/// Few queries against many keys are computed in parts of the keys that are added up at the end.
-struct KeySplit {
-  int64_t parts = 1;
-  int64_t blocks_per_part = 0;
-};
-
-/// A function of the shape alone, so that threads and neighbours in a batch do not change results.
-/// rows: query rows of one kv head.
-KeySplit split_keys(Mode mode, int64_t rows, KeyRange keys, int64_t kv_block) noexcept;
-
-/// One sequence of a call.
-struct AttendSequence {
-  int64_t batch = 0, first_position = 0;  ///< where its first query lies in q, out and lse
-  int64_t seqlen_q = 0, seqlen_k = 0;
-  int64_t leftpad_k = 0;              ///< keys before it count for nothing
-  KeyRange keys;                      ///< what counts; where empty, heads is not read
-  KeySplit split;                     ///< of split_keys()
-  const PackedHead* heads = nullptr;  ///< [nheads_k]
-  int64_t first_task = 0;             ///< set by begin_tasks()
-  int64_t first_partial = 0;          ///< set by begin_tasks()
-};
 
 /// An operand of AttendCall that may be missing.
 inline const ConstTensorView* view_or_null(const std::optional<ConstTensorView>& view) noexcept {
@@ -82,15 +53,6 @@ struct AttendCall {
 size_t worker_bytes(const KernelTable& table, int kv_block, int64_t packed_dim) noexcept;
 /// Bytes of the results of one part of the keys.
 size_t partial_bytes(int64_t rows, int64_t packed_dim) noexcept;
-
-struct TaskCount {
-  int64_t tasks = 0;
-  int64_t partials = 0;
-};
-
-/// Numbers the tasks of the sequences, in their order.
-TaskCount begin_tasks(std::span<AttendSequence> sequences, int64_t nheads_q,
-                      int64_t nheads_k) noexcept;
 
 /// Computes every row; kInvalidArgument when codes of q hold -128.
 Status attend_tiles(const AttendCall& call) noexcept;

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <span>
 
 #include "core/element.hpp"
 #include "core/message.hpp"
@@ -33,13 +34,7 @@ class Preparation {
     for (int64_t head = 0; head < plan_.heads(); ++head) begin_head(head);
     if (plan_.smooths_k()) compute_k_means();
     if (plan_.int8_values()) prepare_v_scales();
-    const int64_t first = plan_.keys.lo / plan_.options.kv_block;
-    const int64_t blocks = last_block(plan_.keys) - first;
-    for_each_task(plan_.context, plan_.heads() * blocks, [&](int64_t task, int64_t) {
-      const int64_t head = task / blocks;
-      const int64_t block = first + task % blocks;
-      if (!keys_of_block(head, block).empty()) pack_block(head, block);
-    });
+    for_each_block([this](int64_t head, int64_t block) { pack_block(head, block); });
     for (int64_t head = 0; head < plan_.heads(); ++head) finish_head(head);
     if (bad_code_.load(std::memory_order_relaxed) != nullptr) {
       return invalid(bad_code_.load(std::memory_order_relaxed),
@@ -49,8 +44,46 @@ class Preparation {
   }
 
  private:
-  [[nodiscard]] int64_t batch(int64_t head) const noexcept { return head / plan_.nheads_k; }
+  /// head counts (sequence, kv head) pairs.
+  [[nodiscard]] const SequenceKeys& sequence(int64_t head) const noexcept {
+    return work_.sequence_keys()[static_cast<size_t>(head / plan_.nheads_k)];
+  }
+  [[nodiscard]] int64_t batch(int64_t head) const noexcept { return sequence(head).batch; }
   [[nodiscard]] int64_t kv_head(int64_t head) const noexcept { return head % plan_.nheads_k; }
+  /// Where a key of a head lies in k and v.
+  [[nodiscard]] int64_t token(int64_t head, int64_t key) const noexcept {
+    return sequence(head).first_key + key;
+  }
+
+  /// Calls body(head, i) for i in [0, counts of its sequence), from all threads. `slot`: those
+  /// counts added up over the sequences before each.
+  template <class Body>
+  void for_each_part(int64_t SequenceKeys::*slot, int64_t SequenceKeys::*counts,
+                     const Body& body) const noexcept {
+    const std::span<const SequenceKeys> all = work_.sequence_keys();
+    const int64_t total = all.back().*slot + all.back().*counts;
+    for_each_task(plan_.context, total * plan_.nheads_k, [&](int64_t task, int64_t) {
+      const auto after = std::upper_bound(
+          all.begin(), all.end(), task / plan_.nheads_k,
+          [slot](int64_t part, const SequenceKeys& keys) { return part < keys.*slot; });
+      const SequenceKeys& keys = *(after - 1);
+      const int64_t part = task - keys.*slot * plan_.nheads_k;
+      body((after - 1 - all.begin()) * plan_.nheads_k + part / (keys.*counts),
+           part % (keys.*counts));
+    });
+  }
+  /// Calls body(head, block) for the blocks with keys that some query sees.
+  template <class Body>
+  void for_each_block(const Body& body) const noexcept {
+    for_each_part(&SequenceKeys::block_slot, &SequenceKeys::blocks,
+                  [&](int64_t head, int64_t i) { body(head, sequence(head).first_block + i); });
+  }
+  [[nodiscard]] BlockMemory block_memory(int64_t head, int64_t block) const noexcept {
+    return work_.block_memory(sequence(head), kv_head(head), block);
+  }
+  [[nodiscard]] int64_t last_block(int64_t head) const noexcept {
+    return sequence(head).first_block + sequence(head).blocks;
+  }
   /// Channels of K, of V, and of both as packed.
   [[nodiscard]] int dim() const noexcept { return static_cast<int>(plan_.head_dim); }
   [[nodiscard]] int dim_v() const noexcept { return static_cast<int>(plan_.head_dim_v); }
@@ -59,37 +92,28 @@ class Preparation {
   }
 
   void load(const ConstTensorView& view, int64_t head, int64_t key, float* row) const noexcept {
-    table_.load_row(element(view, batch(head), key, kv_head(head)), view.dtype, view.strides[3],
-                    static_cast<int>(view.shape[3]), row);
+    table_.load_row(element(view, batch(head), token(head, key), kv_head(head)), view.dtype,
+                    view.strides[3], static_cast<int>(view.shape[3]), row);
   }
 
   /// Tokens of a head as the kernels take them.
   [[nodiscard]] RowSpan rows(const ConstTensorView& view, int64_t head,
                              KeyRange keys) const noexcept {
-    return token_rows(view, batch(head), keys.lo, keys.hi - keys.lo, kv_head(head), 0,
+    return token_rows(view, batch(head), token(head, keys.lo), keys.hi - keys.lo, kv_head(head), 0,
                       view.shape[3]);
   }
 
-  /// The keys of a head that some query sees.
-  [[nodiscard]] KeyRange visible_keys(int64_t head) const noexcept {
-    return keys_of(plan_, inputs_, batch(head)).visible;
-  }
-
-  /// The end of the blocks that hold these keys.
-  [[nodiscard]] int64_t last_block(KeyRange keys) const noexcept {
-    return (keys.hi + plan_.options.kv_block - 1) / plan_.options.kv_block;
-  }
-
   void begin_head(int64_t head) const noexcept {
-    for (int64_t block = 0; block < plan_.kv_blocks(); ++block) {
-      const BlockMemory memory = work_.block_memory(head, block);
-      work_.packed_blocks(head)[block] = {memory.data, memory.header_data};
+    PackedBlock* blocks = work_.packed_blocks(sequence(head), kv_head(head));
+    for (int64_t b = sequence(head).first_block; b < last_block(head); ++b) {
+      const BlockMemory memory = block_memory(head, b);
+      blocks[b] = {memory.data, memory.header_data};
     }
     PackedHead& packed = work_.head(head);
     packed = {};
-    packed.kv.blocks = work_.packed_blocks(head);
+    packed.kv.blocks = blocks;
     packed.kv.layout = plan_.layout.block;
-    packed.kv.keys = visible_keys(head);
+    packed.kv.keys = sequence(head).visible;
     packed.kv.channel_scale = plan_.v_granularity == Granularity::kBlockChannel;
     if (plan_.int8_values()) packed.v_out_scale = work_.v_out_scale(head);
     const auto* quantized = std::get_if<QuantizedView>(&inputs_.k);
@@ -104,20 +128,23 @@ class Preparation {
   }
 
   void compute_k_means() noexcept {
-    const int64_t chunks = mean_chunks(plan_.keys.hi - plan_.keys.lo);  // at most
-    auto* sums = work_.at<double>(plan_.layout.k_mean_sums);
-    for_each_task(plan_.context, plan_.heads() * chunks, [&](int64_t task, int64_t) {
-      const int64_t head = task / chunks;
-      const KeyRange range = visible_keys(head);
-      const int64_t begin = range.lo + task % chunks * kMeanChunk;
-      const int64_t end = std::min(begin + kMeanChunk, range.hi);
-      double* sum = sums + task * dim();
-      std::fill_n(sum, dim(), 0.0);
-      table_.add_rows(rows(k_, head, {begin, end}), sum);
-    });
+    const auto sums_of = [this](int64_t head) {
+      const SequenceKeys& keys = sequence(head);
+      return work_.at<double>(plan_.layout.k_mean_sums) +
+             (keys.chunk_slot * plan_.nheads_k + kv_head(head) * keys.chunks) * dim();
+    };
+    for_each_part(&SequenceKeys::chunk_slot, &SequenceKeys::chunks,
+                  [&](int64_t head, int64_t chunk) {
+                    const KeyRange range = sequence(head).visible;
+                    const int64_t begin = range.lo + chunk * kMeanChunk;
+                    const int64_t end = std::min(begin + kMeanChunk, range.hi);
+                    double* sum = sums_of(head) + chunk * dim();
+                    std::fill_n(sum, dim(), 0.0);
+                    table_.add_rows(rows(k_, head, {begin, end}), sum);
+                  });
     for (int64_t head = 0; head < plan_.heads(); ++head) {
-      const KeyRange range = visible_keys(head);
-      mean_of_chunks(sums + head * chunks * dim(), range.hi - range.lo, dim(), work_.k_mean(head));
+      const KeyRange range = sequence(head).visible;
+      mean_of_chunks(sums_of(head), range.hi - range.lo, dim(), work_.k_mean(head));
     }
   }
 
@@ -153,37 +180,41 @@ class Preparation {
 
   /// Bits of the largest magnitudes of V, by block and channel.
   void measure_v() noexcept {
-    const int64_t blocks = plan_.kv_blocks();
-    auto* bits = work_.at<uint32_t>(plan_.layout.v_max_bits);
-    for_each_task(plan_.context, plan_.heads() * blocks, [&](int64_t task, int64_t) {
-      const KeyRange keys = keys_of_block(task / blocks, task % blocks);
-      std::fill_n(bits + task * dim_v(), dim_v(), 0u);
+    for_each_block([this](int64_t head, int64_t block) {
+      const KeyRange keys = keys_of_block(head, block);
+      uint32_t* bits = v_max_bits(head, block);
+      std::fill_n(bits, dim_v(), 0u);
       float row[kMaxDim];
       for (int64_t key = keys.lo; key < keys.hi; ++key) {
-        load(v_, task / blocks, key, row);
-        table_.max_abs_bits_each(row, dim_v(), bits + task * dim_v());
+        load(v_, head, key, row);
+        table_.max_abs_bits_each(row, dim_v(), bits);
       }
     });
   }
 
+  [[nodiscard]] uint32_t* v_max_bits(int64_t head, int64_t block) const noexcept {
+    return work_.at<uint32_t>(plan_.layout.v_max_bits) +
+           work_.block_index(sequence(head), kv_head(head), block) * dim_v();  // [head_dim_v]
+  }
+
   [[nodiscard]] uint32_t largest_of_channel(int64_t head, int d) const noexcept {
-    const auto* bits = work_.at<uint32_t>(plan_.layout.v_max_bits) +
-                       head * plan_.kv_blocks() * dim_v();  // [kv blocks][head_dim_v]
     uint32_t most = 0;
-    for (int64_t b = 0; b < plan_.kv_blocks(); ++b) most = std::max(most, bits[b * dim_v() + d]);
+    for (int64_t b = sequence(head).first_block; b < last_block(head); ++b) {
+      most = std::max(most, v_max_bits(head, b)[d]);
+    }
     return most;
   }
 
   /// The keys of a block that some query sees.
   [[nodiscard]] KeyRange keys_of_block(int64_t head, int64_t block) const noexcept {
     const int64_t kv_block = plan_.options.kv_block;
-    const KeyRange keys = visible_keys(head);
+    const KeyRange keys = sequence(head).visible;
     return {std::max(block * kv_block, keys.lo), std::min((block + 1) * kv_block, keys.hi)};
   }
 
   void pack_block(int64_t head, int64_t index) noexcept {
     const KeyRange keys = keys_of_block(head, index);
-    const BlockMemory block = work_.block_memory(head, index);
+    const BlockMemory block = block_memory(head, index);
     clear_header(block, plan_.options.kv_block);
     const int64_t first = index * plan_.options.kv_block;
     VScales scales;
@@ -290,8 +321,8 @@ class Preparation {
       float scale = 0;
       bool zero = false;
       if (quantized != nullptr) {
-        scale = float_at(quantized->scale, batch(head), key, kv_head(head));
-        if (load_codes(v_, batch(head), key, kv_head(head), row)) bad_code_ = "v";
+        scale = float_at(quantized->scale, batch(head), token(head, key), kv_head(head));
+        if (load_codes(v_, batch(head), token(head, key), kv_head(head), row)) bad_code_ = "v";
         zero = std::all_of(row, row + dim_v(), [](int8_t code) { return code == 0; });
       } else {
         scale = scale_from_bits(bits[key - keys.lo]);
@@ -334,8 +365,8 @@ class Preparation {
       float scale = 0;
       if (quantized != nullptr) {
         int8_t* row = codes + (key - first) * padded();
-        scale = float_at(quantized->scale, batch(head), key, kv_head(head));
-        if (load_codes(k_, batch(head), key, kv_head(head), row)) bad_code_ = "k";
+        scale = float_at(quantized->scale, batch(head), token(head, key), kv_head(head));
+        if (load_codes(k_, batch(head), token(head, key), kv_head(head), row)) bad_code_ = "k";
       } else {
         scale = scale_from_bits(bits[key - keys.lo]);
       }
@@ -363,7 +394,7 @@ class Preparation {
           shrink_codes(row, dim_v(), scale / scales.block);
       } else if (!quantized) {
         encode_v_shared(head, key, scales.shared, row);
-      } else if (load_codes(v_, batch(head), key, kv_head(head), row)) {
+      } else if (load_codes(v_, batch(head), token(head, key), kv_head(head), row)) {
         bad_code_ = "v";
       }
     }
@@ -431,10 +462,9 @@ class Preparation {
   /// What needs all blocks of a head.
   void finish_head(int64_t head) noexcept {
     PackedHead& packed = work_.head(head);
-    const KeyRange keys = visible_keys(head);
     float largest = 0;  // of the V scales; comparisons leave a NaN where it is
-    for (int64_t b = keys.lo / plan_.options.kv_block; b < last_block(keys); ++b) {
-      const BlockMemory block = work_.block_memory(head, b);
+    for (int64_t b = sequence(head).first_block; b < last_block(head); ++b) {
+      const BlockMemory block = block_memory(head, b);
       const BlockHeader& header = block.header();
       packed.kv.key_norm = std::max(packed.kv.key_norm, header.key_norm);
       packed.poisoned = packed.poisoned || header.poisoned != 0;

@@ -2,40 +2,130 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cpu/run.hpp"
 
+#include <algorithm>
 #include <chrono>
 #include <initializer_list>
 #include <limits>
 #include <span>
 
 #include "core/message.hpp"
+#include "core/quant_math.hpp"
 
 namespace attn8::cpu {
 namespace {
 
-/// The parts in which each (batch, kv head) is computed.
-KeySplit split_of(const AttentionPlan::State& plan, KeyRange keys) noexcept {
-  if (plan.nheads_k == 0) return {};
-  return split_keys(plan.options.mode, plan.seqlen_q * (plan.nheads_q / plan.nheads_k), keys,
-                    plan.options.kv_block);
+int64_t int_at(const ConstTensorView& view, int64_t i) noexcept {
+  return *reinterpret_cast<const int32_t*>(element(view, i, 0, 0));
+}
+
+/// The queries of one sequence of a run.
+struct SequenceQueries {
+  int64_t batch = 0, first = 0, count = 0;
+};
+
+SequenceQueries queries_of(const AttentionPlan::State& plan, const AttentionInputs& inputs,
+                           int64_t sequence) noexcept {
+  if (!plan.ragged) return {sequence, 0, plan.seqlen_q};
+  const int64_t first = int_at(*inputs.cu_seqlens_q, sequence);
+  return {0, first, int_at(*inputs.cu_seqlens_q, sequence + 1) - first};
+}
+
+/// Where the keys of a sequence lie and which of them count.
+SequenceKeys keys_of(const AttentionPlan::State& plan, const AttentionInputs& inputs,
+                     int64_t sequence) noexcept {
+  SequenceKeys keys;
+  keys.batch = sequence;
+  keys.seqlen_k = plan.seqlen_k;
+  keys.visible = plan.keys;
+  if (plan.ragged) {
+    keys.batch = 0;
+    keys.first_key = int_at(*inputs.cu_seqlens_k, sequence);
+    keys.seqlen_k = int_at(*inputs.cu_seqlens_k, sequence + 1) - keys.first_key;
+  } else if (plan.changes_lengths) {
+    if (inputs.seqlens_k.has_value()) keys.seqlen_k = int_at(*inputs.seqlens_k, sequence);
+    if (inputs.leftpad_k.has_value()) keys.leftpad_k = int_at(*inputs.leftpad_k, sequence);
+  } else {
+    return keys;
+  }
+  const int64_t queries = queries_of(plan, inputs, sequence).count;
+  keys.visible =
+      without_padding(visible_union(plan.options.mask, queries, keys.seqlen_k), keys.leftpad_k);
+  return keys;
+}
+
+void find_keys(const Workspace& work, const AttentionInputs& inputs) noexcept {
+  const int64_t kv_block = work.plan.options.kv_block;
+  SequenceKeys before;
+  int64_t blocks_before = 0;  // all of the sequence before
+  for (int64_t i = 0; i < work.plan.sequences; ++i) {
+    SequenceKeys& keys = work.sequence_keys()[static_cast<size_t>(i)];
+    keys = keys_of(work.plan, inputs, i);
+    if (!keys.visible.empty()) {
+      keys.first_block = keys.visible.lo / kv_block;
+      keys.blocks = block_count(keys.visible.hi, kv_block) - keys.first_block;
+      keys.chunks = mean_chunks(keys.visible.hi - keys.visible.lo);
+    }
+    keys.block_slot = before.block_slot + before.blocks;
+    keys.chunk_slot = before.chunk_slot + before.chunks;
+    keys.table_slot = before.table_slot + blocks_before;
+    blocks_before = block_count(keys.seqlen_k, kv_block);
+    before = keys;
+  }
+}
+
+/// The most that find_keys() may count.
+struct KeyLimits {
+  int64_t blocks = 0, table = 0, chunks = 0;
+  int64_t partials = 0, partial_rows = 0;  ///< of sequences whose keys are split
+};
+
+KeyLimits key_limits(const AttentionPlan::State& plan) noexcept {
+  KeyLimits most;
+  if (plan.keys.empty() || plan.heads() == 0) return most;
+  const int64_t kv_block = plan.options.kv_block;
+  const int64_t group = plan.nheads_q / plan.nheads_k;
+  if (plan.ragged) {
+    // A sequence begins a block of its own, which it need not fill.
+    const int64_t begun = std::min(plan.sequences, plan.seqlen_k);
+    most.blocks = most.table = plan.seqlen_k / kv_block + begun;
+    most.chunks = plan.seqlen_k / kMeanChunk + begun;
+    most.partials = most_partials(plan.options.mode, group, plan.seqlen_k, kv_block);
+    most.partial_rows = std::min<int64_t>(kQueryTile, plan.seqlen_q * group);
+    return most;
+  }
+  const int64_t rows = plan.seqlen_q * group;
+  const KeySplit split = split_keys(plan.options.mode, rows, plan.keys, kv_block);
+  most.blocks = block_count(plan.keys.hi, kv_block) - plan.keys.lo / kv_block;
+  most.table = block_count(plan.seqlen_k, kv_block);
+  most.chunks = mean_chunks(plan.keys.hi - plan.keys.lo);
+  most.partials = split.parts > 1 ? split.parts : 0;
+  most.partial_rows = rows;
+  return most;
 }
 
 Status attend(const Workspace& work, const AttentionInputs& inputs,
               const AttentionOutputs& outputs) noexcept {
   const AttentionPlan::State& plan = work.plan;
+  const int64_t group = plan.nheads_q / plan.nheads_k;
   const std::span sequences(work.at<AttendSequence>(plan.layout.sequences),
-                            static_cast<size_t>(plan.batch));
-  for (int64_t batch = 0; batch < plan.batch; ++batch) {
-    AttendSequence& sequence = sequences[static_cast<size_t>(batch)];
+                            static_cast<size_t>(plan.sequences));
+  for (int64_t i = 0; i < plan.sequences; ++i) {
+    AttendSequence& sequence = sequences[static_cast<size_t>(i)];
+    const SequenceKeys& keys = work.sequence_keys()[static_cast<size_t>(i)];
+    const SequenceQueries queries = queries_of(plan, inputs, i);
     sequence = {};
-    sequence.batch = batch;
-    sequence.seqlen_q = plan.seqlen_q;
-    const SequenceKeys keys = keys_of(plan, inputs, batch);
+    sequence.index = i;
+    sequence.batch = queries.batch;
+    sequence.first_position = queries.first;
+    sequence.seqlen_q = queries.count;
     sequence.seqlen_k = keys.seqlen_k;
     sequence.leftpad_k = keys.leftpad_k;
     sequence.keys = keys.visible;
-    sequence.split = split_of(plan, keys.visible);
-    sequence.heads = &work.head(batch * plan.nheads_k);
+    sequence.split =
+        split_keys(plan.options.mode, queries.count * group, keys.visible, plan.options.kv_block);
+    sequence.heads = &work.head(i * plan.nheads_k);
   }
+  if (plan.ragged) longest_first(sequences, group);
   const TaskCount count = begin_tasks(sequences, plan.nheads_q, plan.nheads_k);
   return attend_tiles({.table = *plan.table,
                        .context = plan.context,
@@ -63,20 +153,6 @@ Status attend(const Workspace& work, const AttentionInputs& inputs,
 
 }  // namespace
 
-SequenceKeys keys_of(const AttentionPlan::State& plan, const AttentionInputs& inputs,
-                     int64_t batch) noexcept {
-  if (!plan.changes_lengths) return {plan.seqlen_k, 0, plan.keys};
-  const auto length = [batch](const ConstTensorView& view) {
-    return int64_t{*reinterpret_cast<const int32_t*>(element(view, batch, 0, 0))};
-  };
-  SequenceKeys keys;
-  keys.seqlen_k = inputs.seqlens_k.has_value() ? length(*inputs.seqlens_k) : plan.seqlen_k;
-  keys.leftpad_k = inputs.leftpad_k.has_value() ? length(*inputs.leftpad_k) : 0;
-  keys.visible = without_padding(visible_union(plan.options.mask, plan.seqlen_q, keys.seqlen_k),
-                                 keys.leftpad_k);
-  return keys;
-}
-
 Status lay_out(AttentionPlan::State& plan) noexcept {
   WorkspaceLayout& layout = plan.layout;
   bool overflow = false;
@@ -94,8 +170,10 @@ Status lay_out(AttentionPlan::State& plan) noexcept {
     overflow = __builtin_add_overflow(next, on_pages(bytes), &next) || overflow;
     return offset;
   };
-  const bool empty = plan.keys.empty() || plan.heads() == 0;
-  const int64_t heads = empty ? 0 : plan.heads();
+  const KeyLimits most = key_limits(plan);
+  const int64_t heads = plan.keys.empty() ? 0 : plan.heads();
+  // Of ragged sequences `most` counts all, else each.
+  const int64_t by_sequence = (plan.ragged ? 1 : plan.batch) * plan.nheads_k;
   const int64_t padded = padded_dim(plan.packed_dim());
   const int float_bytes = plan.exact_bfloat16() ? 2 : 4;
   layout.block =
@@ -105,31 +183,31 @@ Status lay_out(AttentionPlan::State& plan) noexcept {
                                         : float_bytes,
                    plan.v_granularity == Granularity::kBlockChannel);
   layout.blocks =
-      take(product({heads, plan.kv_blocks(), static_cast<int64_t>(layout.block.bytes)}));
+      take(product({by_sequence, most.blocks, static_cast<int64_t>(layout.block.bytes)}));
   layout.block_headers =
-      take(product({heads, plan.kv_blocks(), static_cast<int64_t>(layout.block.header_bytes)}));
-  layout.packed_blocks = take(product({heads, plan.kv_blocks(), int64_t{sizeof(PackedBlock)}}));
+      take(product({by_sequence, most.blocks, static_cast<int64_t>(layout.block.header_bytes)}));
+  layout.packed_blocks = take(product({by_sequence, most.table, int64_t{sizeof(PackedBlock)}}));
   layout.heads = take(product({heads, int64_t{sizeof(PackedHead)}}));
-  layout.sequences = take(product({plan.batch, int64_t{sizeof(AttendSequence)}}));
+  layout.sequences = take(product({plan.sequences, int64_t{sizeof(AttendSequence)}}));
+  layout.sequence_keys = take(product({plan.sequences, int64_t{sizeof(SequenceKeys)}}));
   if (plan.smooths_k() || plan.k.quantized) {
     layout.k_mean = take(product({heads, plan.head_dim, int64_t{sizeof(float)}}));
   }
   if (plan.smooths_k()) {
-    const int64_t chunks = mean_chunks(plan.keys.hi - plan.keys.lo);
-    layout.k_mean_sums = take(product({heads, chunks, plan.head_dim, int64_t{sizeof(double)}}));
+    layout.k_mean_sums =
+        take(product({by_sequence, most.chunks, plan.head_dim, int64_t{sizeof(double)}}));
   }
   if (plan.int8_values()) {
     layout.v_out_scale = take(product({heads, padded, int64_t{sizeof(float)}}));
     if (plan.v_granularity == Granularity::kTensor || plan.v_granularity == Granularity::kChannel) {
       layout.v_max_bits =
-          take(product({heads, plan.kv_blocks(), plan.head_dim_v, int64_t{sizeof(uint32_t)}}));
+          take(product({by_sequence, most.blocks, plan.head_dim_v, int64_t{sizeof(uint32_t)}}));
     }
   }
-  if (const KeySplit split = split_of(plan, plan.keys); split.parts > 1) {
-    const int64_t rows = plan.seqlen_q * (plan.nheads_q / plan.nheads_k);
-    layout.bytes_per_partial = partial_bytes(rows, plan.packed_dim());
+  if (most.partials > 0) {
+    layout.bytes_per_partial = partial_bytes(most.partial_rows, plan.packed_dim());
     layout.partials =
-        take(product({heads, split.parts, static_cast<int64_t>(layout.bytes_per_partial)}));
+        take(product({by_sequence, most.partials, static_cast<int64_t>(layout.bytes_per_partial)}));
   }
   layout.workers = take(product(
       {plan.context.threads,
@@ -150,6 +228,7 @@ Status run(const AttentionPlan::State& plan, const AttentionInputs& inputs,
   workspace += (kAlignment - reinterpret_cast<uintptr_t>(workspace) % kAlignment) % kAlignment;
   const Workspace work{plan, workspace};
   const Clock::time_point start = Clock::now();
+  find_keys(work, inputs);
   if (Status status = prepare(work, inputs); !status.ok()) return status;
   const Clock::time_point prepared = Clock::now();
   Status status = attend(work, inputs, outputs);

@@ -94,6 +94,7 @@ Status attend_pages(const AttendBatch& batch, int64_t first, int64_t heads,
   int64_t split_rows = 0;  // most rows of a sequence that is split
   for (size_t i = 0; i < count; ++i) {
     AttendSequence& sequence = sequences[i];
+    sequence.index = static_cast<int64_t>(i);
     sequence.first_position = batch.cu_seqlens_q[i];
     sequence.seqlen_q = batch.cu_seqlens_q[i + 1] - batch.cu_seqlens_q[i];
     sequence.seqlen_k = found[i]->length;
@@ -105,15 +106,7 @@ Status attend_pages(const AttendBatch& batch, int64_t first, int64_t heads,
     first_block[i] = blocks;
     blocks += found[i]->pages.size() * static_cast<size_t>(heads);
   }
-  // The longest tasks start first, so that the threads end together.
-  const auto keys_per_task = [](const AttendSequence& sequence) {
-    return sequence.seqlen_k / sequence.split.parts;
-  };
-  const auto cost = [&](const AttendSequence& sequence) {
-    return keys_per_task(sequence) * std::min<int64_t>(sequence.seqlen_q * group, kQueryTile);
-  };
-  std::stable_sort(sequences.begin(), sequences.end(),
-                   [&](const auto& a, const auto& b) { return cost(a) > cost(b); });
+  cpu::longest_first(sequences, group);
   const cpu::TaskCount tasks = cpu::begin_tasks(sequences, nheads_q, heads);
 
   const Context& context = batch.context;
@@ -181,7 +174,7 @@ Status KvCache::attend(std::span<const KvSequence> handles, const Operand& q,
     if (found[i]->freed) return kv_cache::freed_error(handles[i]);
     longest = std::max(longest, found[i]->length);
   }
-  if (Status status = validate_kv_mask(attention_options.attn_mask, longest); !status.ok()) {
+  if (Status status = validate_ragged_mask(attention_options.attn_mask, longest); !status.ok()) {
     return status;
   }
   const AttendBatch batch = {*state_,

@@ -73,8 +73,8 @@ Status c_api::read_kv_attend_params(const attn8_kv_attention_params* in, int64_t
   options.softcap = params.softcap;
   AttentionInputs scores;
   ATTN8_RETURN_IF_ERROR(read_scores(params.scores, scores));
-  if (scores.seqlens_k || scores.leftpad_k) {
-    return invalid("params.scores sets seqlens_k or leftpad_k, ",
+  if (scores.seqlens_k || scores.leftpad_k || scores.cu_seqlens_q || scores.cu_seqlens_k) {
+    return invalid("params.scores sets lengths of sequences, ",
                    "wants attn_mask, alibi_slopes and sinks only");
   }
   options.attn_mask = scores.attn_mask;

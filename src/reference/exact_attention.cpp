@@ -10,6 +10,7 @@
 #include "reference/element.hpp"
 #include "reference/problem.hpp"
 #include "reference/score_changes.hpp"
+#include "reference/sequences.hpp"
 
 namespace attn8::reference {
 namespace {

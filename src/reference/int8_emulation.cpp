@@ -14,6 +14,7 @@
 #include "reference/problem.hpp"
 #include "reference/quantization.hpp"
 #include "reference/score_changes.hpp"
+#include "reference/sequences.hpp"
 #include "reference/v_fold.hpp"
 
 namespace attn8::reference {

@@ -50,35 +50,4 @@ Lengths lengths_of(const AttentionInputs& inputs, int64_t b, int64_t seqlen_k);
 /// Sequence b alone with its first seqlen_k keys, without seqlens_k and leftpad_k.
 AttentionInputs sequence_of(const AttentionInputs& inputs, int64_t b, int64_t seqlen_k);
 
-/// make_problem(), then the Status compute(problem, inputs, out, lse, out_bound): once, or where
-/// sequences have lengths of their own, for each of them alone.
-template <class Compute>
-Status for_each_sequence(const AttentionInputs& inputs, std::optional<float> softmax_scale,
-                         const Mask& mask, std::span<double> out, std::span<double> lse,
-                         std::span<double> out_bound, Rows rows, Compute compute) {
-  Problem all;
-  Status status = make_problem(inputs, softmax_scale, mask, out, lse, out_bound, rows, all);
-  if (!status.ok()) return status;
-  if (!inputs.seqlens_k && !inputs.leftpad_k) {
-    return compute(all, inputs, out, lse, out_bound);
-  }
-  const auto part_of = [&all](std::span<double> span, int64_t b) {
-    const size_t size = span.size() / static_cast<size_t>(all.batch);
-    return span.subspan(static_cast<size_t>(b) * size, size);
-  };
-  for (int64_t b = 0; b < all.batch; ++b) {
-    const Lengths lengths = lengths_of(inputs, b, all.seqlen_k);
-    const AttentionInputs part = sequence_of(inputs, b, lengths.seqlen_k);
-    Problem problem;
-    problem.leftpad_k = lengths.leftpad_k;
-    status = make_problem(part, softmax_scale, mask, part_of(out, b), part_of(lse, b),
-                          part_of(out_bound, b), rows, problem);
-    if (status.ok()) {
-      status = compute(problem, part, part_of(out, b), part_of(lse, b), part_of(out_bound, b));
-    }
-    if (!status.ok()) return status;
-  }
-  return {};
-}
-
 }  // namespace attn8::reference

@@ -79,7 +79,7 @@ AT(attn8_score_operands, alibi_slopes, 16);
 AT(attn8_score_operands, sinks, 24);
 AT(attn8_score_operands, seqlens_k, 32);
 AT(attn8_score_operands, leftpad_k, 40);
-static_assert(sizeof(attn8_score_operands) == 48, "attn8_score_operands");
+static_assert(sizeof(attn8_score_operands) == 64, "attn8_score_operands");
 
 AT(attn8_run_times, struct_size, 0);
 AT(attn8_run_times, reserved, 4);

@@ -114,6 +114,55 @@ TEST_F(ScoreOperands, Attention) {
   }
 }
 
+/// Two packed sequences give what each gives alone, and so does the oracle.
+TEST_F(ScoreOperands, PackedSequences) {
+  const Extents packed_q = {1, kBatch * kQueries, kHeads, kDim};
+  const Extents packed_k = {1, kBatch * kKeys, 1, kDim};
+  const attn8_tensor q = tensor_of(q_.data(), ATTN8_FLOAT32, packed_q);
+  const attn8_tensor k = tensor_of(k_.data(), ATTN8_FLOAT32, packed_k);
+  const attn8_tensor v = tensor_of(v_.data(), ATTN8_FLOAT32, packed_k);
+  const attn8_tensor out = tensor_of(out_.data(), ATTN8_FLOAT32, packed_q);
+  params_.q_offset = params_.k_offset = 0;
+  scores_.attn_mask = scores_.seqlens_k = scores_.leftpad_k = nullptr;
+  const int32_t starts_q[] = {0, 3, kBatch * kQueries};
+  const int32_t starts_k[] = {0, 100, kBatch * kKeys};
+  const attn8_tensor cu_seqlens_q = tensor_of(starts_q, ATTN8_INT32, {3, 1, 1, 1});
+  const attn8_tensor cu_seqlens_k = tensor_of(starts_k, ATTN8_INT32, {3, 1, 1, 1});
+  scores_.cu_seqlens_q = &cu_seqlens_q;
+  EXPECT_EQ(attn8_attention(&q, &k, &v, &out, nullptr, &params_, nullptr), ATTN8_INVALID_ARGUMENT);
+  EXPECT_EQ(std::string(attn8_last_error()),
+            "cu_seqlens_q is set alone, wants cu_seqlens_q and cu_seqlens_k");
+  scores_.cu_seqlens_k = &cu_seqlens_k;
+  ASSERT_EQ(attn8_attention(&q, &k, &v, &out, nullptr, &params_, nullptr), ATTN8_OK)
+      << attn8_last_error();
+  const std::vector<float> packed = out_;
+  std::vector<double> oracle(out_.size());
+  ASSERT_EQ(
+      attn8_reference_attention(&q, &k, &v, &params_, oracle.data(), oracle.size(), nullptr, 0),
+      ATTN8_OK)
+      << attn8_last_error();
+  scores_.cu_seqlens_q = scores_.cu_seqlens_k = nullptr;
+  for (size_t i = 0; i < 2; ++i) {
+    const int64_t queries = starts_q[i + 1] - starts_q[i];
+    const int64_t keys = starts_k[i + 1] - starts_k[i];
+    const auto own = [&](const std::vector<float>& x, int64_t first, int64_t tokens,
+                         int64_t heads) {
+      return tensor_of(x.data() + first * heads * kDim, ATTN8_FLOAT32, {1, tokens, heads, kDim});
+    };
+    const attn8_tensor q_own = own(q_, starts_q[i], queries, kHeads);
+    const attn8_tensor k_own = own(k_, starts_k[i], keys, 1);
+    const attn8_tensor v_own = own(v_, starts_k[i], keys, 1);
+    const attn8_tensor out_own = own(out_, starts_q[i], queries, kHeads);
+    ASSERT_EQ(attn8_attention(&q_own, &k_own, &v_own, &out_own, nullptr, &params_, nullptr),
+              ATTN8_OK)
+        << attn8_last_error();
+  }
+  EXPECT_EQ(packed, out_);
+  for (size_t i = 0; i < oracle.size(); ++i) {
+    ASSERT_NEAR(oracle[i], static_cast<double>(packed[i]), 0.1) << i;
+  }
+}
+
 TEST_F(ScoreOperands, Plan) {
   attn8_plan* plan = nullptr;
   ASSERT_EQ(attn8_plan_create(&q_tensor_, &k_tensor_, &v_tensor_, &out_tensor_, nullptr, &params_,
@@ -210,9 +259,9 @@ TEST_F(ScoreOperands, KvCache) {
   EXPECT_EQ(with_mask, out_);
   scores_.seqlens_k = &seqlens_tensor_;
   EXPECT_EQ(attend(), ATTN8_INVALID_ARGUMENT);
-  EXPECT_EQ(std::string(attn8_last_error()),
-            "params.scores sets seqlens_k or leftpad_k, wants attn_mask, alibi_slopes and sinks "
-            "only");
+  EXPECT_EQ(
+      std::string(attn8_last_error()),
+      "params.scores sets lengths of sequences, wants attn_mask, alibi_slopes and sinks only");
   attn8_kv_cache_destroy(cache);
 }
 

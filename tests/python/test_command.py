@@ -41,7 +41,7 @@ def test_info():
     ("arguments", "status", "message"),
     [
         ((), 2, ""),
-        (("dance",), 2, "command: got dance, want info, eval, bench"),
+        (("dance",), 2, "command: got dance, want info, compare, eval, bench"),
         (("info", "--yaml"), 2, "info: got --yaml, want nothing or --json"),
     ],
 )

@@ -63,7 +63,7 @@ def test_bits_on_cuda(granularity, layout):
 
 @gpu
 def test_public_functions_stay_on_cuda():
-    x = values("bshd", 70, torch.float16).nan_to_num(0, 0).cuda()
+    x = torch.randn(2, 70, 3, 24, generator=torch.Generator().manual_seed(0)).half().cuda()
     quantized = attn8.quantize(x, smooth=True)
     assert all(y.is_cuda for y in (quantized.codes, quantized.scale, quantized.mean))
     out = torch.empty_like(x)
@@ -71,9 +71,11 @@ def test_public_functions_stay_on_cuda():
     torch.testing.assert_close(out, x, rtol=0, atol=0.1)
     plain = attn8.quantize(x)
     out, lse = attn8.attention(plain, quantized, plain, return_lse=True)
+    # The same codes, so that nothing but P is rounded.
     wanted, wanted_lse = attn8.attention(
-        *(attn8.dequantize(y).cpu() for y in (plain, quantized, plain)), return_lse=True
-    )
+        *(attn8.dequantize(y).cpu() for y in (plain, quantized, plain)),
+        mode="exact", return_lse=True,
+    )  # fmt: skip
     assert (out.cpu() - wanted).norm() < 0.02 * wanted.norm()
     torch.testing.assert_close(lse.cpu(), wanted_lse, rtol=0, atol=0.03)
 

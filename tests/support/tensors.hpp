@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <type_traits>
 #include <vector>
 
 #include "attn8/attn8.hpp"
@@ -49,6 +50,16 @@ class Tensor {
   int64_t start_ = 0;
   std::vector<std::byte> bytes_;
 };
+
+/// Entries [first, first + count) of a view along an axis.
+template <class View>
+View stretch(View x, size_t axis, int64_t first, int64_t count) {
+  using Byte = std::conditional_t<std::is_same_v<View, TensorView>, std::byte, const std::byte>;
+  x.data = static_cast<Byte*>(x.data) +
+           first * x.strides[axis] * static_cast<int64_t>(dtype_bytes(x.dtype));
+  x.shape[axis] = count;
+  return x;
+}
 
 /// A normal number that is a function of its arguments.
 double normal_at(uint64_t seed, uint64_t index);
