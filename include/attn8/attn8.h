@@ -490,9 +490,14 @@ typedef struct attn8_cuda_kv_cache_params {
   int32_t page_size; /* default 256: tokens per page, a power of two in [256, 65536] */
   int64_t nheads_k;  /* >= 1; default 0, so to be set */
   int64_t head_dim;  /* 1 to 256; to be set */
-  int64_t num_pages; /* >= 1; to be set. Their memory is taken at once */
+  int64_t num_pages; /* >= 1; to be set */
   int32_t smooth_k;  /* default 1: subtract the mean K of a sequence's first append */
   int32_t reserved;  /* 0 */
+  /* default NULL: the library allocates; else where the pages go:
+   * attn8_cuda_kv_cache_memory_bytes() of device memory, 256-byte aligned, that outlives the cache
+   */
+  void* memory;
+  uint64_t memory_bytes; /* of memory */
 } attn8_cuda_kv_cache_params;
 
 /* The sequences of a call: int32 tensors, any strides, all on the cache's device or all on the CPU.
@@ -519,11 +524,15 @@ ATTN8_API attn8_status attn8_cuda_kv_cache_params_init(attn8_cuda_kv_cache_param
 ATTN8_API attn8_status attn8_cuda_kv_tables_init(attn8_cuda_kv_tables* tables,
                                                  uint32_t struct_size);
 
+/* Device memory of the pages of such a cache; `memory` and `memory_bytes` are not read. */
+ATTN8_API attn8_status attn8_cuda_kv_cache_memory_bytes(const attn8_cuda_kv_cache_params* params,
+                                                        const attn8_context* context,
+                                                        size_t* bytes);
 /* On the device of the context. On failure *cache is NULL. */
 ATTN8_API attn8_status attn8_cuda_kv_cache_create(const attn8_cuda_kv_cache_params* params,
                                                   const attn8_context* context,
                                                   attn8_cuda_kv_cache** cache);
-/* Waits for the work on its pages that was enqueued. NULL does nothing. */
+/* With pages of the library's it waits for the device. NULL does nothing. */
 ATTN8_API void attn8_cuda_kv_cache_destroy(attn8_cuda_kv_cache* cache);
 /* Device memory of one page; 0 for NULL. */
 ATTN8_API size_t attn8_cuda_kv_cache_bytes_per_page(const attn8_cuda_kv_cache* cache);
@@ -545,7 +554,8 @@ ATTN8_API attn8_status attn8_cuda_kv_cache_append(const attn8_cuda_kv_cache* cac
 /* Attention of q over the first cache_seqlens tokens of each sequence.
  *   q         float32, float16 or bfloat16; nheads_k divides its heads
  *   out, lse  as of attn8_attention(); may not overlap q
- *   params    NULL: defaults. mode ATTN8_ACCURATE, no head_modes */
+ *   params    NULL: defaults. mode ATTN8_ACCURATE, no head_modes; attn_mask float32, its first two
+ *             extents those of q or 1 */
 ATTN8_API attn8_status attn8_cuda_kv_cache_attend(
     const attn8_cuda_kv_cache* cache, const attn8_tensor* q, const attn8_cuda_kv_tables* tables,
     const attn8_tensor* out, const attn8_tensor* lse, const attn8_kv_attention_params* params,

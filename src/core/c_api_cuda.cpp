@@ -35,6 +35,22 @@ attn8_cuda_kv_cache_params default_cache_params() noexcept {
   return params;
 }
 
+Status read_cache_params(const attn8_cuda_kv_cache_params* in, CudaKvCacheOptions& options) {
+  attn8_cuda_kv_cache_params params = default_cache_params();
+  ATTN8_RETURN_IF_ERROR(read("params", in, kUnit, params));
+  ATTN8_RETURN_IF_ERROR(check_reserved("params", params.reserved));
+  options.nheads_k = params.nheads_k;
+  options.head_dim = params.head_dim;
+  options.page_size = params.page_size;
+  options.num_pages = params.num_pages;
+  options.smooth_k = params.smooth_k != 0;
+  if (params.memory == nullptr && params.memory_bytes != 0) {
+    return invalid("params.memory got NULL, params.memory_bytes ", params.memory_bytes);
+  }
+  options.memory = {static_cast<std::byte*>(params.memory), params.memory_bytes};
+  return {};
+}
+
 /// As much of the text as there is room for, and zeros.
 template <size_t kSize>
 void copy_text(std::string_view text, char (&to)[kSize]) noexcept {
@@ -64,13 +80,10 @@ Status to_options(const KvAttendParams& params, CudaKvAttentionOptions& options)
     return failure(StatusCode::kUnsupported, "params sets mode or head_modes, ",
                    "the cache on CUDA is for ATTN8_ACCURATE");
   }
-  if (from.attn_mask.has_value()) {
-    return failure(StatusCode::kUnsupported, "params.scores sets attn_mask, ",
-                   "the cache on CUDA takes alibi_slopes and sinks");
-  }
   options.softmax_scale = from.softmax_scale;
   options.mask = from.mask;
   options.softcap = from.softcap;
+  options.attn_mask = from.attn_mask;
   options.alibi_slopes = from.alibi_slopes;
   options.sinks = from.sinks;
   return {};
@@ -164,20 +177,26 @@ attn8_status attn8_cuda_kv_tables_init(attn8_cuda_kv_tables* tables, uint32_t st
       [&] { return initialize("tables", attn8_cuda_kv_tables{}, tables, struct_size, kUnit); });
 }
 
+attn8_status attn8_cuda_kv_cache_memory_bytes(const attn8_cuda_kv_cache_params* in,
+                                              const attn8_context* context, size_t* bytes) {
+  return call([&]() -> Status {
+    if (bytes == nullptr) return invalid("bytes got NULL");
+    CudaKvCacheOptions options;
+    ATTN8_RETURN_IF_ERROR(read_cache_params(in, options));
+    const Result<size_t> result = CudaKvCache::memory_bytes(options, context_of(context));
+    if (!result.ok()) return result.status();
+    *bytes = result.value();
+    return {};
+  });
+}
+
 attn8_status attn8_cuda_kv_cache_create(const attn8_cuda_kv_cache_params* in,
                                         const attn8_context* context, attn8_cuda_kv_cache** cache) {
   return call([&]() -> Status {
     if (cache == nullptr) return invalid("cache got NULL");
     *cache = nullptr;
-    attn8_cuda_kv_cache_params params = default_cache_params();
-    ATTN8_RETURN_IF_ERROR(read("params", in, kUnit, params));
-    ATTN8_RETURN_IF_ERROR(check_reserved("params", params.reserved));
     CudaKvCacheOptions options;
-    options.nheads_k = params.nheads_k;
-    options.head_dim = params.head_dim;
-    options.page_size = params.page_size;
-    options.num_pages = params.num_pages;
-    options.smooth_k = params.smooth_k != 0;
+    ATTN8_RETURN_IF_ERROR(read_cache_params(in, options));
     Result<CudaKvCache> made = CudaKvCache::make(options, context_of(context));
     if (!made.ok()) return made.status();
     *cache = new attn8_cuda_kv_cache{std::move(made).value()};

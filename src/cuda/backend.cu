@@ -276,16 +276,13 @@ Result<Plan> Plan::make(const AttentionInputs& inputs, const AttentionOutputs& o
     return unsupported("v_granularity=" + std::string(to_string(s.v_granularity)) +
                        ", the CUDA backend has token, tensor and channel");
   }
+  // Kernels for softcap alone there are of the usual weights; the others' do all that changes scores.
+  const bool all_changes = s.inputs.attn_mask || s.inputs.alibi_slopes ||
+                           weights == Weights::kPlain || weights == Weights::kPaper;
   const bool changed = options.softcap != 0 || s.inputs.attn_mask || s.inputs.alibi_slopes;
-  const Scores scores = s.inputs.attn_mask || s.inputs.alibi_slopes ? Scores::kBiased
-                        : options.softcap != 0                      ? Scores::kSoftcap
-                                                                    : Scores::kPlain;
-  if (changed && weights != Weights::kFolded && weights != Weights::kHalf) {
-    return unsupported(
-        "softcap, attn_mask and alibi_slopes with mode=" + std::string(to_string(options.mode)) +
-        " and v_granularity=" + std::string(to_string(s.v_granularity)) +
-        ", on CUDA they want half, or accurate with token");
-  }
+  const Scores scores = !changed      ? Scores::kPlain
+                        : all_changes ? Scores::kBiased
+                                      : Scores::kSoftcap;
   const auto* k_quantized = std::get_if<QuantizedView>(&inputs.k);
 
   const bool own_lengths = s.inputs.seqlens_k || s.inputs.leftpad_k;

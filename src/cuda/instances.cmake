@@ -71,8 +71,8 @@ AttendEntry ${name}() {
 endmacro()
 
 # What few callers need has one width less, and what Hopper has no kernel for runs the others there.
-foreach(kernel Folded.Plain Plain.Plain Paper.Plain Folded.Softcap Folded.Biased Half.Plain
-               Half.Softcap Half.Biased)
+foreach(kernel Folded.Plain Plain.Plain Paper.Plain Folded.Softcap Folded.Biased Plain.Biased
+               Paper.Biased Half.Plain Half.Softcap Half.Biased)
   string(REPLACE "." ";" kernel ${kernel})
   list(GET kernel 0 weights)
   list(GET kernel 1 scores)

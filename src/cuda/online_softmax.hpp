@@ -73,8 +73,8 @@ struct RowChanges {
       const int query_head = query_head_of(p, head, row + 8 * r);
       changes.position[r] = query + sequence.position_offset;
       if (p.changes.attn_mask != nullptr) {
-        const int64_t at = batch * p.changes.attn_mask_stride_batch +
-                           query * p.changes.attn_mask_stride_row +
+        const int64_t at = sequence.batch * p.changes.attn_mask_stride_batch +
+                           (sequence.first_query + query) * p.changes.attn_mask_stride_row +
                            query_head * p.changes.attn_mask_stride_head;
         changes.mask_at[r] = {static_cast<int>(at), static_cast<int>(at >> 32)};
       }
