@@ -392,6 +392,46 @@ void append(benchmark::State& state, attn8::Isa isa) {
   if (!status.ok()) state.SkipWithError(status.message().c_str());
 }
 
+/// Appends a token to each of 32 sequences on two threads: in one call (the time) by turns with a
+/// call for each.
+void append_batch(benchmark::State& state, attn8::Isa isa) {
+  const Extents shape = {1, kSequences, 8, 128};
+  const std::vector<float> k = normal_tensor(shape, 2);
+  const attn8::ConstTensorView view = attn8::bshd(k.data(), DType::kFloat32, shape);
+  const attn8::Context context = attn8::Context::with_isa(isa, 2);
+  auto cache =
+      attn8::KvCache::make({.nheads_k = 8, .head_dim = 128, .max_pages = 8 * kSequences}).value();
+  std::vector<attn8::KvSequence> sequences;
+  std::vector<int32_t> cu_seqlens = {0};
+  for (size_t i = 0; i < kSequences; ++i) {
+    sequences.push_back(cache.create().value());
+    cu_seqlens.push_back(static_cast<int32_t>(i + 1));
+  }
+  attn8::Status status;
+  std::vector<double> each;
+  for (auto _ : state) {
+    if (cache.length(sequences[0]).value() == 2048) {
+      for (const attn8::KvSequence sequence : sequences) status = cache.truncate(sequence, 0);
+    }
+    const auto start = std::chrono::steady_clock::now();
+    status = cache.append(sequences, view, view, cu_seqlens, context);
+    if (!status.ok()) break;
+    const double together = seconds_since(start);
+    state.SetIterationTime(together);
+    const auto separate = std::chrono::steady_clock::now();
+    for (size_t i = 0; i < kSequences && status.ok(); ++i) {
+      attn8::ConstTensorView token = view;
+      token.shape[1] = 1;
+      token.data = k.data() + static_cast<int64_t>(i) * view.strides[1];
+      status = cache.append(sequences[i], token, token, context);
+    }
+    if (!status.ok()) break;
+    each.push_back(seconds_since(separate) * 1e6);
+  }
+  if (!status.ok()) state.SkipWithError(status.message().c_str());
+  state.counters["separate_us"] = median(each);
+}
+
 void register_all() {
   using attn8::Granularity;
   using attn8::Mean;
@@ -422,6 +462,9 @@ void register_all() {
         ->Unit(benchmark::kMillisecond);
     benchmark::RegisterBenchmark(("append_token" + suffix).c_str(), append, isa)
         ->Arg(1)
+        ->Unit(benchmark::kMicrosecond);
+    benchmark::RegisterBenchmark(("append_batch" + suffix).c_str(), append_batch, isa)
+        ->UseManualTime()
         ->Unit(benchmark::kMicrosecond);
     benchmark::RegisterBenchmark(("append_prompt" + suffix).c_str(), append, isa)
         ->Arg(4096)

@@ -44,14 +44,27 @@ bool try_cast(nb::handle object, T& out, bool convert) {
   return done;
 }
 
-bool true_attribute(nb::handle object, const char* name) {
+/// An attribute, or an invalid handle where there is none.
+nb::object attribute(nb::handle object, const char* name) {
   PyObject* found = PyObject_GetAttrString(object.ptr(), name);
-  if (found == nullptr) {
-    PyErr_Clear();
-    return false;
+  if (found == nullptr) PyErr_Clear();
+  return nb::steal(found);
+}
+
+/// What DLPack does not say of a torch tensor: that it requires grad, and that its memory holds the
+/// negatives of its numbers.
+void check_tensor(nb::handle object, const std::string& name) {
+  const nb::object grad = attribute(object, "requires_grad");
+  if (!grad.is_valid()) return;
+  if (grad.ptr() == Py_True) {
+    raise_value_error(name, class_name(object) + " that requires grad",
+                      "one that does not: attn8 has no backward pass (torch.no_grad(), detach())");
   }
-  const nb::object value = nb::steal(found);
-  return value.ptr() == Py_True;
+  const nb::object is_neg = attribute(object, "is_neg");
+  if (is_neg.is_valid() && is_neg().ptr() == Py_True) {
+    raise_value_error(name, class_name(object) + " with torch's negative bit",
+                      "one without it (resolve_neg())");
+  }
 }
 
 std::optional<DType> to_dtype(const nb::dlpack::dtype& dtype) {
@@ -202,10 +215,7 @@ Layout to_layout(nb::handle object) {
 }
 
 Array import_array(nb::handle object, const std::string& name, size_t rank, bool written) {
-  if (true_attribute(object, "requires_grad")) {
-    raise_value_error(name, class_name(object) + " that requires grad",
-                      "one that does not: attn8 has no backward pass (torch.no_grad(), detach())");
-  }
+  check_tensor(object, name);
   Array array;
   if (written) {
     nb::ndarray<> writable;
@@ -224,7 +234,9 @@ Array import_array(nb::handle object, const std::string& name, size_t rank, bool
   const AnyArray& handle = array.handle;
   const std::optional<DType> dtype = to_dtype(handle.dtype());
   if (!dtype.has_value()) {
-    raise_type_error(name, describe(object), "float32, float16, bfloat16; int8 for codes");
+    raise_type_error(
+        name, describe(object),
+        "float32, float16 or bfloat16 (codes: int8, lengths: int32, masks: also bool)");
   }
   array.dtype = *dtype;
   if (handle.ndim() != rank) {

@@ -64,34 +64,52 @@ TensorView whole(const Array& array) {
   return sequence(array, 0, static_cast<int64_t>(array.handle.shape(0)));
 }
 
-void append(KvCache& cache, nb::handle sequence, nb::handle k, nb::handle v, nb::handle rotate,
-            nb::handle threads, nb::handle isa) {
-  const KvSequence to = to_sequence(sequence, "sequence");
-  const Context context = to_context(threads, isa);
-  const Array k_array = import_array(k, "k", 3, false);
-  const Array v_array = import_array(v, "v", 3, false);
-  Rotation rotation(to_bool(rotate, "rotate"), context.threads);
-  without_gil([&] {
-    return cache.append(to, rotation.of(whole(k_array)), rotation.of(whole(v_array)), context);
-  });
+std::vector<KvSequence> to_sequences(nb::handle object) {
+  const nb::list names = to_list(object, "sequences");
+  std::vector<KvSequence> sequences;
+  for (size_t i = 0; i < nb::len(names); ++i) {
+    sequences.push_back(to_sequence(names[i], "sequences[" + std::to_string(i) + "]"));
+  }
+  return sequences;
 }
 
-/// Starts of the queries of each sequence; None: the same number for each.
-std::vector<int32_t> query_starts(nb::handle cu_seqlens_q, size_t total, size_t sequences) {
-  if (!cu_seqlens_q.is_none()) return to_starts(cu_seqlens_q, "cu_seqlens_q", total);
+/// Starts of the tokens of each sequence; None: the same number for each.
+std::vector<int32_t> starts_of(nb::handle cu_seqlens, const char* name, const char* tokens,
+                               size_t total, size_t sequences) {
+  if (!cu_seqlens.is_none()) return to_starts(cu_seqlens, name, total);
   if (sequences == 0 ? total != 0 : total % sequences != 0) {
-    raise_value_error("q", std::to_string(total) + " tokens",
+    raise_value_error(tokens, std::to_string(total) + " tokens",
                       "a multiple of " + std::to_string(sequences) +
-                          ", the number of sequences, where cu_seqlens_q is None");
+                          ", the number of sequences, where " + name + " is None");
   }
   if (total > static_cast<size_t>(std::numeric_limits<int32_t>::max())) {
-    raise_value_error("q", std::to_string(total) + " tokens", "fewer than 2^31");
+    raise_value_error(tokens, std::to_string(total) + " tokens", "fewer than 2^31");
   }
   std::vector<int32_t> starts;
   for (size_t i = 0; i <= sequences; ++i) {
     starts.push_back(static_cast<int32_t>(sequences == 0 ? 0 : total / sequences * i));
   }
   return starts;
+}
+
+/// sequence: one, or a list of them.
+void append(KvCache& cache, nb::handle sequence, nb::handle k, nb::handle v, nb::handle cu_seqlens,
+            nb::handle rotate, nb::handle threads, nb::handle isa) {
+  const bool one = !nb::isinstance<nb::list>(sequence);
+  const KvSequence to = one ? to_sequence(sequence, "sequence") : KvSequence();
+  const std::vector<KvSequence> all = one ? std::vector<KvSequence>() : to_sequences(sequence);
+  const Context context = to_context(threads, isa);
+  const Array k_array = import_array(k, "k", 3, false);
+  const Array v_array = import_array(v, "v", 3, false);
+  std::vector<int32_t> starts;
+  if (!one) starts = starts_of(cu_seqlens, "cu_seqlens", "k", k_array.handle.shape(0), all.size());
+  Rotation rotation(to_bool(rotate, "rotate"), context.threads);
+  without_gil([&] {
+    const ConstTensorView k_view = rotation.of(whole(k_array));
+    const ConstTensorView v_view = rotation.of(whole(v_array));
+    return one ? cache.append(to, k_view, v_view, context)
+               : cache.append(all, k_view, v_view, starts, context);
+  });
 }
 
 void attend(const KvCache& cache, nb::handle sequences, nb::handle q, nb::handle cu_seqlens_q,
@@ -113,16 +131,13 @@ void attend(const KvCache& cache, nb::handle sequences, nb::handle q, nb::handle
   options.alibi_slopes = changed.alibi_slopes;
   options.sinks = changed.sinks;
   const Context context = to_context(threads, isa);
-  const nb::list names = to_list(sequences, "sequences");
-  std::vector<KvSequence> of;
-  for (size_t i = 0; i < nb::len(names); ++i) {
-    of.push_back(to_sequence(names[i], "sequences[" + std::to_string(i) + "]"));
-  }
+  const std::vector<KvSequence> of = to_sequences(sequences);
   read.push_back(import_array(q, "q", 3, false));
   const Array q_array = read.back();
   if (!is_float(q_array.dtype)) raise_type_error("q", describe(q), "float32, float16 or bfloat16");
   const size_t total = q_array.handle.shape(0);
-  const std::vector<int32_t> starts = query_starts(cu_seqlens_q, total, of.size());
+  const std::vector<int32_t> starts =
+      starts_of(cu_seqlens_q, "cu_seqlens_q", "q", total, of.size());
   const Array out_array = import_array(out, "out", 3, true);
   AttentionOutputs outputs;
   outputs.out = sequence(out_array, 0, static_cast<int64_t>(out_array.handle.shape(0)));
@@ -165,7 +180,7 @@ void add_kv_cache(nb::module_& module) {
   nb::class_<KvCache>(module, "KvCache")
       .def("create", [](KvCache& cache) { return without_gil([&] { return cache.create(); }); })
       .def("append", &append, nb::arg().none(), nb::arg().none(), nb::arg().none(),
-           nb::arg().none(), nb::arg().none(), nb::arg().none())
+           nb::arg().none(), nb::arg().none(), nb::arg().none(), nb::arg().none())
       .def(
           "fork",
           [](KvCache& cache, nb::handle parent, nb::handle length) {

@@ -152,8 +152,10 @@ class Worker {
     std::optional<size_t> changed;
     if (choice < 2) {
       create();
-    } else if (choice < 50) {
+    } else if (choice < 46) {
       append(changed.emplace(pick()));
+    } else if (choice < 50) {
+      append_several();
     } else if (choice < 54) {
       fork();
     } else if (choice < 58) {
@@ -206,32 +208,65 @@ class Worker {
     append(live_.size() - 1);
   }
 
-  void append(size_t i) {
-    Live& live = live_[i];
-    // The first append is a prompt of 1 to 1023 tokens, short ones as likely as long ones; then
-    // mostly decode.
+  /// Tokens to append to a sequence: first a prompt of 1 to 1023, short ones as likely as long
+  /// ones; then mostly decode.
+  uint64_t draw_count(const SoakSequence& model) {
     const uint64_t kind = below(16);
-    const uint64_t count = live.model.length() == 0 ? below(uint64_t{2} << below(10)) + 1
-                           : kind < 12              ? 1
-                           : kind < 15              ? below(64)
-                                                    : below(512);
-    std::vector<uint64_t> tokens(count);
+    if (model.length() == 0) return below(uint64_t{2} << below(10)) + 1;
+    if (kind < 12) return 1;
+    return kind < 15 ? below(64) : below(512);
+  }
+
+  void append(size_t i) {
+    const uint64_t count = draw_count(live_[i].model);
+    append_batch({i}, {0, static_cast<int32_t>(count)});
+  }
+
+  /// Up to four sequences in one call.
+  void append_several() {
+    std::vector<size_t> batch = {pick()};
+    for (uint64_t more = below(4); more > 0; --more) {
+      const size_t i = pick();
+      if (std::ranges::find(batch, i) == batch.end()) batch.push_back(i);
+    }
+    std::vector<int32_t> cu_seqlens = {0};
+    for (const size_t i : batch) {
+      cu_seqlens.push_back(cu_seqlens.back() + static_cast<int32_t>(draw_count(live_[i].model)));
+    }
+    append_batch(batch, cu_seqlens);
+  }
+
+  void append_batch(const std::vector<size_t>& batch, const std::vector<int32_t>& cu_seqlens) {
+    const auto total = static_cast<size_t>(cu_seqlens.back());
+    std::vector<uint64_t> tokens(total);
     for (uint64_t& token : tokens) token = below(uint64_t{1} << 32);
     const size_t row = kSoakHeads * kSoakHeadDim;
-    k_.resize(count * row);
-    v_.resize(count * row);
-    for (size_t t = 0; t < count; ++t) {
+    k_.resize(total * row);
+    v_.resize(total * row);
+    for (size_t t = 0; t < total; ++t) {
       std::ranges::copy(shared_.tokens.k(tokens[t]), k_.begin() + static_cast<long>(t * row));
       std::ranges::copy(shared_.tokens.v(tokens[t]), v_.begin() + static_cast<long>(t * row));
     }
-    const Extents shape = {1, static_cast<int64_t>(count), kSoakHeads, kSoakHeadDim};
-    const int64_t wanted = live.model.append_wants(static_cast<int64_t>(count));
+    const Extents shape = {1, static_cast<int64_t>(total), kSoakHeads, kSoakHeadDim};
+    const TensorView k = bshd(k_.data(), DType::kFloat32, shape);
+    const TensorView v = bshd(v_.data(), DType::kFloat32, shape);
+    std::vector<KvSequence> handles;
+    int64_t wanted = 0;
+    for (size_t b = 0; b < batch.size(); ++b) {
+      handles.push_back(live_[batch[b]].handle);
+      wanted += live_[batch[b]].model.append_wants(cu_seqlens[b + 1] - cu_seqlens[b]);
+    }
     const int64_t used = shared_.pages.used();
-    const Status status = shared_.cache.append(live.handle, bshd(k_.data(), DType::kFloat32, shape),
-                                               bshd(v_.data(), DType::kFloat32, shape), Context());
-    if (!succeeded("append", status, wanted, used)) return;
-    live.model.append(tokens);
-    report_.tokens += static_cast<int64_t>(count);
+    const Status status = batch.size() == 1
+                              ? shared_.cache.append(handles[0], k, v, Context())
+                              : shared_.cache.append(handles, k, v, cu_seqlens, Context());
+    if (!succeeded(batch.size() == 1 ? "append" : "append_batch", status, wanted, used)) return;
+    for (size_t b = 0; b < batch.size(); ++b) {
+      live_[batch[b]].model.append(
+          std::span(tokens).subspan(static_cast<size_t>(cu_seqlens[b]),
+                                    static_cast<size_t>(cu_seqlens[b + 1] - cu_seqlens[b])));
+    }
+    report_.tokens += static_cast<int64_t>(total);
   }
 
   void add_fork(KvSequence parent, const SoakSequence& model, int64_t length) {

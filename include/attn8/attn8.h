@@ -410,6 +410,15 @@ ATTN8_API attn8_status attn8_kv_sequence_fork(attn8_kv_cache* cache, attn8_kv_se
 ATTN8_API attn8_status attn8_kv_sequence_append(attn8_kv_cache* cache, attn8_kv_sequence sequence,
                                                 const attn8_tensor* k, const attn8_tensor* v,
                                                 const attn8_context* context);
+/* The same for `count` sequences, each once at most, divided over the threads: tokens
+ * [cu_seqlens[i], cu_seqlens[i + 1]) of k and v, [1, total, ...], go to sequences[i]. All are
+ * appended to, or none.
+ *   cu_seqlens  count + 1 numbers from 0 to total, not decreasing */
+ATTN8_API attn8_status attn8_kv_cache_append(attn8_kv_cache* cache,
+                                             const attn8_kv_sequence* sequences, size_t count,
+                                             const attn8_tensor* k, const attn8_tensor* v,
+                                             const int32_t* cu_seqlens,
+                                             const attn8_context* context);
 /* Drops the tokens from `length` on. */
 ATTN8_API attn8_status attn8_kv_sequence_truncate(attn8_kv_cache* cache, attn8_kv_sequence sequence,
                                                   int64_t length);

@@ -97,6 +97,17 @@ class ATTN8_API KvCache {
   Status append(KvSequence sequence, const ConstTensorView& k, const ConstTensorView& v,
                 const Context& context) noexcept;
 
+  /// The same for several sequences at once, their work divided over the threads: tokens
+  /// [cu_seqlens[i], cu_seqlens[i + 1]) of k and v, which may be none, go to sequences[i].
+  ///   sequences   each once at most
+  ///   k, v        as above, n = total
+  ///   cu_seqlens  [sequences + 1], from 0 to total, not decreasing
+  /// All sequences are appended to, or none; a page that several of them share is copied for each.
+  /// Errors: as above.
+  Status append(std::span<const KvSequence> sequences, const ConstTensorView& k,
+                const ConstTensorView& v, std::span<const int32_t> cu_seqlens,
+                const Context& context) noexcept;
+
   /// A new sequence with the first `length` tokens of `parent` (and its K mean). Shares their
   /// pages; takes one of its own only where `length` ends inside a page that holds more tokens.
   /// Errors: kInvalidArgument, kOutOfMemory.

@@ -15,6 +15,10 @@ from pathlib import Path
 from attn8.runtime import info
 
 OWN = {"compare": "attn8.comparison", "eval": "attn8.evaluation.command"}
+NEEDS = {
+    "compare": ("torch",),
+    "eval": ("torch", "transformers", "accelerate", "gguf", "matplotlib"),
+}
 FORWARDED = ("bench", "paper", "report", "run", "study", "verify")
 USAGE = f"""usage: python -m attn8 COMMAND ...
 
@@ -45,6 +49,12 @@ def _info(arguments: list[str]) -> int:
         print(json.dumps(found))
         return 0
     for key, value in found.items():
+        if key == "cuda":
+            print(f"{key:13} {value['reason'] or 'available'}")
+            for device in value["devices"]:
+                runs = device["kernels"] or f"not used: {device['reason']}"
+                print(f"  {device['name']}, compute capability {device['capability']}: {runs}")
+            continue
         if key != "isas":
             print(f"{key:13} {'not installed' if value is None else value}")
             continue
@@ -66,11 +76,8 @@ def main(arguments: list[str]) -> int:
         try:
             main_of = importlib.import_module(OWN[name]).main
         except ImportError as error:
-            extra = "eval" if name == "eval" else "torch"
-            print(
-                f"{name}: got no {error.name}, want it: pip install attn8[{extra}]",
-                file=sys.stderr,
-            )
+            how = f"pip install {' '.join(NEEDS[name])}"
+            print(f"{name}: got no {error.name}, want it: {how}", file=sys.stderr)
             return 3
         return int(main_of(rest))
     if name not in FORWARDED:

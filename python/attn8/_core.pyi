@@ -142,7 +142,15 @@ class KVSequence:
 class KvCache:
     def create(self) -> KVSequence: ...
     def append(
-        self, sequence: KVSequence, k: Any, v: Any, rotate: bool, threads: int, isa: str | None, /
+        self,
+        sequence: KVSequence | list[KVSequence],
+        k: Any,
+        v: Any,
+        cu_seqlens: Any,
+        rotate: bool,
+        threads: int,
+        isa: str | None,
+        /,
     ) -> None: ...
     def fork(self, parent: KVSequence, length: int, /) -> KVSequence: ...
     def truncate(self, sequence: KVSequence, length: int, /) -> None: ...

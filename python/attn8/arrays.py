@@ -28,6 +28,8 @@ def shape_of(x: Array, name: str, rank: int) -> tuple[int, ...]:
     shape = getattr(x, "shape", None)
     if not isinstance(shape, tuple):
         raise TypeError(f"{name}: got {type(x).__name__}, want an array (NumPy, torch, JAX, ...)")
+    if isinstance(x, np.ma.MaskedArray):
+        raise TypeError(f"{name}: got a MaskedArray, want an array: its mask would be dropped")
     if len(shape) != rank:
         raise ValueError(f"{name}: got {len(shape)} dimensions, want {rank}")
     return tuple(shape)

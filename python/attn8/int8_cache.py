@@ -164,11 +164,17 @@ class _Int8Layer(DynamicLayer):  # type: ignore[misc]
         missing = [row.missing(i, ranges[i], start) for i, row in enumerate(self.rows)]
         if self.waiting is None:
             return
-        for i, (row, new) in enumerate(zip(self.rows, missing, strict=True)):
-            if new > 0:
-                last = ranges[i][1] - start
-                k, v = (x[i, :, last - new : last].transpose(0, 1) for x in self.waiting)
-                row.pages.append(row.sequence, k, v)
+        growing = [i for i, new in enumerate(missing) if new > 0]
+        if growing:
+            ends = {i: ranges[i][1] - start for i in growing}
+            new = {i: slice(ends[i] - missing[i], ends[i]) for i in growing}
+            k, v = (
+                torch.cat([x[i, :, new[i]].transpose(0, 1) for i in growing]) for x in self.waiting
+            )
+            starts = torch.tensor([0, *(missing[i] for i in growing)], dtype=torch.int32)
+            self.rows[0].pages.append(
+                [self.rows[i].sequence for i in growing], k, v, starts.cumsum(0, dtype=torch.int32)
+            )
         self.waiting = None
 
     def _expose(self) -> None:

@@ -110,22 +110,28 @@ class KVCache:
 
     def append(
         self,
-        sequence: KVSequence,
+        sequence: KVSequence | Iterable[KVSequence],
         k: Array,
         v: Array,
+        cu_seqlens: Array | None = None,
         *,
         threads: int | None = None,
         isa: str | None = None,
     ) -> None:
-        """Append tokens to a sequence.
+        """Append tokens to a sequence, or to each of several in one call.
 
         Parameters
         ----------
-        sequence : KVSequence
-            Of this cache.
+        sequence : KVSequence or iterable of KVSequence
+            Of this cache; of several each once at most, and all are appended to or none.
         k, v : Array
             ``[tokens, nheads_k, head_dim]``, v with its head_dim_v, float32, float16 or bfloat16,
             any strides; read in place. A token with a NaN or an Inf makes the rows that see it NaN.
+            The tokens of one sequence lie together.
+        cu_seqlens : Array, optional
+            int32 ``[sequences + 1]``, with several sequences: the tokens of sequence i are those
+            from element i up to, without, element i + 1. None: the same number for each, one in a
+            step of decode.
         threads, isa
             As for :func:`attn8.attention`.
 
@@ -135,7 +141,14 @@ class KVCache:
             Fewer pages are free than it takes.
         """
         k, v = without_grad(k, "k"), without_grad(v, "v")
-        self._cache.append(sequence, k, v, self._rotate, threads_for(k, threads), isa_for(isa))
+        if cu_seqlens is not None and not isinstance(sequence, Iterable):
+            raise ValueError(
+                f"cu_seqlens: got {type(cu_seqlens).__name__} with one sequence, want None"
+            )
+        to: Any = list(sequence) if isinstance(sequence, Iterable) else sequence
+        self._cache.append(
+            to, k, v, cu_seqlens, self._rotate, threads_for(k, threads), isa_for(isa)
+        )
 
     def fork(self, sequence: KVSequence, length: int | None = None) -> KVSequence:
         """Return a new sequence with the first ``length`` tokens of another; None: with all.

@@ -36,6 +36,9 @@ Status validate_kv_append(const KvCacheOptions& options, const ConstTensorView& 
 Status validate_kv_attention(const KvCacheOptions& cache, int64_t sequences, const Operand& q,
                              std::span<const int32_t> cu_seqlens_q, const AttentionOutputs& outputs,
                              const KvCacheAttentionOptions& options) noexcept;
+/// Where `sequences` packed sequences begin in the `total` tokens of `tensor`.
+Status validate_cu_seqlens(std::string_view name, int64_t sequences, std::string_view tensor,
+                           int64_t total, std::span<const int32_t> cu_seqlens) noexcept;
 /// Of packed sequences, once their lengths are at hand: whether attn_mask has the keys of the
 /// longest.
 Status validate_ragged_mask(const std::optional<ConstTensorView>& attn_mask,

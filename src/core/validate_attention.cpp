@@ -363,15 +363,22 @@ Status validate_kv_attention(const KvCacheOptions& cache, int64_t sequences, con
     const int64_t keys = options.attn_mask.has_value() ? options.attn_mask->shape[3] : 0;
     ATTN8_RETURN_IF_ERROR(check_score_operands(scores, shape, 1, keys, {}));
     ATTN8_RETURN_IF_ERROR(validate_score_values(scores));
-    const auto wanted = static_cast<size_t>(sequences) + 1;
-    if (cu_seqlens_q.size() != wanted) {
-      return invalid("cu_seqlens_q got ", cu_seqlens_q.size(), " entries, wants ", wanted);
-    }
-    ATTN8_RETURN_IF_ERROR(check_offsets("cu_seqlens_q", sequences, "q", shape[1], [&](int64_t i) {
-      return cu_seqlens_q[static_cast<size_t>(i)];
-    }));
+    ATTN8_RETURN_IF_ERROR(
+        validate_cu_seqlens("cu_seqlens_q", sequences, "q", shape[1], cu_seqlens_q));
     ATTN8_RETURN_IF_ERROR(check_outputs(outputs, shape, cache.head_dim_v));
     return validate_no_overlap(scores, outputs);
+  });
+}
+
+Status validate_cu_seqlens(std::string_view name, int64_t sequences, std::string_view tensor,
+                           int64_t total, std::span<const int32_t> cu_seqlens) noexcept {
+  return guarded([&]() -> Status {
+    const auto wanted = static_cast<size_t>(sequences) + 1;
+    if (cu_seqlens.size() != wanted) {
+      return invalid(name, " got ", cu_seqlens.size(), " entries, wants ", wanted);
+    }
+    return check_offsets(name, sequences, tensor, total,
+                         [&](int64_t i) { return cu_seqlens[static_cast<size_t>(i)]; });
   });
 }
 

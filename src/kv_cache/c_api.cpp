@@ -2,6 +2,8 @@
 // SPDX-License-Identifier: Apache-2.0
 
 // The KV cache of attn8.h over attn8::KvCache, by the rules of core/c_api.cpp.
+#include <algorithm>
+#include <iterator>
 #include <new>
 #include <span>
 #include <utility>
@@ -38,6 +40,13 @@ attn8_kv_attention_params default_attention_params() noexcept {
 
 KvSequence sequence_of(attn8_kv_sequence sequence) noexcept {
   return {sequence.cache, sequence.id};
+}
+
+Status read_sequences(const attn8_kv_sequence* in, size_t count, std::vector<KvSequence>& out) {
+  if (in == nullptr && count > 0) return invalid("sequences got NULL");
+  out.reserve(count);
+  std::transform(in, in + count, std::back_inserter(out), sequence_of);
+  return {};
 }
 
 /// `make` gives the KvSequence; checks what both ways to a new one share.
@@ -146,6 +155,22 @@ attn8_status attn8_kv_sequence_append(attn8_kv_cache* cache, attn8_kv_sequence s
   });
 }
 
+attn8_status attn8_kv_cache_append(attn8_kv_cache* cache, const attn8_kv_sequence* sequences,
+                                   size_t count, const attn8_tensor* k, const attn8_tensor* v,
+                                   const int32_t* cu_seqlens, const attn8_context* context) {
+  return call([&]() -> Status {
+    if (cache == nullptr) return invalid("cache got NULL");
+    std::vector<KvSequence> handles;
+    ATTN8_RETURN_IF_ERROR(read_sequences(sequences, count, handles));
+    if (cu_seqlens == nullptr) return invalid("cu_seqlens got NULL");
+    TensorView k_view, v_view;
+    ATTN8_RETURN_IF_ERROR(read_plain("k", k, k_view));
+    ATTN8_RETURN_IF_ERROR(read_plain("v", v, v_view));
+    return cache->value.append(handles, k_view, v_view, {cu_seqlens, count + 1},
+                               context_of(context));
+  });
+}
+
 attn8_status attn8_kv_sequence_truncate(attn8_kv_cache* cache, attn8_kv_sequence sequence,
                                         int64_t length) {
   return call([&]() -> Status {
@@ -197,7 +222,8 @@ attn8_status attn8_kv_cache_attend(const attn8_kv_cache* cache, const attn8_kv_s
                                    const attn8_context* context) {
   return call([&]() -> Status {
     if (cache == nullptr) return invalid("cache got NULL");
-    if (sequences == nullptr && count > 0) return invalid("sequences got NULL");
+    std::vector<KvSequence> handles;
+    ATTN8_RETURN_IF_ERROR(read_sequences(sequences, count, handles));
     if (cu_seqlens_q == nullptr) return invalid("cu_seqlens_q got NULL");
     Operand q_operand;
     AttentionOutputs outputs;
@@ -206,9 +232,6 @@ attn8_status attn8_kv_cache_attend(const attn8_kv_cache* cache, const attn8_kv_s
     ATTN8_RETURN_IF_ERROR(read_plain("out", out, outputs.out));
     ATTN8_RETURN_IF_ERROR(read_optional("lse", lse, outputs.lse));
     ATTN8_RETURN_IF_ERROR(read_kv_attend_params(params, cache->value.options().nheads_k, attend));
-    std::vector<KvSequence> handles;
-    handles.reserve(count);
-    for (size_t i = 0; i < count; ++i) handles.push_back(sequence_of(sequences[i]));
     return cache->value.attend(handles, q_operand, {cu_seqlens_q, count + 1}, outputs,
                                attend.options, context_of(context));
   });

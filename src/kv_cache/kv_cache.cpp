@@ -6,16 +6,14 @@
 #include <atomic>
 
 #include "core/message.hpp"
-#include "core/quant_math.hpp"
 #include "core/validate.hpp"
-#include "cpu/parallel.hpp"
-#include "cpu/views.hpp"
 #include "kv_cache/page_writer.hpp"
 #include "kv_cache/state.hpp"
 
 namespace attn8 {
 
 using kv_cache::freed_error;
+using kv_cache::out_of_pages;
 using kv_cache::PageWriter;
 using kv_cache::Sequence;
 
@@ -26,10 +24,6 @@ uint64_t next_cache_id() noexcept {
   return next.fetch_add(1, std::memory_order_relaxed);
 }
 
-Status out_of_pages(int64_t wanted, int64_t free_pages) noexcept {
-  return failure(StatusCode::kOutOfMemory, "pages free got ", free_pages, ", wants ", wanted);
-}
-
 /// Turns a failed allocation into a status.
 template <class Body>
 auto guarded(Body body) noexcept -> decltype(body()) {
@@ -38,27 +32,6 @@ auto guarded(Body body) noexcept -> decltype(body()) {
   } catch (...) {
     return Status(StatusCode::kOutOfMemory, {});
   }
-}
-
-/// The K mean of every head over all tokens of k, [nheads_k][head_dim], as attention() takes it.
-std::vector<float> mean_of_k(const KernelTable& table, const ConstTensorView& k,
-                             const Context& context) {
-  const int64_t tokens = k.shape[1];
-  const int64_t heads = k.shape[2];
-  const auto dim = static_cast<int>(k.shape[3]);
-  const int64_t chunks = cpu::mean_chunks(tokens);
-  std::vector<double> sums(static_cast<size_t>(heads * chunks * dim));
-  std::vector<float> mean(static_cast<size_t>(heads * dim));
-  cpu::for_each_task(context, heads * chunks, [&](int64_t task, int64_t) {
-    const int64_t begin = task % chunks * kMeanChunk;
-    const int64_t count = std::min(kMeanChunk, tokens - begin);
-    table.add_rows(cpu::token_rows(k, 0, begin, count, task / chunks, 0, dim),
-                   sums.data() + task * dim);
-  });
-  for (int64_t head = 0; head < heads; ++head) {
-    cpu::mean_of_chunks(sums.data() + head * chunks * dim, tokens, dim, mean.data() + head * dim);
-  }
-  return mean;
 }
 
 KvCacheOptions resolved(KvCacheOptions options) noexcept {
@@ -91,6 +64,10 @@ KvSequence KvCache::State::add(std::shared_ptr<Sequence> sequence) {
   return {id, next_sequence++};
 }
 
+Status kv_cache::out_of_pages(int64_t wanted, int64_t free_pages) noexcept {
+  return failure(StatusCode::kOutOfMemory, "pages free got ", free_pages, ", wants ", wanted);
+}
+
 Status kv_cache::freed_error(KvSequence sequence) noexcept {
   return invalid("sequence ", sequence.id, " was freed");
 }
@@ -103,63 +80,6 @@ Result<KvCache> KvCache::make(const KvCacheOptions& options) noexcept {
 Result<KvSequence> KvCache::create() noexcept {
   return guarded([&]() -> Result<KvSequence> {
     return state_->add(std::make_shared<Sequence>(state_->pool));
-  });
-}
-
-Status KvCache::append(KvSequence handle, const ConstTensorView& k, const ConstTensorView& v,
-                       const Context& context) noexcept {
-  if (Status status = validate_context(context); !status.ok()) return status;
-  if (Status status = validate_kv_append(options(), k, v); !status.ok()) return status;
-  return guarded([&]() -> Status {
-    std::shared_ptr<Sequence> sequence;
-    if (Status status = state_->find(handle, sequence); !status.ok()) return status;
-    const std::unique_lock lock(sequence->mutex);
-    if (sequence->freed) return freed_error(handle);
-    const int64_t tokens = k.shape[1];
-    if (tokens == 0) return {};
-    kv_cache::PagePool& pool = state_->pool;
-    const int64_t page_size = options().page_size;
-    const int64_t before = sequence->length;
-    const int64_t after = before + tokens;
-    std::vector<int32_t>& pages = sequence->pages;
-    const auto pages_before = static_cast<int64_t>(pages.size());
-    const int64_t pages_after = (after + page_size - 1) / page_size;
-    const bool copies = before % page_size != 0 && pool.is_shared(pages.back());
-    const int64_t wanted = pages_after - pages_before + (copies ? 1 : 0);
-    if (const int64_t left = pool.free_pages(); wanted > left) return out_of_pages(wanted, left);
-
-    const KernelTable& table = context.force_isa ? *find_kernel_table(context.isa) : state_->table;
-    std::vector<float> mean;
-    const bool first = before == 0 && options().smooth_k;
-    if (first) mean = mean_of_k(table, k, context);
-    pages.reserve(static_cast<size_t>(pages_after + (copies ? 1 : 0)));
-    if (!pool.take(wanted, pages)) return out_of_pages(wanted, pool.free_pages());
-    // Nothing fails from here on.
-    if (copies) {
-      const auto last = static_cast<size_t>(pages_before - 1);
-      pool.copy(pages[last], pages.back());
-      pool.release(&pages[last], 1);
-      pages[last] = pages.back();
-      pages.pop_back();
-    }
-    if (first) sequence->k_mean = std::move(mean);
-
-    const PageWriter writer(table, options());
-    const int64_t heads = options().nheads_k;
-    const int64_t first_page = before / page_size;
-    const int64_t touched = pages_after - first_page;
-    cpu::for_each_task(context, heads * touched, [&](int64_t task, int64_t) {
-      const int64_t page = first_page + task % touched;
-      const int64_t head = task / touched;
-      const int64_t lo = std::max(before, page * page_size);
-      const int64_t hi = std::min(after, (page + 1) * page_size);
-      writer.append(
-          pool.block(pages[static_cast<size_t>(page)], head), lo - page * page_size, k, v, head,
-          lo - before, hi - lo,
-          sequence->k_mean.empty() ? nullptr : sequence->k_mean.data() + head * options().head_dim);
-    });
-    sequence->length = after;
-    return {};
   });
 }
 

@@ -61,6 +61,7 @@ namespace kv_cache {
 
 /// A sequence that was freed between find() and its lock.
 Status freed_error(KvSequence sequence) noexcept;
+Status out_of_pages(int64_t wanted, int64_t free_pages) noexcept;
 
 }  // namespace kv_cache
 }  // namespace attn8

@@ -96,6 +96,34 @@ attn8_kv_cache_usage usage_of(const Cache& cache) {
   return usage;
 }
 
+TEST(KvCacheCApi, AppendToSeveral) {
+  const Cache cache = make_cache(8);
+  const attn8_kv_sequence a = create(cache);
+  const attn8_kv_sequence b = create(cache);
+  const std::vector<attn8_kv_sequence> both = {a, b};
+  const Floats k(50, kHeads, kDim, 3);
+  const Floats v(50, kHeads, kDim, 4);
+  const std::vector<int32_t> cu_seqlens = {0, 13, 50};
+  const auto append_both = [&](const attn8_kv_sequence* sequences, const attn8_tensor* k_tensor,
+                               const int32_t* starts) {
+    return attn8_kv_cache_append(cache.get(), sequences, 2, k_tensor, &v.tensor, starts, nullptr);
+  };
+  ASSERT_EQ(append_both(both.data(), &k.tensor, cu_seqlens.data()), ATTN8_OK) << attn8_last_error();
+  EXPECT_EQ(length_of(cache, a), 13);
+  EXPECT_EQ(length_of(cache, b), 37);
+  expect_invalid(append_both(nullptr, &k.tensor, cu_seqlens.data()), "sequences got NULL");
+  expect_invalid(append_both(both.data(), nullptr, cu_seqlens.data()), "k got NULL");
+  expect_invalid(append_both(both.data(), &k.tensor, nullptr), "cu_seqlens got NULL");
+  const std::vector<attn8_kv_sequence> twice = {a, a};
+  expect_invalid(append_both(twice.data(), &k.tensor, cu_seqlens.data()),
+                 "sequences holds sequence " + std::to_string(a.id) + " twice, wants it once");
+  expect_invalid(attn8_kv_cache_append(nullptr, both.data(), 2, &k.tensor, &v.tensor,
+                                       cu_seqlens.data(), nullptr),
+                 "cache got NULL");
+  EXPECT_EQ(length_of(cache, a), 13);
+  EXPECT_EQ(length_of(cache, b), 37);
+}
+
 TEST(KvCacheCApi, SameAsTheCppApi) {
   const Cache cache = make_cache(8);
   KvCache direct =

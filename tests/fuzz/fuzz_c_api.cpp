@@ -190,6 +190,8 @@ int32_t float_type(ByteReader& bytes) { return static_cast<int32_t>(bytes.below(
 /// Score operands, each there or not, with the tensors they point at.
 struct Scores {
   Arena attn_mask, alibi_slopes, sinks, seqlens_k, leftpad_k;
+  std::array<int32_t, 3> starts_q = {}, starts_k = {};
+  attn8_tensor cu_seqlens_q = {}, cu_seqlens_k = {};
   attn8_score_operands operands = {};
 
   Scores(ByteReader& bytes, int64_t seqlen_q, int64_t nheads_q, int64_t seqlen_k) {
@@ -202,6 +204,20 @@ struct Scores {
     // Read as int32 their memory is far beyond any length, so that these are always refused.
     make(bytes, seqlens_k, ATTN8_INT32, {1, 1, 1, 1});
     make(bytes, leftpad_k, ATTN8_INT32, {1, 1, 1, 1});
+    const auto packed = [&](std::array<int32_t, 3>& starts, attn8_tensor& tensor, int64_t total) {
+      const auto all = static_cast<int32_t>(total);
+      starts = {0, bytes.pick({all / 2, 0, all, -1, all + 1}), bytes.one_in(16) ? all + 1 : all};
+      const std::array<int64_t, 4> shape = {bytes.pick({3, 3, 2, 1, 0}), 1, 1, 1};
+      expect(attn8_tensor_bshd(&tensor, sizeof tensor, starts.data(), ATTN8_INT32, shape.data()) ==
+                 ATTN8_OK,
+             attn8_last_error());
+    };
+    packed(starts_q, cu_seqlens_q, seqlen_q);
+    packed(starts_k, cu_seqlens_k, seqlen_k);
+    if (bytes.one_in(4)) {
+      operands.cu_seqlens_q = &cu_seqlens_q;
+      if (!bytes.one_in(16)) operands.cu_seqlens_k = &cu_seqlens_k;
+    }
     if (bytes.one_in(2)) operands.attn_mask = &attn_mask.tensor;
     if (bytes.one_in(2)) operands.alibi_slopes = &alibi_slopes.tensor;
     if (bytes.one_in(2)) operands.sinks = &sinks.tensor;
@@ -403,6 +419,18 @@ int call_kv_cache(ByteReader& bytes) {
         const std::array<int64_t, 4> shape = {1, bytes.below(80), 2, 8};
         make(bytes, k, float_type(bytes), shape);
         make(bytes, v, float_type(bytes), shape);
+        if (bytes.one_in(3)) {
+          const std::array<attn8_kv_sequence, 2> both = {sequence, pick()};
+          const auto total = static_cast<int32_t>(shape[1]);
+          const std::array<int32_t, 3> cu_seqlens = {
+              0, bytes.pick({total / 2, 0, total, -1, total + 1}), total};
+          done += answered(
+              "append batch",
+              attn8_kv_cache_append(target, bytes.one_in(16) ? nullptr : both.data(), 2,
+                                    or_null(bytes, k), or_null(bytes, v),
+                                    bytes.one_in(16) ? nullptr : cu_seqlens.data(), nullptr));
+          break;
+        }
         done += answered("append", attn8_kv_sequence_append(target, sequence, or_null(bytes, k),
                                                             or_null(bytes, v), nullptr));
         break;

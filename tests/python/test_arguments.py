@@ -50,6 +50,8 @@ BAD = [
     ({"v": X.astype(complex)}, TypeError, "v: got ndarray of dtype complex128"),
     ({"v": X.astype(object)}, TypeError, "v: got ndarray of dtype object"),
     ({"q": X.astype(">f4")}, TypeError, "q: got ndarray of dtype >f4"),
+    ({"q": np.ma.masked_array(X)}, TypeError, "q: got a MaskedArray, want an array: its mask"),
+    ({"seqlens_k": np.array([4])}, TypeError, "seqlens_k: got .* int64, want .*lengths: int32"),
     ({"q": X.astype("U3")}, TypeError, "q: got ndarray of dtype <U3"),
     ({"k": unaligned(SHAPE)}, ValueError, "k: got memory that is not aligned"),
     ({"k": Device((2, 0))}, TypeError, "k: got Device"),

@@ -35,6 +35,7 @@ def test_info():
     text = call("info").stdout
     assert f"version       {attn8.__version__}" in text
     assert "avx512_vnni" in text
+    assert f"cuda          {found['cuda']['reason'] or 'available'}" in text
 
 
 @pytest.mark.parametrize(

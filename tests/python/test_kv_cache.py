@@ -108,6 +108,35 @@ def test_masks(shape, kind):
     assert distance(out, wanted[0]) < 0.02
 
 
+def test_append_to_several():
+    counts = np.array([0, 70, 70, 71, 200], np.int32)
+    together, each = make(), make()
+    a = [together.create() for _ in range(4)]
+    b = [each.create() for _ in range(4)]
+    k, v = keys(200)
+    together.append(a, k, v, counts)
+    token = keys(4, seed=30)
+    together.append(a, *token)  # one for each
+    for i, sequence in enumerate(b):
+        rows = slice(counts[i], counts[i + 1])
+        each.append(sequence, k[rows], v[rows])
+        each.append(sequence, *(x[i : i + 1] for x in token))
+    assert [together.length(x) for x in a] == [71, 1, 2, 130]
+    q = queries(4)
+    np.testing.assert_array_equal(together.attend(a, q), each.attend(b, q))
+    with pytest.raises(ValueError, match="sequences holds sequence 1 twice, wants it once"):
+        together.append([a[0], a[0]], *keys(2))
+    with pytest.raises(ValueError, match="k: got 3 tokens, want a multiple of 4"):
+        together.append(a, *keys(3))
+    with pytest.raises(ValueError, match="cu_seqlens: got ndarray with one sequence, want None"):
+        together.append(a[0], *keys(3), np.array([0, 3], np.int32))
+    with pytest.raises(TypeError, match=r"sequences\[1\]: got str"):
+        together.append([a[0], "b"], *keys(2))
+    with pytest.raises(TypeError, match="sequence: got int"):
+        together.append(5, *keys(2))
+    assert [together.length(x) for x in a] == [71, 1, 2, 130]
+
+
 def test_a_mask_over_a_batch():
     cache, named = make(), []
     for i, length in enumerate((60, 90)):

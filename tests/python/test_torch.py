@@ -109,6 +109,22 @@ def test_other_tensors_are_refused(x):
             attn8.attention(**{"q": good, "k": good, "v": good, operand: x})
 
 
+def test_negative_bits_are_refused():
+    """torch flips the sign of such tensors when it reads them; DLPack does not say so."""
+    q, k, v = (torch.from_numpy(x) for x in operands())
+    flipped = torch._neg_view(v)
+    for call in (
+        lambda: attn8.attention(q, k, flipped),
+        lambda: attn8.quantize(flipped),
+        lambda: attn8.attention(q, k, v, attn_mask=torch._neg_view(torch.zeros(5, 5))[:1, :1]),
+    ):
+        with pytest.raises(
+            ValueError, match="got Tensor with torch's negative bit, want one witho"
+        ):
+            call()
+    assert torch.equal(attn8.attention(q, k, flipped.resolve_neg()), attn8.attention(q, k, -v))
+
+
 def test_threads_follow_torch():
     before = torch.get_num_threads()
     try:

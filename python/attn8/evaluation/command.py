@@ -191,7 +191,7 @@ def main(arguments: list[str] | None = None) -> int:
 
             draw(results, options.plots)
     except ImportError as error:
-        print(f"eval: got no {error.name}, want it: pip install attn8[eval]", file=sys.stderr)
+        print(f"eval: got no {error.name}, want it: pip install {error.name}", file=sys.stderr)
         return 3
     except UnavailableError as error:
         print(f"eval: {error}", file=sys.stderr)
