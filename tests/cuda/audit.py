@@ -49,7 +49,7 @@ LIMITS = {
     "biased": {("sm80", 64): 42.0, ("sm80", 128): 45.0, ("sm80", 256): 50.5},
     "half": {("sm80", 64): 10.5, ("sm80", 128): 13.0, ("sm80", 256): 18.5},
     "half_softcap": {("sm80", 64): 17.0, ("sm80", 128): 19.5, ("sm80", 256): 24.5},
-    "half_biased": {("sm80", 64): 38.5, ("sm80", 128): 41.0, ("sm80", 256): 47.5},
+    "half_biased": {("sm80", 64): 39.5, ("sm80", 128): 41.0, ("sm80", 256): 47.5},
 }
 #: Registers at launch: 65,536 over the threads of a multiprocessor's blocks.
 REGISTERS = {"sm80": 255, "sm90": 168}

@@ -200,6 +200,11 @@ TEST(Cuda, RefusesWhatItHasNoKernelFor) {
   const Shape shape = {1, 2, 1, 16, 40, 64};
   AttentionOptions options;
   EXPECT_TRUE(refused(shape, options).ok());
+  options.mode = Mode::kPaper;
+  options.softcap = 20;
+  EXPECT_TRUE(refused(shape, options).ok());
+  EXPECT_EQ(refused({1, 2, 1, 16, 40, 129}, options).code(), StatusCode::kUnsupported);
+  options = {};
   options.mode = Mode::kExact;
   EXPECT_EQ(refused(shape, options).code(), StatusCode::kUnsupported);
   options = {};
@@ -286,7 +291,7 @@ TEST(Cuda, AgreesWithTheEmulation) {
        Granularity::kChannel,
        causal,
        {.softcap = 20, .sinks = true}},
-      {{1, 4, 2, 3, 700, 256},
+      {{1, 4, 2, 3, 700, 128},
        Mode::kAccurate,
        Granularity::kTensor,
        causal,
