@@ -42,7 +42,8 @@ struct CudaKvCacheOptions {
 ///                append, q of attention) are a ragged batch [1, total, heads, head_dim], those of
 ///                sequence b in [cu_seqlens[b], cu_seqlens[b + 1]). Without it they are
 ///                [batch, seqlen, heads, head_dim].
-/// max_seqlen     with cu_seqlens: the most of those tokens that one sequence has; 0: total
+/// max_seqlen     with cu_seqlens: the most of those tokens that one sequence has; 0: total. Of a
+///                longer one whose table is on the device the output means nothing.
 struct CudaKvTables {
   ConstTensorView block_table;
   ConstTensorView cache_seqlens;

@@ -284,8 +284,8 @@ softcap, alibi_slopes, sinks, head_modes
         As for :func:`attention`.
     max_seqlen_q, max_seqlen_k : int, optional
         The longest sequence. Read only where ``cu_seqlens_q`` lies on a CUDA device: there a
-        sequence that is longer gets NaN, and all are padded to it (None: to all rows) unless that
-        is much more than there is and mode ``accurate`` can put them into pages instead.
+        sequence that is longer gets NaN (None: all rows fit). Modes other than ``accurate`` with
+        V scales per token pad all sequences to it.
 
     Returns
     -------
@@ -321,7 +321,7 @@ softcap, alibi_slopes, sinks, head_modes
         slopes = None if changes is None else changes[2]
         paged = None
         if (mode, v_granularity, kv_block, check_finite) == ("accurate", "token", 0, False) and (
-            head_modes is None and v_shape[2] == shape[2]
+            head_modes is None and v_shape[2] == shape[2] and k.dtype == v.dtype
         ):
             paged = ragged.PagedOptions(
                 softmax_scale, causal, align, window_size, softcap, sinks, slopes, smooth_k

@@ -2,9 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Packed sequences on a CUDA device.
 
-With cu_seqlens there the host knows no length: sequences become rectangles that
-:func:`attn8.attention` takes, or where those would be much padding the pages of a cache that lasts
-for the call.
+With cu_seqlens there the host knows no length: sequences go into the pages of a cache that lasts
+for the call, or where that lacks something become rectangles that :func:`attn8.attention` takes.
 """
 
 from __future__ import annotations
@@ -90,25 +89,11 @@ def attend(
             total if most is None else max(0, min(total, most))
             for most, total in zip(longest, (len(q), len(k)), strict=True)
         )
-        batch = len(starts[0]) - 1
-        if paged is not None and _is_mostly_padding(batch, rows, keys, len(q), len(k)):
-            out.fill_(float("nan"))  # tokens of no sequence
-            lse.fill_(float("nan"))
+        if paged is not None and min(len(starts[0]) - 1, rows, keys) > 0:
             _in_pages(q, k, v, starts, (rows, keys), paged, out, lse)
         else:
             _at_once(q, k, v, starts, (rows, keys), align, slopes, compute, out, lse)
     return out, lse
-
-
-def _is_mostly_padding(batch: int, rows: int, keys: int, total_q: int, total_k: int) -> bool:
-    """Return whether rectangles hold over half as much again as there is.
-
-    Attention from pages costs a few percent and an append its own pass, so that equal lengths are
-    better off as rectangles.
-    """
-    if min(batch, rows, keys) == 0:
-        return False
-    return batch * (rows + keys) > 1.5 * (total_q + total_k)
 
 
 def _in_pages(
@@ -125,15 +110,32 @@ def _in_pages(
     pages = torch.arange(-(-keys // _PAGE), device=q.device, dtype=torch.int32)
     num_pages = len(k) // _PAGE + batch
     table = (first[:, None] + pages).clamp(max=num_pages - 1).int()
-    wrong = (lengths < 0) | (lengths > keys) | (k_starts[:-1] < 0) | (k_starts[1:] > len(k))
     target = cuda.target_of(q)
     assert target is not None
     _core.cuda_attention_in_pages(
-        q, k, v, out, lse, table, torch.zeros_like(lengths), lengths.masked_fill(wrong, -1),
-        q_starts, k_starts, rows, keys, options.softmax_scale, options.causal, options.align,
-        options.window_size, options.softcap, options.sinks, options.alibi_slopes,
-        options.smooth_k, num_pages, *target,
+        q, k, v, out, lse, table, torch.zeros_like(lengths), lengths, q_starts, k_starts, rows,
+        keys, options.softmax_scale, options.causal, options.align, options.window_size,
+        options.softcap, options.sinks, options.alibi_slopes, options.smooth_k, num_pages, *target,
     )  # fmt: skip
+    _, lost = _sequence_of(q, k, (q_starts, k_starts), longest)
+    out.masked_fill_(lost[:, None, None], float("nan"))
+    lse.masked_fill_(lost, float("nan"))
+
+
+def _sequence_of(
+    q: Array, k: Array, starts: tuple[Array, Array], longest: tuple[int, int]
+) -> tuple[Array, Array]:
+    """Return the sequence of each row of q, and whether its numbers point outside."""
+    torch = torch_of(q)
+    q_starts, k_starts = starts
+    rows, keys = longest
+    seqlens_q, seqlens_k = q_starts.diff(), k_starts.diff()
+    token = torch.arange(len(q), device=q.device, dtype=q_starts.dtype)
+    of = torch.searchsorted(q_starts[1:].contiguous(), token, right=True)
+    of = of.clamp(max=len(q_starts) - 2)
+    wrong = (seqlens_q < 0) | (seqlens_q > rows) | (seqlens_k < 0) | (seqlens_k > keys)
+    wrong |= (k_starts[:-1] < 0) | (k_starts[1:] > len(k))
+    return of, wrong[of] | (token < q_starts[of]) | (token >= q_starts[of + 1])
 
 
 def _check_starts(x: Array, name: str, q: Array) -> bool:
@@ -178,7 +180,7 @@ def _at_once(
     align: str, slopes: Array | None, compute: Attention, out: Array, lse: Array,
 ) -> None:  # fmt: skip
     torch = torch_of(q)
-    total_q, total_k = len(q), len(k)
+    total_q = len(q)
     rows, keys = longest
     q_starts, k_starts = (x.long() for x in starts)
     seqlens_q, seqlens_k = q_starts.diff(), k_starts.diff()
@@ -202,12 +204,8 @@ def _at_once(
         slopes,
         seqlens_k.clamp(0, keys).int(),
     )
-    token = torch.arange(total_q, device=q.device)
-    of = torch.searchsorted(q_starts[1:].contiguous(), token, right=True).clamp(max=batch - 1)
-    row = token - row_zero[of]
-    wrong = (seqlens_q < 0) | (seqlens_q > rows) | (seqlens_k < 0) | (seqlens_k > keys)
-    wrong |= (k_starts[:-1] < 0) | (k_starts[1:] > total_k)
-    lost = wrong[of] | (token < q_starts[of]) | (token >= q_starts[of + 1])
+    of, lost = _sequence_of(q, k, (q_starts, k_starts), longest)
+    row = torch.arange(total_q, device=q.device) - row_zero[of]
     at = of, row.clamp(0, rows - 1)
     out.copy_(padded[at].masked_fill(lost[:, None, None], float("nan")))
     lse.copy_(padded_lse.transpose(1, 2)[at].masked_fill(lost[:, None], float("nan")).t())
