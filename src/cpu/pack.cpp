@@ -44,7 +44,7 @@ void pack_v_group(const KernelTable& table, const BlockMemory& block, int64_t gr
 }
 
 float fold_ratio(float v_scale, float block_scale) noexcept {
-  return std::max(kMinRatio, v_scale / block_scale);
+  return v_scale == 0 ? kZeroRatio : std::max(kMinRatio, v_scale / block_scale);
 }
 
 void fold_key(const BlockMemory& block, int64_t key, float ratio) noexcept {

@@ -49,6 +49,7 @@ FloatFold fold_into_float_scores(const Quantized& v, int64_t kv_block) {
 
 GridFold fold_into_score_grid(Quantized& v, int64_t kv_block, int64_t seqlen) {
   constexpr float kMinRatio = 0x1p-16F;
+  constexpr float kZeroRatio = 0x1p-6F;
   Tokens& codes = v.codes;
   const int64_t last = codes.first + codes.count;
   GridFold fold;
@@ -66,7 +67,7 @@ GridFold fold_into_score_grid(Quantized& v, int64_t kv_block, int64_t seqlen) {
         fold.weight.push_back(0);
         continue;
       }
-      if (is_zero(codes, j)) r = kMinRatio;
+      if (is_zero(codes, j)) r = kZeroRatio;
       if (r < kMinRatio) {
         const float shrink = r * 0x1p16F;
         for (int64_t d = 0; d < codes.head_dim; ++d) {

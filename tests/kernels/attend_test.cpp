@@ -197,6 +197,35 @@ TEST_P(Attend, UnevenValues) {
   }
 }
 
+/// Keys whose V is zero keep their weight in the softmax: text that is padded with zeros has many
+/// of them, an attention sink may be one.
+TEST_P(Attend, KeysWithoutValues) {
+  for (const int64_t last : {1, 12, 150, 299}) {  // keys from there on have no V
+    for (const bool padding : {false, true}) {
+      KernelCase c;
+      c.seqlen_q = 40;
+      c.seqlen_k = 300;
+      c.head_dim = 64;
+      KernelInputs inputs = make_inputs(c);
+      for (int64_t j = last; j < c.seqlen_k; ++j) {
+        for (int64_t d = 0; d < c.head_dim; ++d) {
+          inputs.v.set(0, j, 0, d, 0);
+          if (padding) inputs.k.set(0, j, 0, d, 0);
+        }
+      }
+      const KernelResult result = run_kernel(c, inputs.operands(), GetParam());
+      expect_matches_oracle(c, inputs.operands(), result, GetParam());
+      std::vector<double> out(static_cast<size_t>(c.seqlen_q * c.head_dim));
+      std::vector<double> lse(static_cast<size_t>(c.seqlen_q));
+      const Status status = reference::exact_attention(inputs.q.view(), inputs.k.view(),
+                                                       inputs.v.view(), std::nullopt, {}, out, lse);
+      ASSERT_TRUE(status.ok()) << status.message();
+      EXPECT_LT(reference::error_report(result.out.values(), out).rel_l2, 0.03)
+          << "from " << last << " padding " << padding;
+    }
+  }
+}
+
 TEST_P(Attend, MemoryLayoutsAndTypes) {
   for (const Mode mode : kKernelModes) {
     for (const Memory memory : {Memory::kBhsd, Memory::kStrided, Memory::kReversed}) {

@@ -322,6 +322,24 @@ TEST(Plan, NothingVisible) {
 
 /// v_granularity and smooth_k say how float operands become codes; modes without those codes
 /// ignore them.
+/// Keys that no query sees take no memory but their entry in a table.
+TEST(Plan, WorkspaceOfAWindow) {
+  KernelCase c = small_case(Mode::kAccurate);
+  c.seqlen_k = 2000;
+  const KernelInputs inputs = make_inputs(c);
+  Outputs outputs(c);
+  const auto workspace_bytes = [&] {
+    const auto plan = AttentionPlan::make(inputs.operands(), outputs.views(), c.options, {});
+    EXPECT_TRUE(plan.ok()) << plan.status().message();
+    return plan.value().workspace_bytes();
+  };
+  const size_t whole = workspace_bytes();
+  c.options.mask.window_left = 50;  // with 13 queries at most two blocks of 256 keys
+  const size_t window = workspace_bytes();
+  const auto codes_of_six_blocks = static_cast<size_t>(c.batch * c.nheads_k * 6 * 256 * 2 * 24);
+  EXPECT_GT(whole, window + codes_of_six_blocks);
+}
+
 TEST(Plan, OptionsOfOtherModesChangeNothing) {
   for (const Mode mode : {Mode::kPaper, Mode::kHalf, Mode::kExact}) {
     KernelCase c = small_case(mode);

@@ -109,14 +109,20 @@ TEST(ScoreGrid, TinyTokensOfVAreEncodedAgain) {
   const double l = 32640.0 * (256 + 0x1p24);
   EXPECT_NEAR(o.out[0], 255.0 * (127 + 32) / (l / kWeightUnits), 1e-8);
   EXPECT_NEAR(o.lse[0], lse_of(l, 0), 1e-12);
-  // So small that nothing is left, and one that is zero: both count in l, as does 2^-16 itself.
-  for (const float v : {127 * 0x1p-30F, 0.0F}) {
-    const Output zero = attend(column({0, 1024}), column({127, v}), grid_options());
-    EXPECT_NEAR(zero.out[0], 255.0 * 127 / (l / kWeightUnits), 1e-8);
-    EXPECT_NEAR(zero.lse[0], lse_of(l, 0), 1e-12);
-  }
+  // So small that nothing is left: it counts in l, as does 2^-16 itself.
+  const Output none = attend(column({0, 1024}), column({127, 127 * 0x1p-30F}), grid_options());
+  EXPECT_NEAR(none.out[0], 255.0 * 127 / (l / kWeightUnits), 1e-8);
+  EXPECT_NEAR(none.lse[0], lse_of(l, 0), 1e-12);
   const Output edge = attend(column({0, 1024}), column({127, 127 * 0x1p-16F}), grid_options());
   EXPECT_NEAR(edge.out[0], 255.0 * (127 + 127) / (l / kWeightUnits), 1e-8);
+}
+
+// A V token of zeros has r = 2^-6, 384 steps.
+TEST(ScoreGrid, ZeroTokensOfVKeepTheirWeight) {
+  const Output o = attend(column({0, 384}), column({127, 0}), grid_options());
+  const double l = 32640.0 * (256 + 0x1p14);
+  EXPECT_NEAR(o.out[0], 255.0 * 127 / (l / kWeightUnits), 1e-8);
+  EXPECT_NEAR(o.lse[0], lse_of(l, 0), 1e-12);
 }
 
 // The fold starts anew in every block: no token is small beside one of another block.
@@ -199,14 +205,14 @@ TEST(ScoreGrid, TiesGoToEvenSteps) {
   EXPECT_NEAR(o.lse[0], lse_of(beta * l, 0), 1e-13);
 }
 
-// 1024.4375 (1 + 2^-14) - 1024 = 0.50003: one step. With the product rounded to float32 first it
-// would be a tie, and none. The token of zeros is the one with g = -1024.
+// 385.47647 (1 + 2^-14) - 384 = 1.4999986: one step. With the product rounded to float32 first it
+// would be a tie, and two. The token of zeros is the one with g = -384.
 TEST(ScoreGrid, MultiplyingAndAddingRoundOnce) {
-  Exact problem({1, 0}, column({1024.4375F, 1}), {0, 127});
+  Exact problem({1, 0}, column({385.476470947265625F, 1}), {0, 127});
   problem.q_scale = column({(1 + 0x1p-14F) / 64});
   const Output o = problem.run();
   ASSERT_TRUE(o.status.ok()) << o.status.message();
-  const double l = 32640 * 0x1p24 + 256.0 * static_cast<double>(half_of_weight(weight(1)));
+  const double l = 32640 * 0x1p14 + 256.0 * static_cast<double>(half_of_weight(weight(1)));
   const double beta = static_cast<float>(std::pow(2.0, 1.0 / 64));
   EXPECT_NEAR(o.lse[0], lse_of(beta * l, 0), 1e-13);
 }
