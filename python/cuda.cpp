@@ -125,8 +125,7 @@ TensorView tokens_view(nb::handle object, const char* name, bool ragged, bool wr
                        Arrays& keep) {
   keep.push_back(import_array(object, name, ragged ? 3 : 4, written));
   const Array& array = keep.back();
-  return ragged ? sequence(array, 0, static_cast<int64_t>(array.handle.shape(0)))
-                : view_of(array, Layout::kBshd);
+  return ragged ? packed_view(array) : view_of(array, Layout::kBshd);
 }
 
 CudaKvTables to_tables(nb::handle block_table, nb::handle cache_seqlens, nb::handle cu_seqlens,
@@ -217,8 +216,7 @@ void attend_views(const CudaKvCache& cache, const ConstTensorView& q, const Arra
   if (!lse.is_none()) {
     keep.push_back(import_array(lse, "lse", ragged ? 2 : 3, true));
     const Array& array = keep.back();
-    outputs.lse = ragged ? packed_lse(array, 0, static_cast<int64_t>(array.handle.shape(1)))
-                         : lse_view(array);
+    outputs.lse = ragged ? packed_lse(array) : lse_view(array);
   }
   const Workspace workspace(allocate, cache.workspace_bytes(q.shape, tables));
   Status status;
