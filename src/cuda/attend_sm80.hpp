@@ -221,14 +221,16 @@ struct AttendSm80 {
 
     State state;
     const bool leads_quad = lane % 4 == 0;
-    const uint32_t magic_address = kFewRegisters ? shared + kMagicStart : row_address(shared);
     // By way of memory: the compiler would fill registers with a constant in every block again.
-    if (leads_quad) {
-      ptx::st_shared(magic_address, int4{kMagicBits, kMagicBits, kMagicBits, kMagicBits});
+    const int4 magic = {kMagicBits, kMagicBits, kMagicBits, kMagicBits};
+    if constexpr (kFewRegisters) {
+      if (ptx::thread_index() == 0) ptx::st_shared(shared + kMagicStart, magic);  // for every block
+    } else {
+      if (leads_quad) ptx::st_shared(row_address(shared), magic);
+      ptx::sync_warp();
+      load_magic(row_address(shared), state.magic);
+      ptx::sync_warp();
     }
-    ptx::sync_warp();
-    load_magic(magic_address, state.magic);
-    ptx::sync_warp();
     if (leads_quad) {
       VisibleKeys::of(p, sequence, row).keep(row_address(shared));
       if constexpr (kScores != Scores::kPlain) {
