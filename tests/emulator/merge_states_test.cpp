@@ -4,9 +4,10 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <bit>
 #include <cmath>
-#include <cstring>
+#include <cstdint>
 #include <random>
 #include <vector>
 
@@ -199,7 +200,9 @@ TEST(MergeStatesKernel, OneSeenPartComesThroughBitForBit) {
     }
     State result(type, 36);
     ASSERT_NO_FATAL_FAILURE(merge<16>(parts, result));
-    EXPECT_EQ(std::memcmp(result.wide.data(), parts[1].wide.data(), result.wide.size() * 4), 0);
+    // Bits, which tell -0 from 0.
+    const auto bits = [](float x) { return std::bit_cast<uint32_t>(x); };
+    EXPECT_TRUE(std::ranges::equal(result.wide, parts[1].wide, {}, bits, bits));
     EXPECT_EQ(result.small, parts[1].small);
     EXPECT_EQ(result.lse, parts[1].lse);
   }
