@@ -398,23 +398,19 @@ AttentionOutputs to_outputs(nb::handle out, nb::handle lse, Layout layout, Array
   return outputs;
 }
 
-TensorView sequence(const Array& array, int64_t first, int64_t last) {
+TensorView packed_view(const Array& array) {
   const AnyArray& handle = array.handle;
   TensorView view{array.data, array.dtype, array.device, {}, {}};
-  view.data = static_cast<std::byte*>(view.data) +
-              first * handle.stride(0) * static_cast<int64_t>(dtype_bytes(array.dtype));
-  view.shape = {1, last - first, static_cast<int64_t>(handle.shape(1)),
+  view.shape = {1, static_cast<int64_t>(handle.shape(0)), static_cast<int64_t>(handle.shape(1)),
                 static_cast<int64_t>(handle.shape(2))};
   view.strides = {0, handle.stride(0), handle.stride(1), handle.stride(2)};
   return view;
 }
 
-TensorView packed_lse(const Array& array, int64_t first, int64_t last) {
+TensorView packed_lse(const Array& array) {
   const AnyArray& handle = array.handle;
   TensorView view{array.data, array.dtype, array.device, {}, {}};
-  view.data = static_cast<std::byte*>(view.data) +
-              first * handle.stride(1) * static_cast<int64_t>(dtype_bytes(array.dtype));
-  view.shape = {1, last - first, static_cast<int64_t>(handle.shape(0)), 1};
+  view.shape = {1, static_cast<int64_t>(handle.shape(1)), static_cast<int64_t>(handle.shape(0)), 1};
   view.strides = {0, handle.stride(1), handle.stride(0), 1};
   return view;
 }

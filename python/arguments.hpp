@@ -79,10 +79,10 @@ TensorView lse_view(const Array& array);
 /// out and lse (None: not wanted) of one call; neither may share memory with the arrays in `keep`.
 AttentionOutputs to_outputs(nb::handle out, nb::handle lse, Layout layout, Arrays& keep);
 
-/// Rows [first, last) of a packed array [total, nheads, head_dim] as one sequence of a batch of 1.
-TensorView sequence(const Array& array, int64_t first, int64_t last);
-/// The same of its LSE [nheads_q, total].
-TensorView packed_lse(const Array& array, int64_t first, int64_t last);
+/// A packed array [total, nheads, head_dim] as a batch of 1.
+TensorView packed_view(const Array& array);
+/// Likewise its LSE [nheads_q, total].
+TensorView packed_lse(const Array& array);
 /// Starts of the sequences of a packed array, int32 [batch + 1]: from 0 to `total`, not falling.
 std::vector<int32_t> to_starts(nb::handle object, const char* name, size_t total);
 

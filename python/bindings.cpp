@@ -100,14 +100,10 @@ void attention_varlen(nb::handle q, nb::handle k, nb::handle v, nb::handle out, 
     raise_value_error("out", std::to_string(out_array.handle.shape(0)) + " tokens",
                       std::to_string(read[0].handle.shape(0)) + ", as q");
   }
-  const auto whole = [](const Array& array) {
-    return sequence(array, 0, static_cast<int64_t>(array.handle.shape(0)));
-  };
-  AttentionInputs inputs{whole(read[0]), whole(read[1]), whole(read[2])};
+  AttentionInputs inputs{packed_view(read[0]), packed_view(read[1]), packed_view(read[2])};
   Arrays changes_kept;
   add_changes(changes, inputs, options, changes_kept);
-  const auto tokens = static_cast<int64_t>(read[0].handle.shape(0));
-  AttentionOutputs outputs{whole(out_array), std::nullopt};
+  AttentionOutputs outputs{packed_view(out_array), std::nullopt};
   check_apart(outputs.out, "out", read);
   std::optional<Array> lse_array;
   if (!lse.is_none()) {
@@ -116,7 +112,7 @@ void attention_varlen(nb::handle q, nb::handle k, nb::handle v, nb::handle out, 
       raise_value_error("lse", std::to_string(lse_array->handle.shape(1)) + " tokens",
                         std::to_string(read[0].handle.shape(0)) + ", as q");
     }
-    outputs.lse = packed_lse(*lse_array, 0, tokens);
+    outputs.lse = packed_lse(*lse_array);
   }
   const std::vector<int32_t> q_starts =
       to_starts(cu_seqlens_q, "cu_seqlens_q", read[0].handle.shape(0));

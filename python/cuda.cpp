@@ -66,10 +66,12 @@ void attention(nb::handle q, nb::handle k, nb::handle v, nb::handle out, nb::han
                nb::handle align, nb::handle window_size, nb::handle kv_block,
                nb::handle v_granularity, nb::handle smooth_k, nb::handle check_finite,
                nb::handle fp8_format, nb::handle device, nb::handle stream, nb::handle allocate,
-               nb::handle changes) {
+               nb::handle changes, nb::handle head_modes) {
   const Layout layout = to_layout(layout_name);
   AttentionOptions options = to_options(mode, softmax_scale, causal, align, window_size, kv_block,
                                         v_granularity, smooth_k, check_finite, fp8_format);
+  const std::vector<Mode> modes = to_head_modes(head_modes);
+  options.head_modes = modes;
   const Context context = to_cuda_context(device, stream);
   const nb::callable allocate_bytes = to_allocate(allocate);
   Arrays keep;
@@ -123,8 +125,7 @@ TensorView tokens_view(nb::handle object, const char* name, bool ragged, bool wr
                        Arrays& keep) {
   keep.push_back(import_array(object, name, ragged ? 3 : 4, written));
   const Array& array = keep.back();
-  return ragged ? sequence(array, 0, static_cast<int64_t>(array.handle.shape(0)))
-                : view_of(array, Layout::kBshd);
+  return ragged ? packed_view(array) : view_of(array, Layout::kBshd);
 }
 
 CudaKvTables to_tables(nb::handle block_table, nb::handle cache_seqlens, nb::handle cu_seqlens,
@@ -156,22 +157,72 @@ CudaKvCache make_cache(nb::handle nheads_k, nb::handle head_dim, nb::handle page
   return cache.value();
 }
 
+/// The tokens of an append.
+void append_views(const CudaKvCache& cache, const ConstTensorView& k, const ConstTensorView& v,
+                  const CudaKvTables& tables, const nb::callable& allocate,
+                  const Context& context) {
+  const Workspace workspace(allocate, cache.workspace_bytes(k.shape, tables));
+  Status status;
+  {
+    const nb::gil_scoped_release release;
+    status = cache.append(k, v, tables, workspace.span(), context);
+  }
+  check(status);
+}
+
 void append(const CudaKvCache& cache, nb::handle k, nb::handle v, nb::handle block_table,
             nb::handle cache_seqlens, nb::handle cu_seqlens, nb::handle max_seqlen,
             nb::handle device, nb::handle stream, nb::handle allocate) {
   const Context context = to_cuda_context(device, stream);
-  const nb::callable allocate_bytes = to_allocate(allocate);
   Arrays keep;
   keep.reserve(8);
   const bool ragged = !cu_seqlens.is_none();
   const ConstTensorView k_view(tokens_view(k, "k", ragged, false, keep));
   const ConstTensorView v_view(tokens_view(v, "v", ragged, false, keep));
   const CudaKvTables tables = to_tables(block_table, cache_seqlens, cu_seqlens, max_seqlen, keep);
-  const Workspace workspace(allocate_bytes, cache.workspace_bytes(k_view.shape, tables));
+  append_views(cache, k_view, v_view, tables, to_allocate(allocate), context);
+}
+
+/// A tensor [n, heads] or [heads] of one number per query head.
+std::optional<ConstTensorView> per_head(nb::handle object, const char* name, size_t rank,
+                                        Arrays& keep) {
+  if (object.is_none()) return std::nullopt;
+  ConstTensorView view = view_of_rank(object, name, rank, keep);
+  std::swap(view.shape[rank - 1], view.shape[2]);
+  std::swap(view.strides[rank - 1], view.strides[2]);
+  return view;
+}
+
+CudaKvAttentionOptions to_cache_options(nb::handle softmax_scale, nb::handle causal,
+                                        nb::handle align, nb::handle window_size,
+                                        nb::handle softcap, nb::handle sinks,
+                                        nb::handle alibi_slopes, Arrays& keep) {
+  CudaKvAttentionOptions options;
+  options.softmax_scale = to_optional_float(softmax_scale, "softmax_scale");
+  options.mask = to_mask(causal, align, window_size);
+  options.softcap = to_optional_float(softcap, "softcap").value_or(0.0F);
+  options.sinks = per_head(sinks, "sinks", 1, keep);
+  options.alibi_slopes = per_head(alibi_slopes, "alibi_slopes", 2, keep);
+  return options;
+}
+
+/// `q_array`: what q views.
+void attend_views(const CudaKvCache& cache, const ConstTensorView& q, const Array& q_array,
+                  nb::handle out, nb::handle lse, bool ragged, const CudaKvTables& tables,
+                  const CudaKvAttentionOptions& options, const nb::callable& allocate,
+                  const Context& context, Arrays& keep) {
+  AttentionOutputs outputs{tokens_view(out, "out", ragged, true, keep), std::nullopt};
+  check_apart(outputs.out, "out", {q_array});
+  if (!lse.is_none()) {
+    keep.push_back(import_array(lse, "lse", ragged ? 2 : 3, true));
+    const Array& array = keep.back();
+    outputs.lse = ragged ? packed_lse(array) : lse_view(array);
+  }
+  const Workspace workspace(allocate, cache.workspace_bytes(q.shape, tables));
   Status status;
   {
     const nb::gil_scoped_release release;
-    status = cache.append(k_view, v_view, tables, workspace.span(), context);
+    status = cache.attend(q, tables, outputs, options, workspace.span(), context);
   }
   check(status);
 }
@@ -180,45 +231,63 @@ void attend(const CudaKvCache& cache, nb::handle q, nb::handle out, nb::handle l
             nb::handle block_table, nb::handle cache_seqlens, nb::handle cu_seqlens,
             nb::handle max_seqlen, nb::handle softmax_scale, nb::handle causal, nb::handle align,
             nb::handle window_size, nb::handle softcap, nb::handle sinks, nb::handle alibi_slopes,
-            nb::handle device, nb::handle stream, nb::handle allocate) {
+            nb::handle attn_mask, nb::handle device, nb::handle stream, nb::handle allocate) {
   const Context context = to_cuda_context(device, stream);
-  const nb::callable allocate_bytes = to_allocate(allocate);
-  CudaKvAttentionOptions options;
-  options.softmax_scale = to_optional_float(softmax_scale, "softmax_scale");
-  options.mask = to_mask(causal, align, window_size);
-  options.softcap = to_optional_float(softcap, "softcap").value_or(0.0F);
   Arrays keep;
-  keep.reserve(8);
+  keep.reserve(12);
   const bool ragged = !cu_seqlens.is_none();
   const ConstTensorView q_view(tokens_view(q, "q", ragged, false, keep));
+  const Array q_array = keep.back();
   const CudaKvTables tables = to_tables(block_table, cache_seqlens, cu_seqlens, max_seqlen, keep);
-  if (!sinks.is_none()) {
-    ConstTensorView view = view_of_rank(sinks, "sinks", 1, keep);
-    std::swap(view.shape[0], view.shape[2]);
-    std::swap(view.strides[0], view.strides[2]);
-    options.sinks = view;
+  CudaKvAttentionOptions options = to_cache_options(softmax_scale, causal, align, window_size,
+                                                    softcap, sinks, alibi_slopes, keep);
+  if (!attn_mask.is_none()) {
+    // [batch, heads, seqlen, keys], as attention() takes it.
+    keep.push_back(import_array(attn_mask, "attn_mask", 4, false));
+    options.attn_mask = ConstTensorView(view_of(keep.back(), Layout::kBhsd));
   }
-  if (!alibi_slopes.is_none()) {
-    ConstTensorView view = view_of_rank(alibi_slopes, "alibi_slopes", 2, keep);
-    std::swap(view.shape[1], view.shape[2]);
-    std::swap(view.strides[1], view.strides[2]);
-    options.alibi_slopes = view;
-  }
-  AttentionOutputs outputs{tokens_view(out, "out", ragged, true, keep), std::nullopt};
-  check_apart(outputs.out, "out", {keep.front()});
-  if (!lse.is_none()) {
-    keep.push_back(import_array(lse, "lse", ragged ? 2 : 3, true));
-    const Array& array = keep.back();
-    outputs.lse = ragged ? packed_lse(array, 0, static_cast<int64_t>(array.handle.shape(1)))
-                         : lse_view(array);
-  }
-  const Workspace workspace(allocate_bytes, cache.workspace_bytes(q_view.shape, tables));
-  Status status;
-  {
-    const nb::gil_scoped_release release;
-    status = cache.attend(q_view, tables, outputs, options, workspace.span(), context);
-  }
-  check(status);
+  attend_views(cache, q_view, q_array, out, lse, ragged, tables, options, to_allocate(allocate),
+               context, keep);
+}
+
+/// Attention of packed sequences by way of pages that last for this call: nothing is padded.
+///   block_table  [batch, pages of the longest], of disjoint pages in [0, num_pages)
+///   starts, lengths  [batch] tokens of each before the append, all 0, and after
+void attention_in_pages(nb::handle q, nb::handle k, nb::handle v, nb::handle out, nb::handle lse,
+                        nb::handle block_table, nb::handle starts, nb::handle lengths,
+                        nb::handle cu_seqlens_q, nb::handle cu_seqlens_k, nb::handle max_seqlen_q,
+                        nb::handle max_seqlen_k, nb::handle softmax_scale, nb::handle causal,
+                        nb::handle align, nb::handle window_size, nb::handle softcap,
+                        nb::handle sinks, nb::handle alibi_slopes, nb::handle smooth_k,
+                        nb::handle num_pages, nb::handle device, nb::handle stream,
+                        nb::handle allocate) {
+  const Context context = to_cuda_context(device, stream);
+  const nb::callable allocate_bytes = to_allocate(allocate);
+  Arrays keep;
+  keep.reserve(24);
+  const ConstTensorView q_view(tokens_view(q, "q", true, false, keep));
+  const Array q_array = keep.back();
+  const ConstTensorView k_view(tokens_view(k, "k", true, false, keep));
+  const ConstTensorView v_view(tokens_view(v, "v", true, false, keep));
+  const CudaKvAttentionOptions options = to_cache_options(softmax_scale, causal, align, window_size,
+                                                          softcap, sinks, alibi_slopes, keep);
+  CudaKvCacheOptions cache_options;
+  cache_options.nheads_k = k_view.shape[2];
+  cache_options.head_dim = k_view.shape[3];
+  cache_options.num_pages = to_int(num_pages, "num_pages");
+  cache_options.smooth_k = to_bool(smooth_k, "smooth_k");
+  const Result<size_t> bytes = CudaKvCache::memory_bytes(cache_options, context);
+  check(bytes.status());
+  const Workspace memory(allocate_bytes, bytes.value());
+  cache_options.memory = memory.span();
+  const Result<CudaKvCache> cache = CudaKvCache::make(cache_options, context);
+  check(cache.status());
+  append_views(cache.value(), k_view, v_view,
+               to_tables(block_table, starts, cu_seqlens_k, max_seqlen_k, keep), allocate_bytes,
+               context);
+  attend_views(cache.value(), q_view, q_array, out, lse, true,
+               to_tables(block_table, lengths, cu_seqlens_q, max_seqlen_q, keep), options,
+               allocate_bytes, context, keep);
 }
 
 }  // namespace
@@ -231,6 +300,7 @@ void add_cuda(nb::module_& module) {
   add_method(cache, "attend", &attend);
   cache.def("bytes_per_page", &CudaKvCache::bytes_per_page);
   add(module, "make_cuda_kv_cache", &make_cache);
+  add(module, "cuda_attention_in_pages", &attention_in_pages);
 }
 
 }  // namespace attn8::python

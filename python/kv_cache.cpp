@@ -59,11 +59,6 @@ auto without_gil(Body body) {
   }
 }
 
-/// All rows of a packed array as one sequence.
-TensorView whole(const Array& array) {
-  return sequence(array, 0, static_cast<int64_t>(array.handle.shape(0)));
-}
-
 std::vector<KvSequence> to_sequences(nb::handle object) {
   const nb::list names = to_list(object, "sequences");
   std::vector<KvSequence> sequences;
@@ -105,8 +100,8 @@ void append(KvCache& cache, nb::handle sequence, nb::handle k, nb::handle v, nb:
   if (!one) starts = starts_of(cu_seqlens, "cu_seqlens", "k", k_array.handle.shape(0), all.size());
   Rotation rotation(to_bool(rotate, "rotate"), context.threads);
   without_gil([&] {
-    const ConstTensorView k_view = rotation.of(whole(k_array));
-    const ConstTensorView v_view = rotation.of(whole(v_array));
+    const ConstTensorView k_view = rotation.of(packed_view(k_array));
+    const ConstTensorView v_view = rotation.of(packed_view(v_array));
     return one ? cache.append(to, k_view, v_view, context)
                : cache.append(all, k_view, v_view, starts, context);
   });
@@ -140,19 +135,19 @@ void attend(const KvCache& cache, nb::handle sequences, nb::handle q, nb::handle
       starts_of(cu_seqlens_q, "cu_seqlens_q", "q", total, of.size());
   const Array out_array = import_array(out, "out", 3, true);
   AttentionOutputs outputs;
-  outputs.out = sequence(out_array, 0, static_cast<int64_t>(out_array.handle.shape(0)));
+  outputs.out = packed_view(out_array);
   check_apart(outputs.out, "out", read);
   std::optional<Array> lse_array;
   if (!lse.is_none()) {
     lse_array = import_array(lse, "lse", 2, true);
-    outputs.lse = packed_lse(*lse_array, 0, static_cast<int64_t>(lse_array->handle.shape(1)));
+    outputs.lse = packed_lse(*lse_array);
     check_apart(*outputs.lse, "lse", read);
   }
   Rotation rotation(to_bool(rotate, "rotate"), context.threads);
   without_gil([&] {
     const AttentionOutputs computed = {rotation.output(outputs.out), outputs.lse};
     Status status =
-        cache.attend(of, rotation.of(whole(q_array)), starts, computed, options, context);
+        cache.attend(of, rotation.of(packed_view(q_array)), starts, computed, options, context);
     if (status.ok()) rotation.finish();
     return status;
   });

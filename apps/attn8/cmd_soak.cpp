@@ -39,7 +39,7 @@ void print_text(const SoakFlags& flags, const SoakReport& report) {
       "{:.1f} at the end{}\n",
       report.peak_pages, flags.options.pages, mebibytes(report.rss_start_bytes),
       mebibytes(report.rss_peak_bytes), mebibytes(report.rss_end_bytes),
-      report.rss_judged ? "" : " (not judged: AddressSanitizer keeps what is freed)");
+      report.rss_judged ? "" : " (not judged: the sanitizer keeps what is freed)");
   for (const std::string& failure : report.failures) fmt::print("failed: {}\n", failure);
 }
 

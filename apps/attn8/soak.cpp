@@ -23,7 +23,7 @@
 namespace attn8::app {
 namespace {
 
-#if defined(__SANITIZE_ADDRESS__)
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
 constexpr bool kKeepsFreedMemory = true;
 #else
 constexpr bool kKeepsFreedMemory = false;

@@ -40,7 +40,7 @@ struct SoakReport {
   size_t rss_start_bytes = 0;         ///< before the cache is made
   size_t rss_peak_bytes = 0;          ///< of the process so far
   size_t rss_end_bytes = 0;           ///< when it is gone
-  bool rss_judged = true;             ///< false under AddressSanitizer, which keeps freed memory
+  bool rss_judged = true;             ///< false under sanitizers that keep freed memory
   std::vector<std::string> failures;  ///< the first few; empty when all went as it must
 
   [[nodiscard]] nlohmann::ordered_json json() const;

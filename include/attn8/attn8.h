@@ -175,8 +175,8 @@ typedef struct attn8_context_params {
   void* stream; /* cudaStream_t of runs on ATTN8_CUDA; default NULL: the default stream */
 } attn8_context_params;
 
-/* Where and how calls run. A NULL context: the CPU, the best ISA, the calling thread only. Plans
- * run on both devices, all other functions on the CPU. */
+/* Where and how calls run. A NULL context: the CPU, the best ISA, the calling thread only. What
+ * runs on a CUDA device stands under "CUDA"; all else runs on the CPU. */
 typedef struct attn8_context attn8_context;
 
 ATTN8_API attn8_status attn8_context_params_init(attn8_context_params* params,
@@ -445,6 +445,130 @@ ATTN8_API attn8_status attn8_kv_cache_attend(const attn8_kv_cache* cache,
                                              const attn8_tensor* out, const attn8_tensor* lse,
                                              const attn8_kv_attention_params* params,
                                              const attn8_context* context);
+
+/* CUDA */
+
+/* Attention on a device: a context with device_type ATTN8_CUDA and the caller's stream, tensors
+ * whose device_type and device_index say where their data lie, and attn8_plan_create() and
+ * attn8_plan_run() as on the CPU. Plans, attn8_merge_states() and the cache below run there; they
+ * only enqueue, neither synchronize nor allocate, and can be captured into a CUDA graph. Nothing of
+ * CUDA is touched before the first call that needs it. */
+
+typedef struct attn8_cuda_device {
+  uint32_t struct_size; /* set before the call, to all of the struct */
+  int32_t reserved;     /* 0 */
+  int32_t major;        /* compute capability */
+  int32_t minor;
+  int64_t multiprocessors;
+  char name[64];    /* the driver's, cut where it is longer */
+  char kernels[16]; /* "sm90a" or "sm80": the kernels it runs */
+} attn8_cuda_device;
+
+/* Devices that CUDA shows this process; 0 where there is none or the library was built without
+ * CUDA. Not a status: attn8_cuda_device_at(0) says what is missing. */
+ATTN8_API int32_t attn8_cuda_device_count(void);
+/* Whether attention runs on a device. ATTN8_UNAVAILABLE when it does not, and attn8_last_error()
+ * says why: no CUDA in this build, no driver, no such device, a chip that is too old. device NULL:
+ * not wanted. */
+ATTN8_API attn8_status attn8_cuda_device_at(int32_t index, attn8_cuda_device* device);
+/* Waits for everything that was enqueued on the device. */
+ATTN8_API attn8_status attn8_cuda_synchronize(int32_t device);
+
+/* Memory of one device, for callers without a CUDA runtime of their own. */
+typedef struct attn8_cuda_memory attn8_cuda_memory;
+
+/* On failure *memory is NULL. Aligned to 256 bytes. */
+ATTN8_API attn8_status attn8_cuda_memory_create(int32_t device, size_t bytes,
+                                                attn8_cuda_memory** memory);
+/* NULL does nothing. */
+ATTN8_API void attn8_cuda_memory_destroy(attn8_cuda_memory* memory);
+/* Its address on the device; NULL for NULL. */
+ATTN8_API void* attn8_cuda_memory_data(const attn8_cuda_memory* memory);
+/* Copy all of its bytes from or to host memory, after everything enqueued on the default stream,
+ * and return when that is done. */
+ATTN8_API attn8_status attn8_cuda_memory_upload(attn8_cuda_memory* memory, const void* host);
+ATTN8_API attn8_status attn8_cuda_memory_download(const attn8_cuda_memory* memory, void* host);
+
+/* Paged KV cache in INT8 in device memory, for ATTN8_ACCURATE: attn8::CudaKvCache. It owns the
+ * pages and knows nothing of sequences: block tables and lengths are the caller's, so that sharing
+ * a prefix, forking and truncating are changes of a table. */
+typedef struct attn8_cuda_kv_cache attn8_cuda_kv_cache;
+
+typedef struct attn8_cuda_kv_cache_params {
+  uint32_t struct_size;
+  int32_t page_size; /* default 256: tokens per page, a power of two in [256, 65536] */
+  int64_t nheads_k;  /* >= 1; default 0, so to be set */
+  int64_t head_dim;  /* 1 to 256; to be set */
+  int64_t num_pages; /* >= 1; to be set */
+  int32_t smooth_k;  /* default 1: subtract the mean K of a sequence's first append */
+  int32_t reserved;  /* 0 */
+  /* default NULL: the library allocates; else where the pages go:
+   * attn8_cuda_kv_cache_memory_bytes() of device memory, 256-byte aligned, that outlives the cache
+   */
+  void* memory;
+  uint64_t memory_bytes; /* of memory */
+} attn8_cuda_kv_cache_params;
+
+/* The sequences of a call: int32 tensors, any strides, all on the cache's device or all on the CPU.
+ * Those on the CPU are checked, and one that points outside is ATTN8_INVALID_ARGUMENT; those on the
+ * device are checked there: a sequence that points outside gets NaN, and nothing is appended to it.
+ */
+typedef struct attn8_cuda_kv_tables {
+  uint32_t struct_size;
+  int32_t reserved; /* 0 */
+  /* [batch, max_pages, 1, 1] page of each page_size tokens, in [0, num_pages); entries past a
+   * sequence's last page are not read */
+  const attn8_tensor* block_table;
+  /* [batch, 1, 1, 1] tokens that a sequence has: before an append, and for attention */
+  const attn8_tensor* cache_seqlens;
+  /* default NULL: the tokens of a call are [batch, seqlen, heads, head_dim]; else [batch + 1, 1, 1,
+   * 1]: they are [1, total, heads, head_dim], those of sequence b in rows [cu_seqlens[b],
+   * cu_seqlens[b + 1]) */
+  const attn8_tensor* cu_seqlens;
+  int64_t max_seqlen; /* with cu_seqlens: the most tokens of one sequence; default 0: total */
+} attn8_cuda_kv_tables;
+
+ATTN8_API attn8_status attn8_cuda_kv_cache_params_init(attn8_cuda_kv_cache_params* params,
+                                                       uint32_t struct_size);
+ATTN8_API attn8_status attn8_cuda_kv_tables_init(attn8_cuda_kv_tables* tables,
+                                                 uint32_t struct_size);
+
+/* Device memory of the pages of such a cache; `memory` and `memory_bytes` are not read. */
+ATTN8_API attn8_status attn8_cuda_kv_cache_memory_bytes(const attn8_cuda_kv_cache_params* params,
+                                                        const attn8_context* context,
+                                                        size_t* bytes);
+/* On the device of the context. On failure *cache is NULL. */
+ATTN8_API attn8_status attn8_cuda_kv_cache_create(const attn8_cuda_kv_cache_params* params,
+                                                  const attn8_context* context,
+                                                  attn8_cuda_kv_cache** cache);
+/* With pages of the library's it waits for the device. NULL does nothing. */
+ATTN8_API void attn8_cuda_kv_cache_destroy(attn8_cuda_kv_cache* cache);
+/* Device memory of one page; 0 for NULL. */
+ATTN8_API size_t attn8_cuda_kv_cache_bytes_per_page(const attn8_cuda_kv_cache* cache);
+
+/* Bytes of device memory that an append or attention of tokens of this shape ([batch, seqlen,
+ * heads, head_dim], or [1, total, heads, head_dim] with cu_seqlens) wants as workspace, 256-byte
+ * aligned. */
+ATTN8_API attn8_status attn8_cuda_kv_cache_workspace_bytes(const attn8_cuda_kv_cache* cache,
+                                                           const int64_t shape[4],
+                                                           const attn8_cuda_kv_tables* tables,
+                                                           size_t* bytes);
+/* Appends tokens behind cache_seqlens, which the caller raises afterwards.
+ *   k, v  float32, float16 or bfloat16, one type, nheads_k heads */
+ATTN8_API attn8_status attn8_cuda_kv_cache_append(const attn8_cuda_kv_cache* cache,
+                                                  const attn8_tensor* k, const attn8_tensor* v,
+                                                  const attn8_cuda_kv_tables* tables,
+                                                  void* workspace, size_t workspace_bytes,
+                                                  const attn8_context* context);
+/* Attention of q over the first cache_seqlens tokens of each sequence.
+ *   q         float32, float16 or bfloat16; nheads_k divides its heads
+ *   out, lse  as of attn8_attention(); may not overlap q
+ *   params    NULL: defaults. mode ATTN8_ACCURATE, no head_modes; attn_mask float32, its first two
+ *             extents those of q or 1 */
+ATTN8_API attn8_status attn8_cuda_kv_cache_attend(
+    const attn8_cuda_kv_cache* cache, const attn8_tensor* q, const attn8_cuda_kv_tables* tables,
+    const attn8_tensor* out, const attn8_tensor* lse, const attn8_kv_attention_params* params,
+    void* workspace, size_t workspace_bytes, const attn8_context* context);
 
 /* checking */
 

@@ -23,6 +23,9 @@ struct CudaKvCacheOptions {
   /// Subtract from K of a sequence the mean of the tokens of its first append, which is kept with
   /// its first page.
   bool smooth_k = true;
+  /// Where the pages go, for callers with an allocator of their own: CudaKvCache::memory_bytes() of
+  /// device memory, 256-byte aligned, that outlives the cache. Empty: the cache allocates.
+  std::span<std::byte> memory = {};
 };
 
 /// The sequences of a call, in flash-attn's names. int32, any strides, all on the cache's device or
@@ -39,7 +42,8 @@ struct CudaKvCacheOptions {
 ///                append, q of attention) are a ragged batch [1, total, heads, head_dim], those of
 ///                sequence b in [cu_seqlens[b], cu_seqlens[b + 1]). Without it they are
 ///                [batch, seqlen, heads, head_dim].
-/// max_seqlen     with cu_seqlens: the most of those tokens that one sequence has; 0: total
+/// max_seqlen     with cu_seqlens: the most of those tokens that one sequence has; 0: total. Of a
+///                longer one whose table is on the device the output means nothing.
 struct CudaKvTables {
   ConstTensorView block_table;
   ConstTensorView cache_seqlens;
@@ -56,6 +60,10 @@ struct CudaKvAttentionOptions {
   std::optional<ConstTensorView> sinks = std::nullopt;
   /// As AttentionInputs::alibi_slopes, its batch that of the block table.
   std::optional<ConstTensorView> alibi_slopes = std::nullopt;
+  /// [q.shape[0] or 1, q.shape[1] or 1, nheads_q or 1, keys or 1] float32, added to scores; what is
+  /// at most -2^100 hides a key. Keys count from the start of a row's sequence; a sequence that has
+  /// more of them is refused as one whose pages point outside.
+  std::optional<ConstTensorView> attn_mask = std::nullopt;
 };
 
 /// Paged KV cache in INT8 in the memory of a CUDA device, for Mode::kAccurate with one V scale per
@@ -69,7 +77,11 @@ struct CudaKvAttentionOptions {
 /// stream alone. Thread-safe.
 class ATTN8_API CudaKvCache {
  public:
-  /// Allocates and clears the pages. Errors: kInvalidArgument, kUnavailable, kOutOfMemory.
+  /// Device memory of the pages of such a cache. Errors: kInvalidArgument, kUnavailable.
+  static Result<size_t> memory_bytes(const CudaKvCacheOptions& options,
+                                     const Context& context) noexcept;
+  /// Allocates the pages and clears them, or only enqueues the clearing of options.memory on
+  /// Context::stream. Errors: kInvalidArgument, kUnavailable, kOutOfMemory, kDeviceError.
   static Result<CudaKvCache> make(const CudaKvCacheOptions& options,
                                   const Context& context) noexcept;
 

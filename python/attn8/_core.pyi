@@ -60,6 +60,7 @@ def cuda_attention(
     stream: int,
     allocate: Callable[[int], Any],
     changes: Changes | None,
+    head_modes: Sequence[str] | None,
     /,
 ) -> None: ...
 def cuda_support() -> tuple[bool, str, list[tuple[str, str, str, str]]]: ...
@@ -216,6 +217,7 @@ class CudaKvCache:
         softcap: float,
         sinks: Any,
         alibi_slopes: Any,
+        attn_mask: Any,
         device: int,
         stream: int,
         allocate: Callable[[int], Any],
@@ -223,6 +225,33 @@ class CudaKvCache:
     ) -> None: ...
     def bytes_per_page(self) -> int: ...
 
+def cuda_attention_in_pages(
+    q: Any,
+    k: Any,
+    v: Any,
+    out: Any,
+    lse: Any,
+    block_table: Any,
+    starts: Any,
+    lengths: Any,
+    cu_seqlens_q: Any,
+    cu_seqlens_k: Any,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    softmax_scale: float | None,
+    causal: bool,
+    align: str,
+    window_size: tuple[int, int],
+    softcap: float,
+    sinks: Any,
+    alibi_slopes: Any,
+    smooth_k: bool,
+    num_pages: int,
+    device: int,
+    stream: int,
+    allocate: Callable[[int], Any],
+    /,
+) -> None: ...
 def make_cuda_kv_cache(
     nheads_k: int, head_dim: int, page_size: int, num_pages: int, smooth_k: bool, device: int, /
 ) -> CudaKvCache: ...

@@ -7,7 +7,7 @@ from __future__ import annotations
 from typing import Any
 
 from attn8 import _core, cuda
-from attn8.arrays import Array, empty, shape_of, without_grad
+from attn8.arrays import Array, empty, shape_of, torch_of, without_grad
 
 
 class CudaKVCache:
@@ -111,6 +111,7 @@ class CudaKVCache:
         softcap: float = 0.0,
         sinks: Array | None = None,
         alibi_slopes: Array | None = None,
+        attn_mask: Array | None = None,
         return_lse: bool = False,
         out: Array | None = None,
     ) -> Any:
@@ -125,6 +126,11 @@ class CudaKVCache:
             As for :meth:`append`; cache_seqlens counts what was appended.
         softmax_scale, causal, align, window_size, softcap, sinks, alibi_slopes
             As for :func:`attn8.attention`, per sequence.
+        attn_mask : torch.Tensor, optional
+            Broadcasts to ``[batch, nheads_q, seqlen, keys]``, with ``cu_seqlens`` to ``[1,
+            nheads_q, total, keys]``; bool (True: seen), or a float type, added to the scores. Keys
+            count from the start of a row's sequence; one that has more of them gets NaN, or raises
+            with tables on the host.
         return_lse : bool
             Return ``(out, lse)``.
         out : torch.Tensor, optional
@@ -139,7 +145,13 @@ class CudaKVCache:
             ``[nheads_q, total]``.
         """
         target = self._target(q, "q")
-        cuda.check_place(q, [("sinks", sinks), ("alibi_slopes", alibi_slopes), ("out", out)])
+        cuda.check_place(
+            q,
+            [("sinks", sinks), ("alibi_slopes", alibi_slopes), ("attn_mask", attn_mask),
+             ("out", out)],
+        )  # fmt: skip
+        if attn_mask is not None:
+            attn_mask = _added(attn_mask)
         if alibi_slopes is not None and len(alibi_slopes.shape) == 1:
             alibi_slopes = alibi_slopes[None]
         if not isinstance(return_lse, bool):
@@ -152,7 +164,7 @@ class CudaKVCache:
             lse = empty(q, (*shape[:-3], shape[-2], shape[-3]), "float32")
         self._cache.attend(
             q, written, lse, block_table, cache_seqlens, cu_seqlens, max_seqlen, softmax_scale,
-            causal, align, window_size, softcap, sinks, alibi_slopes, *target,
+            causal, align, window_size, softcap, sinks, alibi_slopes, attn_mask, *target,
         )  # fmt: skip
         return (written, lse) if return_lse else written
 
@@ -162,3 +174,13 @@ class CudaKVCache:
             got = getattr(x, "device", type(x).__name__)
             raise ValueError(f"{name}: got {got}, want a torch tensor on cuda:{self._device}")
         return target
+
+
+def _added(attn_mask: Array) -> Array:
+    """Return what a mask of torch adds to scores, in float32."""
+    torch = torch_of(attn_mask)
+    if attn_mask.dtype == torch.bool:
+        return torch.zeros_like(attn_mask, dtype=torch.float32).masked_fill_(~attn_mask, -torch.inf)
+    if not attn_mask.dtype.is_floating_point:
+        raise TypeError(f"attn_mask: got {attn_mask.dtype}, want bool or a float type")
+    return without_grad(attn_mask, "attn_mask").float()

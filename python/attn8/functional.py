@@ -9,7 +9,6 @@ from typing import Any
 
 from attn8 import _core, cuda, ragged, rotation
 from attn8.arrays import Array, empty, finish, shape_of, to_write, torch_of, without_grad
-from attn8.errors import UnsupportedError
 from attn8.quantization import QuantizedTensor
 from attn8.runtime import isa_for, threads_for
 from attn8.scores import check_head_modes, score_changes
@@ -195,8 +194,6 @@ def attention(
         sizes, softcap, attn_mask, alibi_slopes, sinks, seqlens_k, leftpad_k, q_offset, k_offset
     )
     check_head_modes(head_modes, mode)
-    if head_modes is not None and cuda.is_on_device(first):
-        raise UnsupportedError("head_modes: got modes with CUDA tensors, want None")
     q, k, v, turned = _rotated(q, k, v, head_modes or (mode,), rotate, threads)
     torch = torch_of(first)
     if torch is not None and torch.compiler.is_compiling():
@@ -233,7 +230,7 @@ def attention(
         _core.cuda_attention(
             *operands, written, lse, layout, mode, softmax_scale, causal, align, window_size,
             kv_block, v_granularity, smooth_k, check_finite, fp8_format, target.device,
-            target.stream, target.allocate, changes,
+            target.stream, target.allocate, changes, head_modes,
         )  # fmt: skip
     if turned:
         result = rotation.rotate_back(written, first, out, threads)
@@ -286,8 +283,9 @@ rotate, check_finite, fp8_format, return_lse, threads, isa, \
 softcap, alibi_slopes, sinks, head_modes
         As for :func:`attention`.
     max_seqlen_q, max_seqlen_k : int, optional
-        The longest sequence. Read only where ``cu_seqlens_q`` lies on a CUDA device: there every
-        sequence is padded to it (None: to all rows), and one that is longer gets NaN.
+        The longest sequence. Read only where ``cu_seqlens_q`` lies on a CUDA device: there a
+        sequence that is longer gets NaN (None: all rows fit). Modes other than ``accurate`` with
+        V scales per token pad all sequences to it.
 
     Returns
     -------
@@ -306,8 +304,6 @@ softcap, alibi_slopes, sinks, head_modes
         (sequences, shape[1], 0, 0), softcap, alibi_slopes=alibi_slopes, sinks=sinks
     )
     check_head_modes(head_modes, mode)
-    if head_modes is not None and cuda.is_on_device(first):
-        raise UnsupportedError("head_modes: got modes with CUDA tensors, want None")
     q, k, v, turned = _rotated(q, k, v, head_modes or (mode,), rotate, threads)
     operands = without_grad(q, "q"), without_grad(k, "k"), without_grad(v, "v")
     if cuda.target_of(first) is not None:
@@ -319,13 +315,20 @@ softcap, alibi_slopes, sinks, head_modes
                 window_size=window_size, kv_block=kv_block, v_granularity=v_granularity,
                 smooth_k=smooth_k, check_finite=check_finite, fp8_format=fp8_format,
                 return_lse=True, softcap=softcap, alibi_slopes=slopes, sinks=sinks,
-                seqlens_k=seqlens_k,
+                seqlens_k=seqlens_k, head_modes=head_modes,
             )  # fmt: skip
 
         slopes = None if changes is None else changes[2]
+        paged = None
+        if (mode, v_granularity, kv_block, check_finite) == ("accurate", "token", 0, False) and (
+            head_modes is None and v_shape[2] == shape[2] and k.dtype == v.dtype
+        ):
+            paged = ragged.PagedOptions(
+                softmax_scale, causal, align, window_size, softcap, sinks, slopes, smooth_k
+            )
         out, lse = ragged.attend(
             *operands, (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k), align, slopes,
-            compute,
+            compute, paged,
         )  # fmt: skip
         out = rotation.rotate_back(out, first, None, threads) if turned else out.to(first.dtype)
         return (out, lse) if return_lse else out

@@ -9,6 +9,7 @@
 #include "attn8/attention.hpp"
 #include "attn8/attn8.h"
 #include "attn8/context.hpp"
+#include "attn8/kv_cache.hpp"
 #include "attn8/status.hpp"
 #include "attn8/tensor.hpp"
 
@@ -44,6 +45,14 @@ Status read_scores(const attn8_score_operands* in, AttentionInputs& inputs);
 /// The modes of the kv heads; `count` 0: none.
 Status read_head_modes(const int32_t* in, int64_t count, int64_t nheads_k,
                        std::vector<Mode>& head_modes);
+/// Options of attention from either KV cache.
+struct KvAttendParams {
+  KvCacheAttentionOptions options;
+  std::vector<Mode> head_modes;  ///< what options.head_modes views
+};
+/// `in` NULL: defaults.
+Status read_kv_attend_params(const attn8_kv_attention_params* in, int64_t nheads_k,
+                             KvAttendParams& out);
 /// With or without quantization.
 Status read_operand(const std::string& name, const attn8_tensor* in, Operand& operand);
 

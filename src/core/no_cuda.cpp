@@ -47,6 +47,9 @@ Status cuda_synchronize(int32_t) noexcept { return not_built(); }
 struct CudaKvCache::State {
   CudaKvCacheOptions options;
 };
+Result<size_t> CudaKvCache::memory_bytes(const CudaKvCacheOptions&, const Context&) noexcept {
+  return not_built();
+}
 Result<CudaKvCache> CudaKvCache::make(const CudaKvCacheOptions&, const Context&) noexcept {
   return not_built();
 }

@@ -46,9 +46,9 @@ inline constexpr float kMaxKeyScale = 0x1p104f;
 /// Smallest r of a V token: the integer weights of the denominator span 2^16.
 inline constexpr float kMinRatio = 0x1p-16f;
 
-/// r of a V token of zero codes, which adds nothing to the output: any r is right, a large one keeps
-/// its weight in the denominator exact where many such tokens share a row (padding), a small one
-/// leaves the eight bits of P to the others where one such token has most of the weight (a sink).
+/// r of a V token of zero codes; for its output any is right. A large one keeps the weights of many
+/// such tokens (padding) in the denominator; a small one leaves the bits of P to the others where
+/// one such token has most of the weight (a sink).
 inline constexpr float kZeroRatio = 0x1p-6f;
 
 }  // namespace attn8

@@ -32,6 +32,7 @@ struct TablesParams {
   int batch, max_pages, num_pages, page_shift;
   int seqlen;            ///< new tokens of a sequence
   int max_seqlen;        ///< of a ragged batch: the most that one has
+  int max_keys;          ///< that a sequence may have
   int total;             ///< tokens of the call
   bool appends;          ///< whether the new tokens come behind cache_seqlens, or are among them
   int* checked_table;    ///< [batch][max_pages]
@@ -67,7 +68,7 @@ struct CheckTables {
     const int seqlen = ptx::ld_global(p.cache_seqlens + b * p.cache_seqlens_stride);
     const int64_t room = static_cast<int64_t>(p.max_pages) << p.page_shift;
     const int64_t end = static_cast<int64_t>(seqlen) + (p.appends && added > 0 ? added : 0);
-    if (seqlen < 0 || end > room) bad = 1;
+    if (seqlen < 0 || end > p.max_keys) bad = 1;
     const int used =
         static_cast<int>(((end < room ? end : room) + (1 << p.page_shift) - 1) >> p.page_shift);
     for (int page = ptx::thread_index(); page < p.max_pages; page += kThreads) {
@@ -84,8 +85,7 @@ struct CheckTables {
     for (int i = 0; i < kThreads; ++i) {
       if (ptx::ld_shared<int>(shared + i * 4) != 0) bad = 1;
     }
-    const int64_t most = room < kNoLimit / 4 ? room : kNoLimit / 4;
-    ptx::st_global(p.checked_seqlens + b, clamp_to(seqlen, 0, static_cast<int>(most)));
+    ptx::st_global(p.checked_seqlens + b, clamp_to(seqlen, 0, p.max_keys));
     ptx::st_global(p.bad + b, bad);
   }
 };

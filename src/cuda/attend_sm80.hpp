@@ -13,7 +13,7 @@
 /// Shared memory, every tile at a multiple of 1024 bytes:
 ///   Q [kRows][row_bytes] | K 2 stages [kKvBlock][row_bytes]
 ///   | V 2 stages: V^T [head_dim][kKvBlock] codes, or [kKvBlock][head_dim] bfloat16
-///   | key constants 2 stages [kKvBlock / 16][2][16] floats | VisibleKeys, RowChanges
+///   | key constants 2 stages [kKvBlock / 16][2][16] floats | VisibleKeys, RowChanges of each quad
 namespace attn8::cuda {
 
 template <int kHeadDimIn, int kKvBlockIn, int kWarps, Weights kWeights,
@@ -24,6 +24,8 @@ struct AttendSm80 {
   static constexpr int kRows = 16 * kWarps;
   static constexpr int kThreads = 32 * kWarps;
   static constexpr int kStages = 2;
+  static constexpr int kBlockShift = kKvBlock == 128 ? 7 : 6;
+  static_assert(kKvBlock == 1 << kBlockShift);
   static constexpr int kRowBytes = packed_row_bytes(kHeadDim);
 
   using QTile = SharedTile<kRows, kRowBytes>;
@@ -40,10 +42,17 @@ struct AttendSm80 {
   static constexpr uint32_t kV = kK + kStages * KTile::kBytes;
   static constexpr uint32_t kConstants = kV + kStages * VTile::kBytes;
   static constexpr uint32_t kVisible = kConstants + kStages * kConstantBytes;
-  /// Of a thread: VisibleKeys, and RowChanges where there are any.
+  /// Of a quad, whose threads have the same rows: VisibleKeys, and RowChanges where there are any.
   static constexpr int kRowStateBytes =
       VisibleKeys::kBytes + (kScores != Scores::kPlain ? RowChanges::kBytes : 0);
-  static constexpr uint32_t kSharedBytes = kVisible + kThreads * kRowStateBytes;
+  /// Whether registers are so few that what a block needs once waits in shared memory: Pointers of
+  /// each thread, and what accumulators start at.
+  static constexpr bool kFewRegisters = kHeadDim > 128 && kScores == Scores::kBiased;
+  static constexpr uint32_t kPointers = kVisible + kThreads / 4 * kRowStateBytes;
+  static constexpr uint32_t kMagicStart = kPointers + (kFewRegisters ? kThreads * 32 : 0);
+  static constexpr uint32_t kSharedBytes = kMagicStart + (kFewRegisters ? 16 : 0);
+  // What a block may have on compute capability 8.0, beside one that has 227 KB.
+  static_assert(kSharedBytes <= 163 * 1024);
 
   /// An accumulator that starts at the bits of 1.5 * 2^23 is, read as a float, that plus the sum:
   /// exact while |sum| <= 2^22. Scores reach 127^2 * head_dim, outputs 255 * 127 * kv_block.
@@ -72,29 +81,59 @@ struct AttendSm80 {
     }
   }
 
-  /// The keys of one head: of its image, or of its first in pages. Pointers are copy_offset()
-  /// further.
-  struct Sources {
-    static constexpr int kKeyBytes = VTile::kBytes / kKvBlock;  // of packed V
-    static constexpr int kConstantRow = kConstantBytes / kKvBlock;
-    const AttendParams& p;
+  /// Of the keys of one head, each copy_offset() further: of its image, or of its first in pages.
+  struct Pointers {
     const int8_t* k;
     const int8_t* v;
     const int8_t* constants;
     const int* pages;  ///< of the sequence, or nullptr
-    int page_shift;    ///< log2 of a page's blocks
+  };
 
-    ATTN8_DEVICE Sources(const AttendParams& params, int batch, int kv_head) : p(params) {
+  /// The keys of one head.
+  struct Sources {
+    static constexpr int kKeyBytes = VTile::kBytes / kKvBlock;  // of packed V
+    static constexpr int kConstantRow = kConstantBytes / kKvBlock;
+    const AttendParams& p;
+    Pointers kept;
+    int page_shift;  ///< log2 of a page's blocks
+
+    ATTN8_DEVICE Sources(const AttendParams& params, int batch, int kv_head)
+        : p(params), page_shift(params.page_shift - kBlockShift) {
       const bool paged = p.block_table != nullptr;
       const int64_t rows =
           (paged ? kv_head : static_cast<int64_t>(batch) * p.nheads_k + kv_head) * p.rows_k;
-      k = p.k + rows * kRowBytes + copy_offset();
-      v = p.v + rows * kKeyBytes + copy_offset();
-      constants =
+      kept.k = p.k + rows * kRowBytes + copy_offset();
+      kept.v = p.v + rows * kKeyBytes + copy_offset();
+      kept.constants =
           reinterpret_cast<const int8_t*>(p.key_constants) + rows * kConstantRow + copy_offset();
-      pages = paged ? p.block_table + static_cast<int64_t>(batch) * p.block_table_stride : nullptr;
-      page_shift = p.page_shift;
-      for (int keys = kKvBlock; keys > 1; keys /= 2) --page_shift;
+      kept.pages =
+          paged ? p.block_table + static_cast<int64_t>(batch) * p.block_table_stride : nullptr;
+      if constexpr (kFewRegisters) {
+        const auto word = [](const void* pointer, int half) {
+          return static_cast<int>(reinterpret_cast<uint64_t>(pointer) >> 32 * half);
+        };
+        ptx::st_shared(address(),
+                       int4{word(kept.k, 0), word(kept.k, 1), word(kept.v, 0), word(kept.v, 1)});
+        ptx::st_shared(address() + 16, int4{word(kept.constants, 0), word(kept.constants, 1),
+                                            word(kept.pages, 0), word(kept.pages, 1)});
+      }
+    }
+
+    static ATTN8_DEVICE uint32_t address() {
+      return ptx::smem_base() + kPointers + ptx::thread_index() * 32;
+    }
+    ATTN8_DEVICE Pointers pointers() const {
+      if constexpr (!kFewRegisters) return kept;
+      const auto joined = [](int low, int high) {
+        return static_cast<uint64_t>(static_cast<uint32_t>(high)) << 32 |
+               static_cast<uint32_t>(low);
+      };
+      const int4 a = ptx::ld_shared<int4>(address());
+      const int4 b = ptx::ld_shared<int4>(address() + 16);
+      return {reinterpret_cast<const int8_t*>(joined(a.x, a.y)),
+              reinterpret_cast<const int8_t*>(joined(a.z, a.w)),
+              reinterpret_cast<const int8_t*>(joined(b.x, b.y)),
+              reinterpret_cast<const int*>(joined(b.z, b.w))};
     }
 
     /// Where a block lies: rows of the images before its page's, blocks before it there.
@@ -102,18 +141,20 @@ struct AttendSm80 {
       int64_t rows;
       int block;
     };
-    ATTN8_DEVICE Place place_of(int block) const {
+    ATTN8_DEVICE Place place_of(const int* pages, int block) const {
       if (pages == nullptr) return {0, block};
-      const int page = ptx::ld_global(pages + (block >> page_shift));
-      return {static_cast<int64_t>(page * p.nheads_k) * p.rows_k, block & ((1 << page_shift) - 1)};
+      const int shift = kFewRegisters ? p.page_shift - kBlockShift : page_shift;
+      const int page = ptx::ld_global(pages + (block >> shift));
+      return {static_cast<int64_t>(page * p.nheads_k) * p.rows_k, block & ((1 << shift) - 1)};
     }
   };
 
   static ATTN8_DEVICE void load_k(uint32_t shared, const Sources& from, int block) {
     const uint32_t stage = static_cast<uint32_t>(block) % kStages;
     const uint32_t target = shared + copy_offset();
-    const typename Sources::Place place = from.place_of(block);
-    const int8_t* k = from.k + place.rows * kRowBytes +
+    const Pointers pointers = from.pointers();
+    const typename Sources::Place place = from.place_of(pointers.pages, block);
+    const int8_t* k = pointers.k + place.rows * kRowBytes +
                       static_cast<int64_t>(place.block) * (kKvBlock * KTile::kSpan);
     ATTN8_UNROLL
     for (int panel = 0; panel < KTile::kPanels; ++panel) {
@@ -121,16 +162,17 @@ struct AttendSm80 {
                                k + static_cast<int64_t>(panel) * from.p.rows_k * KTile::kSpan);
     }
     copy<kConstantBytes>(target + kConstants + stage * kConstantBytes,
-                         from.constants + place.rows * Sources::kConstantRow +
+                         pointers.constants + place.rows * Sources::kConstantRow +
                              static_cast<int64_t>(place.block) * kConstantBytes);
     ptx::cp_commit();
   }
 
   static ATTN8_DEVICE void load_v(uint32_t shared, const Sources& from, int block) {
     const uint32_t stage = static_cast<uint32_t>(block) % kStages;
-    const typename Sources::Place place = from.place_of(block);
+    const Pointers pointers = from.pointers();
+    const typename Sources::Place place = from.place_of(pointers.pages, block);
     copy<VTile::kBytes>(shared + copy_offset() + kV + stage * VTile::kBytes,
-                        from.v + place.rows * Sources::kKeyBytes +
+                        pointers.v + place.rows * Sources::kKeyBytes +
                             static_cast<int64_t>(place.block) * VTile::kBytes);
     ptx::cp_commit();
   }
@@ -148,6 +190,14 @@ struct AttendSm80 {
   static ATTN8_DEVICE float exact_with_magic(float scale) {
     const float rounded = ptx::as_float((ptx::as_uint(scale) + 2) & ~3u);
     return ptx::max(scale, -scale) <= FLT_MAX ? rounded : scale;
+  }
+
+  static ATTN8_DEVICE void load_magic(uint32_t address, int (&magic)[4]) {
+    const int4 four = ptx::ld_shared<int4>(address);
+    magic[0] = four.x;
+    magic[1] = four.y;
+    magic[2] = four.z;
+    magic[3] = four.w;
   }
 
   static ATTN8_DEVICE void load_q_fragment(uint32_t shared, int step, uint32_t (&fragment)[4]) {
@@ -170,17 +220,23 @@ struct AttendSm80 {
     const Sources from(p, batch, head / (p.nheads_q / p.nheads_k));
 
     State state;
-    int4 magic = {kMagicBits, kMagicBits, kMagicBits, kMagicBits};
+    const bool leads_quad = lane % 4 == 0;
     // By way of memory: the compiler would fill registers with a constant in every block again.
-    ptx::st_shared(row_address(shared), magic);
-    magic = ptx::ld_shared<int4>(row_address(shared));
-    state.magic[0] = magic.x;
-    state.magic[1] = magic.y;
-    state.magic[2] = magic.z;
-    state.magic[3] = magic.w;
-    VisibleKeys::of(p, sequence, row).keep(row_address(shared));
-    if constexpr (kScores != Scores::kPlain) {
-      RowChanges::of(p, sequence, batch, head, row).keep(row_address(shared) + VisibleKeys::kBytes);
+    const int4 magic = {kMagicBits, kMagicBits, kMagicBits, kMagicBits};
+    if constexpr (kFewRegisters) {
+      if (ptx::thread_index() == 0) ptx::st_shared(shared + kMagicStart, magic);  // for every block
+    } else {
+      if (leads_quad) ptx::st_shared(row_address(shared), magic);
+      ptx::sync_warp();
+      load_magic(row_address(shared), state.magic);
+      ptx::sync_warp();
+    }
+    if (leads_quad) {
+      VisibleKeys::of(p, sequence, row).keep(row_address(shared));
+      if constexpr (kScores != Scores::kPlain) {
+        RowChanges::of(p, sequence, batch, head, row)
+            .keep(row_address(shared) + VisibleKeys::kBytes);
+      }
     }
     state.softmax.start();
     ATTN8_UNROLL
@@ -228,6 +284,8 @@ struct AttendSm80 {
         masked_end = visited.end;
       }
       ptx::cp_wait<0>();
+    } else {
+      ptx::sync_warp();
     }
     state.softmax.add_quad();
     const VisibleKeys visible = VisibleKeys::kept(row_address(shared));
@@ -301,6 +359,10 @@ struct AttendSm80 {
                                  const ScoreChanges& changes, int block, State& state,
                                  float4& next_scale, float (&p)[Softmax::kElements]) {
     int products[2 * (kLast - kFirst)][4];  // [8-key groups][C fragment]
+    if constexpr (kFewRegisters) {
+      ptx::sync_warp();  // as in add_codes()
+      load_magic(shared + kMagicStart, state.magic);
+    }
     ATTN8_UNROLL
     for (int step = 0; step < kRowBytes / 32; ++step) {
       uint32_t q[4];
@@ -363,6 +425,7 @@ struct AttendSm80 {
     const int lane = ptx::thread_index() % 32;
     const uint32_t fragment =
         v_tile + VTile::offset(ldmatrix_b_column(lane), ldmatrix_b_byte(lane));
+    if constexpr (kFewRegisters) load_magic(ptx::smem_base() + kMagicStart, state.magic);
     ATTN8_UNROLL
     for (int columns = 0; columns < kHeadDim / 16; ++columns) {
       // Keeps the compiler from loading V so far ahead that outputs leave their registers.
@@ -394,9 +457,9 @@ struct AttendSm80 {
     }
   }
 
-  /// Of the thread's VisibleKeys and RowChanges.
+  /// Of the quad's VisibleKeys and RowChanges.
   static ATTN8_DEVICE uint32_t row_address(uint32_t shared) {
-    return shared + kVisible + ptx::thread_index() * kRowStateBytes;
+    return shared + kVisible + ptx::thread_index() / 4 * kRowStateBytes;
   }
 
   static ATTN8_DEVICE float as_magic(int bits) {

@@ -276,16 +276,14 @@ Result<Plan> Plan::make(const AttentionInputs& inputs, const AttentionOutputs& o
     return unsupported("v_granularity=" + std::string(to_string(s.v_granularity)) +
                        ", the CUDA backend has token, tensor and channel");
   }
+  // Kernels for softcap alone there are of the usual weights; the others' do all that changes
+  // scores.
+  const bool all_changes = s.inputs.attn_mask || s.inputs.alibi_slopes ||
+                           weights == Weights::kPlain || weights == Weights::kPaper;
   const bool changed = options.softcap != 0 || s.inputs.attn_mask || s.inputs.alibi_slopes;
-  const Scores scores = s.inputs.attn_mask || s.inputs.alibi_slopes ? Scores::kBiased
-                        : options.softcap != 0                      ? Scores::kSoftcap
-                                                                    : Scores::kPlain;
-  if (changed && weights != Weights::kFolded && weights != Weights::kHalf) {
-    return unsupported(
-        "softcap, attn_mask and alibi_slopes with mode=" + std::string(to_string(options.mode)) +
-        " and v_granularity=" + std::string(to_string(s.v_granularity)) +
-        ", on CUDA they want half, or accurate with token");
-  }
+  const Scores scores = !changed      ? Scores::kPlain
+                        : all_changes ? Scores::kBiased
+                                      : Scores::kSoftcap;
   const auto* k_quantized = std::get_if<QuantizedView>(&inputs.k);
 
   const bool own_lengths = s.inputs.seqlens_k || s.inputs.leftpad_k;
@@ -321,6 +319,13 @@ Result<Plan> Plan::make(const AttentionInputs& inputs, const AttentionOutputs& o
   if (kernels == Kernels::kBest)
     kernels = info.value().family == "sm90a" ? Kernels::kSm90 : Kernels::kSm80;
   s.entry = find_entry(kernels, weights, scores, std::max(s.head_dim(), s.head_dim_v()));
+  if (s.entry == nullptr && changed) {
+    return unsupported(
+        "softcap, attn_mask and alibi_slopes with mode=" + std::string(to_string(options.mode)) +
+        ", v_granularity=" + std::string(to_string(s.v_granularity)) +
+        " and head_dim=" + std::to_string(std::max(s.head_dim(), s.head_dim_v())) +
+        ", on CUDA such modes want at most 128");
+  }
   if (s.entry == nullptr) {
     return Status(StatusCode::kUnavailable,
                   "this build has no CUDA kernel for head_dim=" + std::to_string(q.shape[3]) +

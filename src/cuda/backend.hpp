@@ -37,9 +37,10 @@ enum class Kernels : uint8_t { kBest, kSm80, kSm90 };
 /// from any thread.
 ///
 /// Tensors are on `device`, any strides; rows of channels that are contiguous and 16-byte aligned
-/// are read faster. Modes kAccurate (V granularity kToken, kTensor or kChannel), kPaper and kHalf;
-/// softcap, attn_mask and alibi_slopes in kHalf, and in kAccurate with kToken. kv_block is the
-/// kernel's: 0, or kv_block(). Everything else gives kUnsupported with the argument's name.
+/// are read faster. Modes kAccurate (V granularity kToken, kTensor or kChannel), kPaper and kHalf.
+/// What changes scores has head_dims up to 128 in kPaper and with V scales per tensor or channel.
+/// kv_block is the kernel's: 0, or kv_block(). Everything else gives kUnsupported with the
+/// argument's name.
 class Plan {
  public:
   static Result<Plan> make(const AttentionInputs& inputs, const AttentionOutputs& outputs,

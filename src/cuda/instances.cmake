@@ -71,13 +71,16 @@ AttendEntry ${name}() {
 endmacro()
 
 # What few callers need has one width less, and what Hopper has no kernel for runs the others there.
-foreach(kernel Folded.Plain Plain.Plain Paper.Plain Folded.Softcap Folded.Biased Half.Plain
-               Half.Softcap Half.Biased)
+foreach(kernel Folded.Plain Plain.Plain Paper.Plain Folded.Softcap Folded.Biased Plain.Biased
+               Paper.Biased Half.Plain Half.Softcap Half.Biased)
   string(REPLACE "." ";" kernel ${kernel})
   list(GET kernel 0 weights)
   list(GET kernel 1 scores)
   set(kv_block 128)
   set(dims 128 256)
+  if(kernel MATCHES "Plain;Biased|Paper;Biased")
+    set(dims 128)  # at 256 they spill in their loop
+  endif()
   set(has_sm90 ${ATTN8_CUDA_SM90A})
   if(${weights} STREQUAL Half)
     set(kv_block 64)
@@ -90,8 +93,12 @@ foreach(kernel Folded.Plain Plain.Plain Paper.Plain Folded.Softcap Folded.Biased
   # Head dim 64 leaves room for two blocks per multiprocessor.
   attn8_cuda_instance(sm80 ${weights} ${scores} 64 "AttendSm80<64, ${kv_block}, 4" 2)
   foreach(head_dim ${dims})
+    set(warps 8)
+    if(head_dim EQUAL 256 AND NOT ${scores} STREQUAL Plain AND NOT ${weights} STREQUAL Half)
+      set(warps 4)  # eight and what they keep of their rows are more than sm_80 has for a block
+    endif()
     attn8_cuda_instance(sm80 ${weights} ${scores} ${head_dim}
-                        "AttendSm80<${head_dim}, ${kv_block}, 8" 1)
+                        "AttendSm80<${head_dim}, ${kv_block}, ${warps}" 1)
   endforeach()
   if(has_sm90)
     foreach(head_dim 64 ${dims})

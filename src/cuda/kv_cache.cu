@@ -28,6 +28,15 @@ Status check_tokens(const char* name, const ConstTensorView& view, int device) {
   return cuda::check_memory(view.data, name, device);
 }
 
+/// Of tokens of shape `q`, each axis whole or one element for all.
+Status check_mask_shape(const ConstTensorView& mask, const Extents& q) {
+  Extents want = {q[0], q[1], q[2], mask.shape[3]};
+  for (size_t axis = 0; axis < 3; ++axis) {
+    if (mask.shape[axis] == 1) want[axis] = 1;
+  }
+  return check_shape("attn_mask", mask, want);
+}
+
 template <class Visit>
 void for_float(DType dtype, const Visit& visit) {
   using cuda::Source;
@@ -75,10 +84,20 @@ Status check_options(const CudaKvCacheOptions& o) {
   return {};
 }
 
-}  // namespace
+/// Bytes of all pages of each kind.
+struct PageBytes {
+  size_t key_constants, k_mean, k, v;
+};
+PageBytes bytes_of(const CudaKvCache::State& s) {
+  const size_t tokens = static_cast<size_t>(s.options.nheads_k) * s.options.page_size;
+  const size_t mean_bytes = static_cast<size_t>(s.options.nheads_k) * s.row_bytes() * 4;
+  const size_t pages = static_cast<size_t>(s.options.num_pages);
+  return {tokens * 2 * 4 * pages, mean_bytes * pages, tokens * s.row_bytes() * pages,
+          tokens * s.packed_dim() * pages};
+}
 
-Result<CudaKvCache> CudaKvCache::make(const CudaKvCacheOptions& options,
-                                      const Context& context) noexcept try {
+/// Everything of a cache but its memory.
+Status describe(const CudaKvCacheOptions& options, const Context& context, CudaKvCache::State& s) {
   if (Status status = check_options(options); !status.ok()) return status;
   if (context.device.type != DeviceType::kCuda) {
     return invalid("context.device is the cpu, want a CUDA device (KvCache is for the cpu)");
@@ -87,8 +106,6 @@ Result<CudaKvCache> CudaKvCache::make(const CudaKvCacheOptions& options,
   if (!info.ok()) return info.status();
   const Result<cuda::Kernels> kernels = cuda::kernels_of(context.device.index);
   if (!kernels.ok()) return kernels.status();
-  auto state = std::make_shared<State>();
-  State& s = *state;
   s.options = options;
   s.device = context.device.index;
   s.multiprocessors = info.value().multiprocessors;
@@ -99,41 +116,77 @@ Result<CudaKvCache> CudaKvCache::make(const CudaKvCacheOptions& options,
   s.softcap_entry = entry_of(cuda::Scores::kSoftcap, options.head_dim);
   if (s.softcap_entry != nullptr) {
     s.entry = entry_of(cuda::Scores::kPlain, s.softcap_entry->head_dim);
-    s.alibi_entry = entry_of(cuda::Scores::kBiased, s.softcap_entry->head_dim);
+    s.biased_entry = entry_of(cuda::Scores::kBiased, s.softcap_entry->head_dim);
   }
-  const cuda::AttendEntry* const entries[] = {s.entry, s.softcap_entry, s.alibi_entry};
+  const cuda::AttendEntry* const entries[] = {s.entry, s.softcap_entry, s.biased_entry};
   for (const cuda::AttendEntry* entry : entries) {
     if (entry != nullptr && entry->head_dim == s.softcap_entry->head_dim) continue;
-    return Status(StatusCode::kUnavailable,
-                  "this build has no CUDA kernel for head_dim=" + std::to_string(options.head_dim));
+    return {StatusCode::kUnavailable,
+            "this build has no CUDA kernel for head_dim=" + std::to_string(options.head_dim)};
   }
   for (const cuda::AttendEntry* entry : entries) {
     if (Status status = cuda::make_ready(*entry, s.device, info.value().name); !status.ok()) {
       return status;
     }
   }
-  const size_t tokens = static_cast<size_t>(options.nheads_k) * options.page_size;
-  const size_t k_bytes = tokens * s.row_bytes();
-  const size_t v_bytes = tokens * s.packed_dim();
-  const size_t constant_bytes = tokens * 2 * 4;
-  const size_t mean_bytes = static_cast<size_t>(options.nheads_k) * s.row_bytes() * 4;
-  s.bytes_per_page = k_bytes + v_bytes + constant_bytes + mean_bytes;
-  Result<CudaMemory> memory = CudaMemory::allocate(s.bytes_per_page * options.num_pages, s.device);
-  if (!memory.ok()) return memory.status();
-  s.memory = std::move(memory).value();
-  char* at = reinterpret_cast<char*>(s.memory.data());
+  const PageBytes bytes = bytes_of(s);
+  s.bytes_per_page = (bytes.key_constants + bytes.k_mean + bytes.k + bytes.v) / options.num_pages;
+  return {};
+}
+
+}  // namespace
+
+Result<size_t> CudaKvCache::memory_bytes(const CudaKvCacheOptions& options,
+                                         const Context& context) noexcept try {
+  State s;
+  if (Status status = describe(options, context, s); !status.ok()) return status;
+  return s.bytes_per_page * static_cast<size_t>(options.num_pages);
+} catch (...) {
+  return Status(StatusCode::kOutOfMemory, {});
+}
+
+Result<CudaKvCache> CudaKvCache::make(const CudaKvCacheOptions& options,
+                                      const Context& context) noexcept try {
+  auto state = std::make_shared<State>();
+  State& s = *state;
+  if (Status status = describe(options, context, s); !status.ok()) return status;
+  const size_t total = s.bytes_per_page * static_cast<size_t>(options.num_pages);
+  std::byte* data = options.memory.data();
+  const bool allocates = options.memory.empty();
+  if (allocates) {
+    Result<CudaMemory> memory = CudaMemory::allocate(total, s.device);
+    if (!memory.ok()) return memory.status();
+    s.memory = std::move(memory).value();
+    data = s.memory.data();
+  } else {
+    if (options.memory.size() < total || reinterpret_cast<uintptr_t>(data) % 256 != 0) {
+      return invalid("options.memory got " + std::to_string(options.memory.size()) +
+                     " bytes, want " + std::to_string(total) + ", 256-byte aligned");
+    }
+    if (Status status = cuda::check_memory(data, "options.memory", s.device); !status.ok()) {
+      return status;
+    }
+  }
+  const PageBytes bytes = bytes_of(s);
+  char* at = reinterpret_cast<char*>(data);
   // Constants first, because they are the ones that tokens which were never written need cleared.
   s.pages.key_constants = reinterpret_cast<float*>(at);
-  s.pages.k_mean = reinterpret_cast<float*>(at += constant_bytes * options.num_pages);
-  s.pages.k = reinterpret_cast<int8_t*>(at += mean_bytes * options.num_pages);
-  s.pages.v = reinterpret_cast<int8_t*>(at += k_bytes * options.num_pages);
+  s.pages.k_mean = reinterpret_cast<float*>(at += bytes.key_constants);
+  s.pages.k = reinterpret_cast<int8_t*>(at += bytes.k_mean);
+  s.pages.v = reinterpret_cast<int8_t*>(at += bytes.k);
   s.pages.nheads_k = static_cast<int>(options.nheads_k);
   s.pages.num_pages = static_cast<int>(options.num_pages);
   while (1 << s.pages.page_shift < options.page_size) ++s.pages.page_shift;
   const cuda::DeviceGuard guard(s.device);
   if (guard.error() != cudaSuccess) return cuda::device_status(guard.error(), "cudaSetDevice");
-  cudaError_t error = cudaMemset(s.memory.data(), 0, s.memory.size());
-  if (error == cudaSuccess) error = cudaDeviceSynchronize();
+  cudaError_t error = cudaSuccess;
+  if (allocates) {
+    error = cudaMemset(data, 0, total);
+    if (error == cudaSuccess) error = cudaDeviceSynchronize();
+  } else {
+    error = cudaMemsetAsync(data, 0, bytes.key_constants + bytes.k_mean,
+                            static_cast<cudaStream_t>(context.stream));
+  }
   if (error != cudaSuccess) return cuda::device_status(error, "cudaMemset");
   return CudaKvCache(std::move(state));
 } catch (...) {
@@ -212,9 +265,9 @@ Status CudaKvCache::attend(const ConstTensorView& q, const CudaKvTables& tables,
                            std::span<std::byte> workspace, const Context& context) const noexcept
     try {
   const State& s = *state_;
-  const Result<CacheCall> result = cuda::call_of(s, q.shape, tables);
+  Result<CacheCall> result = cuda::call_of(s, q.shape, tables);
   if (!result.ok()) return result.status();
-  const CacheCall& call = result.value();
+  CacheCall& call = result.value();
   const int64_t heads = q.shape[2];
   if (heads < 1 || heads % s.options.nheads_k != 0) {
     return invalid("q.shape[2]=" + std::to_string(heads) +
@@ -235,6 +288,7 @@ Status CudaKvCache::attend(const ConstTensorView& q, const CudaKvTables& tables,
       options.alibi_slopes && options.alibi_slopes->shape[0] == 1
           ? check_shape("alibi_slopes", *options.alibi_slopes, {1, 1, heads, 1})
           : Status(),
+      options.attn_mask ? check_mask_shape(*options.attn_mask, q.shape) : Status(),
       check_tokens("q", q, s.device),
       check_tokens("out", out, s.device)};
   for (Status& check : checks) {
@@ -242,7 +296,8 @@ Status CudaKvCache::attend(const ConstTensorView& q, const CudaKvTables& tables,
   }
   for (const auto& [view, name] :
        {std::pair(outputs.lse ? std::optional<ConstTensorView>(*outputs.lse) : std::nullopt, "lse"),
-        std::pair(options.sinks, "sinks"), std::pair(options.alibi_slopes, "alibi_slopes")}) {
+        std::pair(options.sinks, "sinks"), std::pair(options.alibi_slopes, "alibi_slopes"),
+        std::pair(options.attn_mask, "attn_mask")}) {
     if (!view.has_value()) continue;
     if (view->dtype != DType::kFloat32) {
       return invalid(std::string(name) + ".dtype=" + std::string(to_string(view->dtype)) +
@@ -268,6 +323,9 @@ Status CudaKvCache::attend(const ConstTensorView& q, const CudaKvTables& tables,
     return Status(StatusCode::kUnsupported,
                   "options.mask.q_offset - k_offset=" + std::to_string(position) +
                       ", with alibi_slopes on CUDA at most 2^28 apart");
+  }
+  if (options.attn_mask && options.attn_mask->shape[3] != 1) {
+    call.max_keys = std::min(call.max_keys, options.attn_mask->shape[3]);
   }
   const cuda::DeviceGuard guard(s.device);
   if (guard.error() != cudaSuccess) return cuda::device_status(guard.error(), "cudaSetDevice");
@@ -350,12 +408,22 @@ Status CudaKvCache::attend(const ConstTensorView& q, const CudaKvTables& tables,
   }
   const cuda::AttendEntry* entry = options.softcap != 0 ? s.softcap_entry : s.entry;
   if (options.alibi_slopes) {
-    entry = s.alibi_entry;
+    entry = s.biased_entry;
     const ConstTensorView& slopes = *options.alibi_slopes;
     p.changes.position_offset = static_cast<int>(position);
     p.changes.alibi_slopes = static_cast<const float*>(slopes.data);
     p.changes.alibi_stride_batch = slopes.shape[0] == 1 ? 0 : slopes.strides[0];
     p.changes.alibi_stride_head = slopes.strides[2];
+  }
+  if (options.attn_mask) {
+    entry = s.biased_entry;
+    const ConstTensorView& mask = *options.attn_mask;
+    const auto stride = [&](size_t axis) { return mask.shape[axis] == 1 ? 0 : mask.strides[axis]; };
+    p.changes.attn_mask = static_cast<const float*>(mask.data);
+    p.changes.attn_mask_stride_batch = stride(0);
+    p.changes.attn_mask_stride_row = stride(1);
+    p.changes.attn_mask_stride_head = stride(2);
+    p.changes.attn_mask_stride_key = stride(3);
   }
   if (options.sinks) {
     p.sinks = static_cast<const float*>(options.sinks->data);

@@ -20,10 +20,10 @@ struct CudaKvCache::State {
   CudaKvCacheOptions options;
   int device = 0;
   int multiprocessors = 0;
-  /// As wide as each other: of plain scores, with softcap, and with ALiBi.
+  /// As wide as each other: of plain scores, with softcap, and with attn_mask and ALiBi.
   const cuda::AttendEntry* entry = nullptr;
   const cuda::AttendEntry* softcap_entry = nullptr;
-  const cuda::AttendEntry* alibi_entry = nullptr;
+  const cuda::AttendEntry* biased_entry = nullptr;
   CudaMemory memory;
   cuda::Pages pages = {};
   size_t bytes_per_page = 0;
@@ -60,8 +60,9 @@ struct CacheCall {
   int batch = 0, max_pages = 0;
   bool ragged = false;
   bool on_host = false;
-  int seqlen = 0;     ///< of a sequence; of a ragged batch the most
-  int64_t total = 0;  ///< tokens of the call
+  int seqlen = 0;        ///< of a sequence; of a ragged batch the most
+  int64_t total = 0;     ///< tokens of the call
+  int64_t max_keys = 0;  ///< that a sequence may have: of its pages, and of attn_mask
 };
 
 /// Where the checked tables lie in the workspace, then what follows them.

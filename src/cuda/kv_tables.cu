@@ -117,11 +117,10 @@ Status check_on_host(const CudaKvCache::State& s, const CudaKvTables& tables, co
     }
     const int64_t seqlen = table_value(tables.cache_seqlens, b);
     const int64_t end = seqlen + (appends ? added : 0);
-    const int64_t room = static_cast<int64_t>(call.max_pages) << s.pages.page_shift;
-    if (seqlen < 0 || end > room) {
+    if (seqlen < 0 || end > call.max_keys) {
       return invalid("cache_seqlens" + at + "=" + std::to_string(seqlen) +
                      (appends ? " and " + std::to_string(added) + " more" : "") +
-                     ", block_table has room for " + std::to_string(room));
+                     ", block_table or attn_mask has room for " + std::to_string(call.max_keys));
     }
     for (int64_t page = 0; page << s.pages.page_shift < end; ++page) {
       const int value = table_value(tables.block_table, b, page);
@@ -147,6 +146,7 @@ Result<CacheCall> call_of(const CudaKvCache::State& s, const Extents& tokens,
   }
   call.batch = static_cast<int>(table[0]);
   call.max_pages = static_cast<int>(table[1]);
+  call.max_keys = table[1] << s.pages.page_shift;
   call.ragged = tables.cu_seqlens.has_value();
   call.on_host = tables.block_table.device.type == DeviceType::kCpu;
   const int64_t want_batch = call.ragged ? 1 : call.batch;
@@ -239,6 +239,7 @@ Status prepare_tables(const CudaKvCache::State& s, const CudaKvTables& tables,
   p.page_shift = s.pages.page_shift;
   p.seqlen = call.seqlen;
   p.max_seqlen = call.seqlen;
+  p.max_keys = static_cast<int>(std::min<int64_t>(call.max_keys, kNoLimit / 4));
   p.total = static_cast<int>(call.total);
   p.appends = appends;
   p.checked_table = ints_at(at.table);

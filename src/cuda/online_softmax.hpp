@@ -54,8 +54,7 @@ ATTN8_DEVICE int key_column(int group, int e) {
   return group * kKeyGroup + (e >> 2) * 8 + ptx::thread_index() % 4 * 2 + (e & 1);
 }
 
-/// What is done to the scores of a thread's two rows. Kept in shared memory of the
-/// thread's own, as VisibleKeys are.
+/// What is done to the scores of a thread's two rows. Kept in shared memory, after VisibleKeys.
 struct RowChanges {
   static constexpr int kBytes = 48;
   float shift[2];   // of softcap's argument
@@ -74,8 +73,8 @@ struct RowChanges {
       const int query_head = query_head_of(p, head, row + 8 * r);
       changes.position[r] = query + sequence.position_offset;
       if (p.changes.attn_mask != nullptr) {
-        const int64_t at = batch * p.changes.attn_mask_stride_batch +
-                           query * p.changes.attn_mask_stride_row +
+        const int64_t at = sequence.batch * p.changes.attn_mask_stride_batch +
+                           (sequence.first_query + query) * p.changes.attn_mask_stride_row +
                            query_head * p.changes.attn_mask_stride_head;
         changes.mask_at[r] = {static_cast<int>(at), static_cast<int>(at >> 32)};
       }
@@ -161,7 +160,7 @@ struct OnlineSoftmax {
 
   /// Weights p of key groups [kFirst, kLast) of the block, their sums going to block_sum.
   ///   changes          not read by Scores::kPlain
-  ///   row_address      of the thread's VisibleKeys, and its RowChanges after them
+  ///   row_address      of the rows' VisibleKeys, and its RowChanges after them
   ///   score_of(i, r, scale)  of element i of the block, which is in row r, a key with this scale
   ///   constants        shared address of the block's [kKvBlock / 16][2][16] key constants
   ///   first_key        of the block
@@ -183,10 +182,14 @@ struct OnlineSoftmax {
     ATTN8_UNROLL
     for (int group = kFirst; group <= kLast; ++group) {
       if constexpr (kScores == Scores::kBiased) ptx::sync_warp();  // as in AttendSm80::add_codes()
-      previous.ratio = now.ratio;
+      if constexpr (kScores == Scores::kBiased) {
+        if (group > kFirst) previous.ratio = load_ratio(constants, group - 1);
+      } else {
+        previous.ratio = now.ratio;
+        if (group < kLast) now.ratio = load_ratio(constants, group);
+      }
       if (group < kLast) {
         now.scale = next_scale;
-        now.ratio = load_ratio(constants, group);
         if (group + 1 < kKvBlock / kKeyGroup) next_scale = load_scale(constants, group + 1);
       }
       ATTN8_UNROLL

@@ -85,9 +85,8 @@ struct KeyTile {
   }
 };
 
-/// Keys that a thread's two rows see, `row` and `row + 8` of the kernel, in this z of the grid. A
-/// thread keeps them in 16 bytes of shared memory of its own: registers are for the blocks that
-/// need no mask.
+/// Keys that a thread's two rows see, `row` and `row + 8` of the kernel, in this z of the grid.
+/// They are kept in 16 bytes of shared memory: registers are for the blocks that need no mask.
 struct VisibleKeys {
   static constexpr int kBytes = 16;
   int first[2];

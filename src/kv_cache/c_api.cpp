@@ -61,13 +61,10 @@ Status new_sequence(attn8_kv_cache* cache, attn8_kv_sequence* sequence, Make mak
   return {};
 }
 
-struct AttendParams {
-  KvCacheAttentionOptions options;
-  std::vector<Mode> head_modes;  ///< what options.head_modes views
-};
+}  // namespace
 
-Status read_attend_params(const attn8_kv_attention_params* in, int64_t nheads_k,
-                          AttendParams& out) {
+Status c_api::read_kv_attend_params(const attn8_kv_attention_params* in, int64_t nheads_k,
+                                    KvAttendParams& out) {
   if (in == nullptr) return {};
   attn8_kv_attention_params params = default_attention_params();
   ATTN8_RETURN_IF_ERROR(read("params", in, kUnit, params));
@@ -95,7 +92,6 @@ Status read_attend_params(const attn8_kv_attention_params* in, int64_t nheads_k,
   return {};
 }
 
-}  // namespace
 }  // namespace attn8
 
 using namespace attn8;  // NOLINT: what follows is attn8.h's side of it
@@ -231,11 +227,11 @@ attn8_status attn8_kv_cache_attend(const attn8_kv_cache* cache, const attn8_kv_s
     if (cu_seqlens_q == nullptr) return invalid("cu_seqlens_q got NULL");
     Operand q_operand;
     AttentionOutputs outputs;
-    AttendParams attend;
+    KvAttendParams attend;
     ATTN8_RETURN_IF_ERROR(read_operand("q", q, q_operand));
     ATTN8_RETURN_IF_ERROR(read_plain("out", out, outputs.out));
     ATTN8_RETURN_IF_ERROR(read_optional("lse", lse, outputs.lse));
-    ATTN8_RETURN_IF_ERROR(read_attend_params(params, cache->value.options().nheads_k, attend));
+    ATTN8_RETURN_IF_ERROR(read_kv_attend_params(params, cache->value.options().nheads_k, attend));
     return cache->value.attend(handles, q_operand, {cu_seqlens_q, count + 1}, outputs,
                                attend.options, context_of(context));
   });

@@ -125,6 +125,34 @@ AT(attn8_kv_attention_params, head_modes_count, 56);
 AT(attn8_kv_attention_params, head_modes, 64);
 static_assert(sizeof(attn8_kv_attention_params) == 72, "attn8_kv_attention_params");
 
+AT(attn8_cuda_device, struct_size, 0);
+AT(attn8_cuda_device, reserved, 4);
+AT(attn8_cuda_device, major, 8);
+AT(attn8_cuda_device, minor, 12);
+AT(attn8_cuda_device, multiprocessors, 16);
+AT(attn8_cuda_device, name, 24);
+AT(attn8_cuda_device, kernels, 88);
+static_assert(sizeof(attn8_cuda_device) == 104, "attn8_cuda_device");
+
+AT(attn8_cuda_kv_cache_params, struct_size, 0);
+AT(attn8_cuda_kv_cache_params, page_size, 4);
+AT(attn8_cuda_kv_cache_params, nheads_k, 8);
+AT(attn8_cuda_kv_cache_params, head_dim, 16);
+AT(attn8_cuda_kv_cache_params, num_pages, 24);
+AT(attn8_cuda_kv_cache_params, smooth_k, 32);
+AT(attn8_cuda_kv_cache_params, reserved, 36);
+AT(attn8_cuda_kv_cache_params, memory, 40);
+AT(attn8_cuda_kv_cache_params, memory_bytes, 48);
+static_assert(sizeof(attn8_cuda_kv_cache_params) == 56, "attn8_cuda_kv_cache_params");
+
+AT(attn8_cuda_kv_tables, struct_size, 0);
+AT(attn8_cuda_kv_tables, reserved, 4);
+AT(attn8_cuda_kv_tables, block_table, 8);
+AT(attn8_cuda_kv_tables, cache_seqlens, 16);
+AT(attn8_cuda_kv_tables, cu_seqlens, 24);
+AT(attn8_cuda_kv_tables, max_seqlen, 32);
+static_assert(sizeof(attn8_cuda_kv_tables) == 40, "attn8_cuda_kv_tables");
+
 AT(attn8_error_report, struct_size, 0);
 AT(attn8_error_report, reserved, 4);
 AT(attn8_error_report, rel_l2, 8);

@@ -200,9 +200,10 @@ TEST(Cuda, RefusesWhatItHasNoKernelFor) {
   const Shape shape = {1, 2, 1, 16, 40, 64};
   AttentionOptions options;
   EXPECT_TRUE(refused(shape, options).ok());
-  options.softcap = 20;
   options.mode = Mode::kPaper;
-  EXPECT_EQ(refused(shape, options).code(), StatusCode::kUnsupported);
+  options.softcap = 20;
+  EXPECT_TRUE(refused(shape, options).ok());
+  EXPECT_EQ(refused({1, 2, 1, 16, 40, 129}, options).code(), StatusCode::kUnsupported);
   options = {};
   options.mode = Mode::kExact;
   EXPECT_EQ(refused(shape, options).code(), StatusCode::kUnsupported);
@@ -280,6 +281,27 @@ TEST(Cuda, AgreesWithTheEmulation) {
        Granularity::kToken,
        causal,
        {.alibi = true, .lengths = true}},
+      {{2, 4, 2, 70, 333, 250},
+       Mode::kAccurate,
+       Granularity::kToken,
+       causal,
+       {.mask_float = true, .alibi = true}},
+      {{2, 4, 2, 70, 333, 61},
+       Mode::kAccurate,
+       Granularity::kChannel,
+       causal,
+       {.softcap = 20, .sinks = true}},
+      {{1, 4, 2, 3, 700, 128},
+       Mode::kAccurate,
+       Granularity::kTensor,
+       causal,
+       {.mask_bool = true, .alibi = true}},
+      {{2, 4, 2, 70, 333, 128}, Mode::kPaper, Granularity::kTensor, causal, {.softcap = 20}},
+      {{1, 4, 1, 65, 301, 64},
+       Mode::kPaper,
+       Granularity::kTensor,
+       shifted,
+       {.mask_bool = true, .alibi = true}},
       {{2, 4, 2, 70, 333, 64}, Mode::kHalf, Granularity::kToken, causal},
       {{2, 4, 2, 1, 3000, 128}, Mode::kHalf, Granularity::kToken, causal},
       {{2, 4, 2, 129, 333, 90},

@@ -78,7 +78,8 @@ class Cache {
   }
 
   static Checked check(const std::vector<int>& table, const std::vector<int>& seqlens,
-                       const std::vector<int>& cu, int seqlen, int total, bool appends) {
+                       const std::vector<int>& cu, int seqlen, int total, bool appends,
+                       int max_keys = kMaxPages * kPageSize) {
     const int batch = static_cast<int>(seqlens.size());
     Checked checked;
     checked.table.assign(static_cast<size_t>(batch) * kMaxPages, -7);
@@ -95,6 +96,7 @@ class Cache {
     p.cu_seqlens_stride = 1;
     p.batch = batch;
     p.max_pages = kMaxPages;
+    p.max_keys = max_keys;
     p.num_pages = kNumPages;
     p.page_shift = kPageShift;
     p.seqlen = p.max_seqlen = seqlen;
@@ -260,6 +262,24 @@ class Cache {
     p.block_table_stride = kMaxPages;
     p.page_shift = kPageShift;
 
+    // Rows of the call, then heads, then as many keys as the longest sequence has.
+    std::vector<float> mask;
+    if (shape.attn_mask) {
+      const int keys = *std::max_element(seqlens.begin(), seqlens.end());
+      for (const Inputs& one : inputs) {
+        for (int i = 0; i < (r.cu_seqlens == nullptr ? most : one.shape.seqlen_q); ++i) {
+          for (int h = 0; h < kHeadsQ; ++h) {
+            for (int j = 0; j < keys; ++j) mask.push_back(Shape::added(h, i, j));
+          }
+        }
+      }
+      p.changes.attn_mask = mask.data();
+      p.changes.attn_mask_stride_key = 1;
+      p.changes.attn_mask_stride_head = keys;
+      p.changes.attn_mask_stride_row = int64_t{kHeadsQ} * keys;
+      p.changes.attn_mask_stride_batch = p.changes.attn_mask_stride_row * most;
+    }
+
     AttendParams kernel = p;
     kernel.group = group;
     kernel.group_inverse = group_inverse_of(group);
@@ -293,6 +313,7 @@ class Cache {
                                                    buffer("table", checked.table),
                                                    buffer("seqlens", checked.seqlens),
                                                    buffer("cu", checked.cu),
+                                                   buffer("mask", mask),
                                                    buffer("out", out, true),
                                                    buffer("lse", lse, true),
                                                    buffer("parts", parts, true),
@@ -408,6 +429,26 @@ TEST(Pages, Window) {
   cache.append(inputs, {0, 0, 0}, {40, 256, 700}, kTable, true);
   if (HasFatalFailure()) return;
   cache.check_attention<Sm80>(inputs, kTable, true, 2, 0);
+}
+
+/// A mask whose rows are those of the call: of all sequences one after the other, or of each.
+TEST(Pages, Mask) {
+  using Biased = AttendSm80<64, 128, 4, Weights::kFolded, Scores::kBiased>;
+  std::vector<Inputs> inputs = sequences({33, 9, 2}, {40, 256, 700});
+  for (Inputs& one : inputs) one.shape.attn_mask = true;
+  Cache cache(true);
+  cache.append(inputs, {0, 0, 0}, {40, 256, 700}, kTable, true);
+  if (HasFatalFailure()) return;
+  cache.check_attention<Biased>(inputs, kTable, true, 1, 0);
+  std::vector<Inputs> decode = sequences({1, 1, 1}, {37, 12, 530});
+  for (Inputs& one : decode) one.shape.attn_mask = true;
+  Cache other(false);
+  other.append(decode, {0, 0, 0}, {37, 12, 530}, kTable, true);
+  if (HasFatalFailure()) return;
+  other.check_attention<Biased>(decode, kTable, false, 2, 1);
+  // A sequence with more keys than the mask is bad.
+  EXPECT_EQ(Cache::check(kTable, {200, 201, 199}, {}, 1, 3, false, 200).bad,
+            (std::vector<int>{0, 1, 0}));
 }
 
 /// What a page held before, or holds behind the length of a sequence, does not matter.

@@ -114,8 +114,9 @@ def test_attention(mode, mask, dtype):
 
 
 @gpu
-@pytest.mark.parametrize("mode", ["accurate", "half"])
-def test_everything_that_changes_scores(mode):
+@pytest.mark.parametrize("granularity", ["token", "channel"])
+@pytest.mark.parametrize("mode", BOUNDS)
+def test_everything_that_changes_scores(mode, granularity):
     batch, heads, rows, keys = 2, 4, 70, 200
     q, k, v = tensors(batch=batch, seqlen_q=rows, seqlen_k=keys, nheads_q=heads, head_dim=64)
     generator = torch.Generator().manual_seed(3)
@@ -128,7 +129,9 @@ def test_everything_that_changes_scores(mode):
         "leftpad_k": torch.tensor([0, 17], dtype=torch.int32),
     }
     on_device = {n: x.cuda() if isinstance(x, torch.Tensor) else x for n, x in given.items()}
-    out, lse = attn8.attention(q, k, v, mode=mode, causal=True, return_lse=True, **on_device)
+    out, lse = attn8.attention(
+        q, k, v, mode=mode, v_granularity=granularity, causal=True, return_lse=True, **on_device
+    )
     wanted, wanted_lse = attn8.attention(
         *(x.cpu() for x in (q, k, v)), mode="exact", causal=True, return_lse=True, **given
     )
@@ -219,6 +222,46 @@ def test_packed_sequences_with_slopes_of_their_own():
 
 
 @gpu
+@pytest.mark.parametrize("changes", [{}, {"softcap": 15.0}, {"sinks": True}, {"alibi": True}])
+def test_packed_sequences_in_pages_are_those_in_rectangles(changes):
+    given, starts = packed(torch.float16)
+    on_device = [x.cuda() for x in starts]
+    options = {"causal": True, "softcap": changes.get("softcap", 0.0)}
+    if "sinks" in changes:
+        options["sinks"] = torch.linspace(-1, 2, 4, device="cuda")
+    if "alibi" in changes:
+        options["alibi_slopes"] = torch.rand(4, 4, device="cuda")
+    # A mode per head knows rectangles alone.
+    in_pages = attn8.attention_varlen(
+        *given, *on_device, max_seqlen_q=129, max_seqlen_k=300, return_lse=True, **options
+    )
+    in_rectangles = attn8.attention_varlen(
+        *given, *on_device, max_seqlen_q=129, max_seqlen_k=300, return_lse=True,
+        head_modes=["accurate", "accurate"], **options,
+    )  # fmt: skip
+    for got, wanted in zip(in_pages, in_rectangles, strict=True):
+        assert distance(on_host(got), on_host(wanted)) < 0.01
+
+
+@gpu
+def test_head_modes():
+    q, k, v = tensors(seqlen_q=70, seqlen_k=300, nheads_q=6, nheads_k=3, head_dim=64)
+    out, lse = attn8.attention(
+        q, k, v, head_modes=["accurate", "half", "paper"], causal=True, return_lse=True
+    )
+    for head, mode in enumerate(("accurate", "half", "paper")):
+        rows = slice(2 * head, 2 * head + 2)
+        wanted, wanted_lse = attn8.attention(
+            q[:, :, rows], k[:, :, head : head + 1], v[:, :, head : head + 1], mode=mode,
+            causal=True, return_lse=True,
+        )  # fmt: skip
+        assert torch.equal(out[:, :, rows], wanted)
+        assert torch.equal(lse[:, rows], wanted_lse)
+    with pytest.raises(attn8.UnsupportedError, match="mode=exact, the CUDA backend has"):
+        attn8.attention(q, k, v, head_modes=["accurate", "exact", "paper"])
+
+
+@gpu
 def test_packed_sequences_that_are_wrong_are_nan():
     given, starts = packed()
     on_device = [x.cuda() for x in starts]
@@ -229,7 +272,7 @@ def test_packed_sequences_that_are_wrong_are_nan():
     assert out[73:].isnan().all()
     short = attn8.flash_attn_varlen_func(*given, *on_device, 129, 200)
     assert short[:3].isnan().all()
-    assert torch.equal(short[3:], good[3:])
+    torch.testing.assert_close(short[3:], good[3:], rtol=0, atol=1e-5)  # keys divide otherwise
     broken = on_device[1].clone()
     broken[-1] = 1000
     assert attn8.flash_attn_varlen_func(*given, on_device[0], broken, 129, 300)[73:].isnan().all()
@@ -460,6 +503,39 @@ def test_cache_in_pages_with_score_changes(softcap):
                 )  # fmt: skip
                 assert distance(on_host(out[i]), on_host(wanted[0])) < BOUNDS["accurate"]
                 np.testing.assert_allclose(on_host(lse[i]), on_host(wanted_lse[0]), atol=0.03)
+
+
+@gpu
+@pytest.mark.parametrize("kind", ["bool", "float16", "float32"])
+def test_cache_in_pages_with_a_mask(kind):
+    lengths = [300, 40]
+    cache = attn8.CudaKVCache(nheads_k=2, head_dim=64, num_pages=4)
+    table = torch.tensor([[2, 0], [3, 1]], dtype=torch.int32, device="cuda")
+    held = torch.zeros(2, dtype=torch.int32, device="cuda")
+    k, v = (torch.from_numpy(normal(sum(lengths), 2, 64, seed=i)).cuda() for i in (1, 2))
+    starts = torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32, device="cuda")
+    cache.append(k, v, table, held, cu_seqlens=starts, max_seqlen=300)
+    held = torch.tensor(lengths, dtype=torch.int32, device="cuda")
+    q = torch.from_numpy(normal(2, 5, 4, 64, seed=3)).cuda()
+    mask = torch.from_numpy(normal(2, 4, 5, 300, seed=4)).cuda()
+    mask = mask > -0.5 if kind == "bool" else mask.to(getattr(torch, kind))
+    out = cache.attend(q, table, held, attn_mask=mask)
+    flat = cache.attend(
+        q.flatten(0, 1), table, held, max_seqlen=5,
+        cu_seqlens=torch.tensor([0, 5, 10], dtype=torch.int32, device="cuda"),
+        attn_mask=mask.transpose(1, 2).flatten(0, 1).transpose(0, 1)[None],
+    )  # fmt: skip
+    assert torch.equal(flat.reshape(out.shape), out)
+    for i, (first, count) in enumerate(zip((0, 300), lengths, strict=True)):
+        keys = slice(first, first + count)
+        wanted = attn8.attention(
+            q[i : i + 1].cpu(), k[None, keys].cpu(), v[None, keys].cpu(), mode="exact",
+            attn_mask=mask[i : i + 1, ..., :count].cpu(),
+        )  # fmt: skip
+        assert distance(on_host(out[i]), on_host(wanted[0])) < BOUNDS["accurate"]
+    short = cache.attend(q, table, held, attn_mask=mask[..., :100])
+    assert short[0].isnan().all()
+    assert not short[1].isnan().any()
 
 
 @gpu
