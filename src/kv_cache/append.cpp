@@ -81,9 +81,10 @@ Status lock_sequences(const KvCache::State& cache, std::span<Part> parts,
   return {};
 }
 
-/// What the call will take and set; nothing is changed. Throws std::bad_alloc.
-void plan_parts(KvCache::State& cache, const KernelTable& table, std::span<Part> parts,
-                const ConstTensorView& k, const Context& context) {
+/// What the call will take and set; nothing is changed. Returns the number of tasks, (kv head,
+/// page) of all parts. Throws std::bad_alloc.
+int64_t plan_parts(KvCache::State& cache, const KernelTable& table, std::span<Part> parts,
+                   const ConstTensorView& k, const Context& context) {
   const int64_t page_size = cache.options.page_size;
   int64_t tasks = 0;
   for (Part& part : parts) {
@@ -102,6 +103,7 @@ void plan_parts(KvCache::State& cache, const KernelTable& table, std::span<Part>
     sequence.pages.reserve(static_cast<size_t>(end_page));
     tasks += cache.options.nheads_k * (end_page - part.first_page(page_size));
   }
+  return tasks;
 }
 
 /// Gives a sequence its pages, the last of `free_pages`, and a page of its own for the one it
@@ -130,7 +132,7 @@ Status append_parts(KvCache::State& cache, std::span<Part> parts, const ConstTen
   std::vector<std::unique_lock<std::shared_mutex>> locks;
   if (Status status = lock_sequences(cache, parts, locks); !status.ok()) return status;
   const KernelTable& table = context.force_isa ? *find_kernel_table(context.isa) : cache.table;
-  plan_parts(cache, table, parts, k, context);
+  const int64_t tasks = plan_parts(cache, table, parts, k, context);
   int64_t wanted = 0;
   for (const Part& part : parts) wanted += part.wanted_pages;
   if (const int64_t left = cache.pool.free_pages(); wanted > left) {
@@ -145,11 +147,6 @@ Status append_parts(KvCache::State& cache, std::span<Part> parts, const ConstTen
   const KvCacheOptions& options = cache.options;
   const PageWriter writer(table, options);
   const int64_t page_size = options.page_size;
-  const Part& last = parts.back();
-  const int64_t tasks =
-      last.first_task + (last.count == 0 ? 0
-                                         : options.nheads_k * (last.end_page(page_size) -
-                                                               last.first_page(page_size)));
   cpu::for_each_task(context, tasks, [&](int64_t task, int64_t) {
     const auto after = std::ranges::upper_bound(parts, task, {}, &Part::first_task);
     const Part& part = *(after - 1);
