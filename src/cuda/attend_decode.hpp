@@ -122,6 +122,7 @@ struct AttendDecode {
   }
 
   static ATTN8_DEVICE void run(const AttendParams& p) {
+    ptx::launch_dependents();
     const uint32_t shared = ptx::smem_base();
     const int lane = ptx::thread_index() % 32;
     const int warp = ptx::thread_index() / 32;

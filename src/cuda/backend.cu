@@ -321,7 +321,11 @@ Result<Plan> Plan::make(const AttentionInputs& inputs, const AttentionOutputs& o
     kernels = info.value().family == "sm90a" ? Kernels::kSm90 : Kernels::kSm80;
     rows = q.shape[1] * (q.shape[2] / k.shape[2]);
   }
-  s.entry = find_entry(kernels, weights, scores, std::max(s.head_dim(), s.head_dim_v()), rows);
+  const int widest = std::max(s.head_dim(), s.head_dim_v());
+  s.entry = find_entry(kernels, weights, scores, widest, rows);
+  if (s.entry != nullptr && options.kv_block != 0 && options.kv_block != s.entry->kv_block) {
+    s.entry = find_entry(kernels, weights, scores, widest, kManyRows);
+  }
   if (s.entry == nullptr && changed) {
     return unsupported(
         "softcap, attn_mask and alibi_slopes with mode=" + std::string(to_string(options.mode)) +

@@ -12,7 +12,7 @@ namespace attn8::cuda {
 enum class Family : int32_t {
   kSm80,
   kSm90,
-  kDecode,  ///< few queries, on every chip
+  kDecode,  ///< of few queries, on every chip
 };
 
 struct AttendEntry {

@@ -329,12 +329,28 @@ Status enqueue_pack(const Plan::State& s, const AttentionInputs& inputs, char* w
   return device_status(cudaGetLastError(), "launching the quantize kernels");
 }
 
-Status enqueue_merge(const MergeParams& params, int batch, cudaStream_t stream) {
-  const int64_t rows =
-      static_cast<int64_t>(batch) * params.result.seqlen_q * params.result.nheads_q;
-  const auto blocks = static_cast<unsigned>((rows + MergeSplits::kRows - 1) / MergeSplits::kRows);
-  merge_kernel<<<blocks, MergeSplits::kThreads, 0, stream>>>(params, batch);
-  return device_status(cudaGetLastError(), "launching the merge kernel");
+Status enqueue_merge(const MergeParams& params, int batch, bool overlaps, cudaStream_t stream) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(static_cast<int64_t>(batch) * params.result.seqlen_q *
+                                              params.result.nheads_q));
+  config.blockDim = dim3(MergeSplits::kThreads);
+  config.dynamicSmemBytes = MergeSplits::kSharedBytes;
+  config.stream = stream;
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  if (overlaps) {
+    // Code for chips before Hopper does not wait, on whatever chip it runs.
+    cudaFuncAttributes attributes{};
+    const cudaError_t error = cudaFuncGetAttributes(&attributes, merge_kernel);
+    if (error != cudaSuccess) return device_status(error, "cudaFuncGetAttributes");
+    if (attributes.ptxVersion >= 90) {
+      config.attrs = &attribute;
+      config.numAttrs = 1;
+    }
+  }
+  return device_status(cudaLaunchKernelEx(&config, merge_kernel, params, batch),
+                       "launching the merge kernel");
 }
 
 }  // namespace attn8::cuda

@@ -64,10 +64,9 @@ emulator::Report run_kernel(const AttendParams& params, const Shape& shape, Asyn
   if (!report.ok || splits == 1) return report;
   const MergeParams merge = {out.data(), lse.data(), splits, params};
   config.threads = MergeSplits::kThreads;
-  config.shared_bytes = 16;
+  config.shared_bytes = MergeSplits::kSharedBytes;
   const emulator::Report merged =
-      emulator::run(config, {(rows + MergeSplits::kRows - 1) / MergeSplits::kRows, 1, 1},
-                    [&] { MergeSplits::run(merge, shape.batch); });
+      emulator::run(config, {rows, 1, 1}, [&] { MergeSplits::run(merge, shape.batch); });
   if (!merged.ok) report = merged;
   return report;
 }
