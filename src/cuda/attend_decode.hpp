@@ -42,10 +42,12 @@ struct AttendDecode {
   static constexpr uint32_t kVisible = kConstants + kWarps * kStages * kConstantBytes;
   static constexpr uint32_t kSharedBytes = kVisible + kThreads / 4 * VisibleKeys::kBytes;
 
-  /// What a warp leaves for the first to add to its own, in the place of its K:
-  /// [kHeadDim / 8 + 1][32 lanes] of 16 bytes, outputs and the sums of weights.
-  static constexpr int kPartBytes = (kHeadDim / 8 + 1) * 512;
-  static_assert(kPartBytes <= kStages * KTile::kBytes);
+  /// What a warp leaves in the place of its K for all to add up: [kRows][kPartRow] floats, outputs
+  /// and then the sum of weights. Rows lie 8 banks apart.
+  static constexpr int kPartRow = kHeadDim + 8;
+  static constexpr int kPartBytes = kRows * kPartRow * 4;
+  static constexpr int kPartStride = kStages * KTile::kBytes;
+  static_assert(kPartBytes <= kPartStride && kHeadDim % 32 == 0);
 
   /// The keys of one head, as a warp reads them.
   struct Sources {
@@ -122,7 +124,7 @@ struct AttendDecode {
   }
 
   static ATTN8_DEVICE void run(const AttendParams& p) {
-    ptx::launch_dependents();
+    ptx::launch_dependents();  // MergeSplits
     const uint32_t shared = ptx::smem_base();
     const int lane = ptx::thread_index() % 32;
     const int warp = ptx::thread_index() / 32;
@@ -169,17 +171,20 @@ struct AttendDecode {
       attend_block(from, rows, stage, block, state);
       stage = stage + 1 == kStages ? 0 : stage + 1;
     }
-    if (kWarps > 1) add_warps(shared, state);
-    if (warp > 0) return;
-    state.softmax.add_quad();
-    const VisibleKeys visible = VisibleKeys::kept(rows);
-    if (ptx::any(!state.softmax.fits(0, visible) || !state.softmax.fits(1, visible))) {
-      attend_carefully<kHeadDim, kKvBlock, kWeights, kScores>(p, batch, head, block_row);
-    } else {
-      store_rows<kHeadDim>(
-          p, state.softmax, batch, head, row, [](int) { return 0.0f; },
-          [&](int i) { return state.out[i / 4][i % 4]; });
+    const uint32_t parts = shared + kK;
+    leave_part(parts + warp * kPartStride, state);
+    ptx::sync_block();
+    const int row_of_lane = block_row + lane % kRows;
+    const VisibleKeys visible = VisibleKeys::of(p, sequence, row_of_lane);
+    const float sum = sum_of_parts(parts, lane % kRows, kHeadDim);
+    const bool fits = visible.count[0] == 0 || (sum >= kSmallestSum && sum <= kLargestSum);
+    if (ptx::any(!fits)) {
+      if (warp == 0) {
+        attend_carefully<kHeadDim, kKvBlock, kWeights, kScores>(p, batch, head, block_row);
+      }
+      return;
     }
+    store_parts(p, sequence, batch, head, block_row, parts);
   }
 
   static ATTN8_DEVICE void attend_block(const Sources& from, uint32_t rows, int stage, int block,
@@ -210,36 +215,69 @@ struct AttendDecode {
     from.load_v(stage, next);
   }
 
-  /// All warps: the first gets the sums of all.
-  static ATTN8_DEVICE void add_warps(uint32_t shared, State& state) {
-    const int warp = ptx::thread_index() / 32;
-    const uint32_t part = shared + kK + ptx::thread_index() % 32 * 16;
-    if (warp > 0) {
-      const uint32_t own = part + warp * kStages * KTile::kBytes;
-      ATTN8_UNROLL
-      for (int group = 0; group < kHeadDim / 8; ++group) {
-        ptx::st_shared(own + group * 512, float4{state.out[group][0], state.out[group][1],
-                                                 state.out[group][2], state.out[group][3]});
-      }
-      ptx::st_shared(own + kHeadDim / 8 * 512,
-                     float4{state.softmax.sum[0], state.softmax.sum[1], 0, 0});
-    }
-    ptx::sync_block();
-    if (warp > 0) return;
+  static ATTN8_DEVICE void leave_part(uint32_t part, State& state) {
+    const int lane = ptx::thread_index() % 32;
+    state.softmax.add_quad();
     ATTN8_UNROLL
-    for (int other = 1; other < kWarps; ++other) {
-      const uint32_t its = part + other * kStages * KTile::kBytes;
+    for (int r = 0; r < 2; ++r) {
+      const uint32_t row = part + (lane / 4 + 8 * r) * kPartRow * 4;
       ATTN8_UNROLL
       for (int group = 0; group < kHeadDim / 8; ++group) {
-        const float4 out = ptx::ld_shared<float4>(its + group * 512);
-        state.out[group][0] += out.x;
-        state.out[group][1] += out.y;
-        state.out[group][2] += out.z;
-        state.out[group][3] += out.w;
+        ptx::st_shared(row + (group * 8 + lane % 4 * 2) * 4,
+                       float2{state.out[group][2 * r], state.out[group][2 * r + 1]});
       }
-      const float4 sum = ptx::ld_shared<float4>(its + kHeadDim / 8 * 512);
-      state.softmax.sum[0] += sum.x;
-      state.softmax.sum[1] += sum.y;
+      if (lane % 4 == 0) ptx::st_shared(row + kHeadDim * 4, state.softmax.sum[r]);
+    }
+  }
+
+  /// Of element `column` of row `row`.
+  static ATTN8_DEVICE float sum_of_parts(uint32_t parts, int row, int column) {
+    float sum = 0;
+    ATTN8_UNROLL
+    for (int warp = 0; warp < kWarps; ++warp) {
+      sum += ptx::ld_shared<float>(parts + warp * kPartStride + (row * kPartRow + column) * 4);
+    }
+    return sum;
+  }
+
+  /// All warps: normalizes and writes the rows that there are. As store_rows(), from shared memory
+  /// and in a loop: a block that attends to a few hundred keys waits for its instructions most.
+  static ATTN8_DEVICE void store_parts(const AttendParams& p, const Sequence& sequence, int batch,
+                                       int head, int block_row, uint32_t parts) {
+    const int kv_head = head / (p.nheads_q / p.nheads_k);
+    const int64_t channels = static_cast<int64_t>(batch * p.nheads_k + kv_head) * kHeadDim;
+    const int rows = clamp_to(sequence.seqlen_q - block_row, 0, kRows);
+    ATTN8_NO_UNROLL
+    for (int i = ptx::thread_index(); i < rows * (kHeadDim / 2); i += kThreads) {
+      const int row = i / (kHeadDim / 2);
+      const int column = i % (kHeadDim / 2) * 2;
+      const int call_row = block_row + row;
+      const float sum = sum_of_parts(parts, row, kHeadDim);
+      float lse = sum == 0 ? -INFINITY : logf(sum);
+      float factor = sum == 0 ? 0.0f : 1.0f / sum;
+      const int64_t query = sequence.first_query + query_of(p, call_row);
+      const int query_head = query_head_of(p, head, call_row);
+      if (p.lse_shift != nullptr) {
+        lse += ptx::ld_global(p.lse_shift + sequence.row_index(p, head, call_row));
+      }
+      if (p.sinks != nullptr) {
+        factor *= beside_sink(ptx::ld_global(p.sinks + query_head * p.sinks_stride), &lse);
+      }
+      float2 scale = {1, 1};
+      if (p.v_scale != nullptr) {
+        scale = ptx::ld_global(reinterpret_cast<const float2*>(p.v_scale + channels + column));
+      }
+      store_pair(p,
+                 ptx::block_z() * p.out_stride_split + sequence.batch * p.out_stride_batch +
+                     query * p.out_stride_row + query_head * p.out_stride_head,
+                 column, sum_of_parts(parts, row, column) * (factor * scale.x),
+                 sum_of_parts(parts, row, column + 1) * (factor * scale.y));
+      if (p.lse != nullptr && column == 0) {
+        ptx::st_global(p.lse + ptx::block_z() * p.lse_stride_split +
+                           sequence.batch * p.lse_stride_batch + query * p.lse_stride_row +
+                           query_head * p.lse_stride_head,
+                       lse);
+      }
     }
   }
 };

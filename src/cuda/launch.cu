@@ -188,8 +188,7 @@ Status enqueue_attend(const AttendEntry& entry, const AttendParams& p, const Div
   const cudaError_t error = cudaLaunchKernel(entry.function, grid, dim3(entry.threads), arguments,
                                              entry.shared_bytes, stream);
   if (error != cudaSuccess || division.splits == 1) return device_status(error, entry.name);
-  return enqueue_merge({split_out, split_lse, division.splits, merged}, out_batch,
-                       entry.family == Family::kDecode, stream);
+  return enqueue_merge({split_out, split_lse, division.splits, merged}, out_batch, stream);
 }
 
 }  // namespace attn8::cuda

@@ -156,8 +156,7 @@ void enqueue_query_rows(const RowsParams& params, DType dtype, int row_bytes, in
 Status enqueue_pack(const Plan::State& state, const AttentionInputs& inputs, char* workspace,
                     cudaStream_t stream);
 
-/// Enqueues what joins the parts that the keys were attended in. `overlaps`: it may be launched
-/// while the kernel before it, which says launch_dependents(), still runs.
-Status enqueue_merge(const MergeParams& params, int batch, bool overlaps, cudaStream_t stream);
+/// Enqueues what joins the parts that the keys were attended in.
+Status enqueue_merge(const MergeParams& params, int batch, cudaStream_t stream);
 
 }  // namespace attn8::cuda
