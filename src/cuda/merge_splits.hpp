@@ -22,6 +22,9 @@ struct MergeSplits {
   static constexpr int kThreads = 256;
   static constexpr int kWarps = kThreads / 32;
   static constexpr int kMaxHeadDim = 256;
+  /// Pairs of channels of a lane, and parts that a warp has in flight.
+  static constexpr int kGroups = kMaxHeadDim / 64;
+  static constexpr int kAtOnce = 4;
   /// Sums of each warp, [kWarps][kMaxHeadDim] floats.
   static constexpr uint32_t kSharedBytes = kWarps * kMaxHeadDim * 4;
 
@@ -56,16 +59,35 @@ struct MergeSplits {
 
     const int row_floats = split_row_floats(r.head_dim);
     const uint32_t shared = ptx::smem_base();
-    for (int column = lane * 2; column < r.head_dim; column += 64) {
-      float2 total = {0, 0};
-      for (int split = warp; split < p.splits; split += kWarps) {
-        const float weight = weight_of(split);
-        const float2 part = ptx::ld_written(
-            reinterpret_cast<const float2*>(p.out + (split * rows + row) * row_floats + column));
-        total.x = ptx::fma(part.x, weight, total.x);
-        total.y = ptx::fma(part.y, weight, total.y);
+    float2 total[kGroups] = {};
+    for (int first = warp; first < p.splits; first += kWarps * kAtOnce) {
+      float weight[kAtOnce];
+      float2 part[kAtOnce][kGroups];
+      ATTN8_UNROLL
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int split = first + i * kWarps;
+        const float* source = p.out + (split * rows + row) * row_floats + lane * 2;
+        weight[i] = split < p.splits ? weight_of(split) : 0.0f;
+        ATTN8_UNROLL
+        for (int group = 0; group < kGroups; ++group) {
+          const bool inside = split < p.splits && lane * 2 + group * 64 < r.head_dim;
+          part[i][group] =
+              inside ? ptx::ld_written(reinterpret_cast<const float2*>(source + group * 64))
+                     : float2{0, 0};
+        }
       }
-      ptx::st_shared(shared + (warp * kMaxHeadDim + column) * 4, total);
+      ATTN8_UNROLL
+      for (int i = 0; i < kAtOnce; ++i) {
+        ATTN8_UNROLL
+        for (int group = 0; group < kGroups; ++group) {
+          total[group].x = ptx::fma(part[i][group].x, weight[i], total[group].x);
+          total[group].y = ptx::fma(part[i][group].y, weight[i], total[group].y);
+        }
+      }
+    }
+    ATTN8_UNROLL
+    for (int group = 0; group < kGroups; ++group) {
+      ptx::st_shared(shared + (warp * kMaxHeadDim + lane * 2 + group * 64) * 4, total[group]);
     }
     ptx::sync_block();
 
@@ -76,16 +98,16 @@ struct MergeSplits {
     }
     const int column = ptx::thread_index() * 2;
     if (column < r.head_dim) {
-      float2 total = {0, 0};
+      float2 all = {0, 0};
       ATTN8_UNROLL
       for (int other = 0; other < kWarps; ++other) {
         const float2 part = ptx::ld_shared<float2>(shared + (other * kMaxHeadDim + column) * 4);
-        total.x += part.x;
-        total.y += part.y;
+        all.x += part.x;
+        all.y += part.y;
       }
       store_pair(r,
                  batch * r.out_stride_batch + query * r.out_stride_row + head * r.out_stride_head,
-                 column, total.x * factor, total.y * factor);
+                 column, all.x * factor, all.y * factor);
     }
     if (r.lse != nullptr && ptx::thread_index() == 0) {
       ptx::st_global(
