@@ -190,7 +190,7 @@ DECODE_CASES = [
 
 
 def check_decode(library):
-    """The kernels for few queries against the float64 emulation of docs/numerics.md."""
+    """Hold the kernels for few queries to the float64 emulation of docs/numerics.md."""
     failures, worst, count = [], 0.0, 0
     for granularity in ("token", "channel", "tensor"):
         for head_dim in (64, 90, 128):
