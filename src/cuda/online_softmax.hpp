@@ -325,6 +325,15 @@ struct OnlineSoftmax {
     *lse = sum[r] == 0 ? -INFINITY : logf(sum[r]) + reference * ln2;
     return normalizer == 0 ? 0.0f : 1.0f / normalizer;
   }
+
+  /// After add_quad(): what a sink leaves of row r's output, where it leaves `kept` of the weights
+  /// that the LSE counts. `paper` divides by its codes, so that there the sink joins their sum.
+  ATTN8_DEVICE float beside_codes(int r, float kept) const {
+    if constexpr (kWeights != Weights::kPaper) return kept;
+    if (kept == 0) return 0;  // as where no key has a weight
+    const float ratio = code_sum[r] / sum[r];
+    return ratio * kept / (1 + (ratio - 1) * kept);
+  }
 };
 
 /// Writes channels `column`, which is even, and column + 1 of a row.
@@ -389,8 +398,10 @@ ATTN8_DEVICE void store_rows(const AttendParams& p, const Softmax& softmax, int 
     if (p.lse_shift != nullptr) {
       lse += ptx::ld_global(p.lse_shift + sequence.row_index(p, head, r_row));
     }
-    if (p.sinks != nullptr)
-      factor *= beside_sink(ptx::ld_global(p.sinks + query_head * p.sinks_stride), &lse);
+    if (p.sinks != nullptr) {
+      const float sink = ptx::ld_global(p.sinks + query_head * p.sinks_stride);
+      factor *= softmax.beside_codes(r, beside_sink(sink, &lse));
+    }
     const int64_t row_offset = ptx::block_z() * p.out_stride_split +
                                sequence.batch * p.out_stride_batch + query * p.out_stride_row +
                                query_head * p.out_stride_head;

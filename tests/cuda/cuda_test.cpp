@@ -301,7 +301,7 @@ TEST(Cuda, AgreesWithTheEmulation) {
        Mode::kPaper,
        Granularity::kTensor,
        shifted,
-       {.mask_bool = true, .alibi = true}},
+       {.mask_bool = true, .alibi = true, .sinks = true}},
       {{2, 4, 2, 70, 333, 64}, Mode::kHalf, Granularity::kToken, causal},
       {{2, 4, 2, 1, 3000, 128}, Mode::kHalf, Granularity::kToken, causal},
       {{2, 4, 2, 129, 333, 90},

@@ -157,8 +157,10 @@ Expected expected(const Shape& s, const Quantized& z, const Packed& packed, Weig
     double kept = 1;
     if (s.sinks) {
       const double whole = lse + expected_shift(s, packed, row, group);
-      kept = 1 / (1 + std::exp(Shape::sink(h) - whole));
-      lse += std::log1p(std::exp(Shape::sink(h) - whole));
+      const double sink = std::exp(Shape::sink(h) - whole);  // relative to `sum`
+      // It joins what normalizes, which in `paper` are the rounded weights.
+      kept = 1 / (1 + sink * (weights == Weights::kPaper ? levels * sum / code_sum : 1));
+      lse += std::log1p(sink);
     }
     for (int d = 0; d < dim; ++d) {
       const double scale = z.v_scale[(static_cast<size_t>(b) * s.nheads_k + kv) * dim + d];
