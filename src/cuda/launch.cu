@@ -127,8 +127,11 @@ void set_out(AttendParams& p, const ConstTensorView& out) {
   p.head_dim = static_cast<int>(out.shape[3]);
   p.out_pairs = out.strides[3] == 1 &&
                 reinterpret_cast<uintptr_t>(out.data) % (2 * dtype_bytes(out.dtype)) == 0;
+  p.out_eights = p.out_pairs && dtype_bytes(out.dtype) == 2 && p.head_dim % 8 == 0 &&
+                 reinterpret_cast<uintptr_t>(out.data) % 16 == 0;
   for (size_t axis = 0; axis < 3; ++axis) {
     p.out_pairs = p.out_pairs && (out.shape[axis] == 1 || out.strides[axis] % 2 == 0);
+    p.out_eights = p.out_eights && (out.shape[axis] == 1 || out.strides[axis] % 8 == 0);
   }
 }
 
@@ -170,6 +173,7 @@ Status enqueue_attend(const AttendEntry& entry, const AttendParams& p, const Div
     kernel.out = split_out;
     kernel.out_type = Element::kFloat32;
     kernel.out_pairs = true;
+    kernel.out_eights = false;
     kernel.out_stride_channel = 1;
     kernel.sinks = nullptr;  // beside all parts, not each
     kernel.out_stride_head = dim;

@@ -363,6 +363,26 @@ ATTN8_DEVICE void store_pair(const AttendParams& p, int64_t row_offset, int colu
   }
 }
 
+/// Transposes the 4 x 4 words of a quad: thread t's word i becomes thread i's word t.
+ATTN8_DEVICE void transpose_quad(uint32_t (&words)[4]) {
+  ATTN8_UNROLL
+  for (int step = 1; step <= 2; step *= 2) {
+    const bool upper = (ptx::thread_index() & step) != 0;
+    ATTN8_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      if ((i & step) != 0) continue;
+      uint32_t& low = words[i];
+      uint32_t& high = words[i + step];
+      const uint32_t got = ptx::shfl_xor(upper ? low : high, step);
+      if (upper) {
+        low = got;
+      } else {
+        high = got;
+      }
+    }
+  }
+}
+
 /// How much of a row's softmax its keys keep beside a sink, whose score joins the LSE.
 ATTN8_DEVICE float beside_sink(float sink, float* lse) {
   const float larger = *lse > sink ? *lse : sink;
@@ -392,7 +412,7 @@ ATTN8_DEVICE void store_rows(const AttendParams& p, const Softmax& softmax, int 
     const int r_row = row + 8 * r;
     float lse;
     float factor = softmax.normalize(r, reference(r), &lse);
-    if (r_row >= sequence.seqlen_q) continue;
+    const bool exists = r_row < sequence.seqlen_q;  // rows of the padding take part in shuffles
     const int64_t query = sequence.first_query + query_of(p, r_row);
     const int query_head = query_head_of(p, head, r_row);
     if (p.lse_shift != nullptr) {
@@ -405,16 +425,40 @@ ATTN8_DEVICE void store_rows(const AttendParams& p, const Softmax& softmax, int 
     const int64_t row_offset = ptx::block_z() * p.out_stride_split +
                                sequence.batch * p.out_stride_batch + query * p.out_stride_row +
                                query_head * p.out_stride_head;
-    ATTN8_UNROLL
-    for (int group = 0; group < kHeadDim / 8; ++group) {
+    const auto scaled = [&](int group) {
       const int column = group * 8 + thread * 2;
       const float2 scale = v_scale == nullptr
                                ? float2{1, 1}
                                : ptx::ld_global(reinterpret_cast<const float2*>(v_scale + column));
-      store_pair(p, row_offset, column, value(group * 4 + 2 * r) * (factor * scale.x),
-                 value(group * 4 + 2 * r + 1) * (factor * scale.y));
+      return float2{value(group * 4 + 2 * r) * (factor * scale.x),
+                    value(group * 4 + 2 * r + 1) * (factor * scale.y)};
+    };
+    if (p.out_eights) {
+      ATTN8_UNROLL
+      for (int first = 0; first < kHeadDim / 8; first += 4) {
+        uint32_t words[4];
+        ATTN8_UNROLL
+        for (int i = 0; i < 4; ++i) {
+          const float2 pair = scaled(first + i);
+          words[i] = p.out_type == Element::kFloat16 ? ptx::pack_half2(pair.x, pair.y)
+                                                     : ptx::pack_bfloat162(pair.x, pair.y);
+        }
+        transpose_quad(words);
+        const int column = (first + thread) * 8;
+        if (exists && column < p.head_dim) {
+          ptx::st_global(
+              reinterpret_cast<uint4*>(static_cast<uint16_t*>(p.out) + row_offset + column),
+              uint4{words[0], words[1], words[2], words[3]});
+        }
+      }
+    } else if (exists) {
+      ATTN8_UNROLL
+      for (int group = 0; group < kHeadDim / 8; ++group) {
+        const float2 pair = scaled(group);
+        store_pair(p, row_offset, group * 8 + thread * 2, pair.x, pair.y);
+      }
     }
-    if (p.lse != nullptr && thread == 0) {
+    if (p.lse != nullptr && exists && thread == 0) {
       ptx::st_global(p.lse + ptx::block_z() * p.lse_stride_split +
                          sequence.batch * p.lse_stride_batch + query * p.lse_stride_row +
                          query_head * p.lse_stride_head,

@@ -146,6 +146,7 @@ struct AttendParams {
   int64_t out_stride_split, lse_stride_split;
   Element out_type;
   bool out_pairs;     ///< two neighbouring channels may be stored at once
+  bool out_eights;    ///< out is of 16 bits, and channels 8 i to 8 i + 7 may be stored at once
   float score_scale;  ///< float(softmax_scale * log2(e))
   ScoreChanges changes;
   const float* sinks;  ///< [nheads_q of the caller] or nullptr: a score of a key without a V

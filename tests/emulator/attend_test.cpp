@@ -158,6 +158,63 @@ TEST(AttendSm90, PlainAndPaper) {
   check_all<AttendSm90<64, 256, Weights::kPaper>>(kCausal, Weights::kPaper);
 }
 
+/// Outputs of 16 bits, eight channels to a store where rows allow it: those of float32, rounded.
+template <class Kernel>
+void check_rounded_outputs(const Shape& shape, bool eights, float q_size = 1.0f) {
+  const Inputs inputs = random_inputs(shape, 31, q_size);
+  const Quantized quantized = quantize(inputs, Weights::kFolded, true, Kernel::kKvBlock);
+  const Packed packed = pack(inputs, quantized, Weights::kFolded);
+  std::vector<float> out;
+  std::vector<float> lse;
+  AttendParams params = attend_params(shape, packed, out, lse);
+  ASSERT_TRUE(run_kernel<Kernel>(params, shape, Async::kRandom, 3).ok);
+  for (const Element type : {Element::kFloat16, Element::kBFloat16}) {
+    // Rows of 16 bytes' alignment, and what lies between them stays as it is.
+    const int stride = (shape.head_dim + 7) / 8 * 8;
+    const size_t rows = out.size() / shape.head_dim;
+    struct alignas(16) Eight {
+      uint16_t values[8];
+    };
+    const Eight untouched = {{7, 7, 7, 7, 7, 7, 7, 7}};
+    std::vector<Eight> rounded(rows * stride / 8, untouched);
+    params.out = rounded.data();
+    params.out_type = type;
+    params.out_eights = eights;
+    params.out_stride_head = stride;
+    params.out_stride_row = int64_t{shape.nheads_q} * stride;
+    params.out_stride_batch = params.out_stride_row * shape.seqlen_q;
+    const emulator::Report report = run_kernel<Kernel>(params, shape, Async::kRandom, 3);
+    ASSERT_TRUE(report.ok) << report.error;
+    for (size_t row = 0; row < rows; ++row) {
+      for (int channel = 0; channel < stride; ++channel) {
+        const float value = channel < shape.head_dim ? out[row * shape.head_dim + channel] : 0;
+        const uint32_t want =
+            type == Element::kFloat16 ? ptx::pack_half2(value, 0) : ptx::pack_bfloat162(value, 0);
+        ASSERT_EQ(rounded[(row * stride + channel) / 8].values[channel % 8],
+                  channel < shape.head_dim ? want & 0xFFFF : 7)
+            << "row " << row << ", channel " << channel;
+      }
+    }
+  }
+}
+template <class Kernel>
+void check_rounded_outputs() {
+  const Shape shape = {2, 2, 1, 37, 300, Kernel::kHeadDim - 8, true, false, -1, -1};
+  check_rounded_outputs<Kernel>(shape, true);
+  check_rounded_outputs<Kernel>(shape, true, 100.0f);
+  check_rounded_outputs<Kernel>(shape, false);
+  check_rounded_outputs<Kernel>(with_dim(shape, Kernel::kHeadDim), true);
+  check_rounded_outputs<Kernel>(with_dim(shape, Kernel::kHeadDim - 3), false);
+}
+TEST(AttendSm80, RoundedOutputs) {
+  check_rounded_outputs<AttendSm80<64, 128, 4, Weights::kFolded>>();
+  check_rounded_outputs<AttendSm80<96, 128, 8, Weights::kFolded>>();
+}
+TEST(AttendSm90, RoundedOutputs) {
+  check_rounded_outputs<AttendSm90<64, 256, Weights::kFolded>>();
+  check_rounded_outputs<AttendSm90<128, 256, Weights::kFolded>>();
+}
+
 /// Scores far beyond what 2^score holds in float, where warps do their rows again.
 TEST(AttendSm80, HugeScores) {
   using Kernel = AttendSm80<64, 128, 4, Weights::kFolded>;
