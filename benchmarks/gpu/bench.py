@@ -176,6 +176,76 @@ def check(library):
     return {"cases": count, "failures": failures, "worst_rel_l2_to_emulation": worst}
 
 
+DECODE_CASES = [
+    (2, 8, 2, 1, 3000, True, False, (-1, -1)),
+    (1, 8, 1, 2, 700, True, False, (300, -1)),
+    (1, 1, 1, 1, 1, False, False, (-1, -1)),
+    (2, 2, 2, 16, 256, False, False, (-1, -1)),
+    (1, 4, 2, 3, 501, True, False, (-1, -1)),
+    (2, 8, 2, 4, 127, True, True, (-1, -1)),
+    (1, 2, 1, 8, 5, True, False, (-1, -1)),
+    (3, 8, 8, 1, 1025, False, False, (100, 37)),
+    (1, 32, 8, 1, 4096, True, False, (-1, -1)),
+]
+
+
+def check_decode(library):
+    """Hold the kernels for few queries to the float64 emulation of docs/numerics.md."""
+    failures, worst, count = [], 0.0, 0
+    for granularity in ("token", "channel", "tensor"):
+        for head_dim in (64, 90, 128):
+            for number, case in enumerate(DECODE_CASES):
+                b, hq, hk, sq, sk, causal, top_left, window = case
+                torch.manual_seed(1000 * head_dim + number)
+                dtype = (torch.float16, torch.bfloat16, torch.float32)[number % 3]
+                kind = ("iid", "uneven", "huge")[(number + head_dim) % 3]
+                q, k, v = inputs(b, hq, hk, sq, sk, head_dim, dtype, kind)
+                options = {"causal": causal, "top_left": top_left, "window": window}
+                attention = Attention(
+                    library,
+                    q,
+                    k,
+                    v,
+                    v_granularity=granularity,
+                    lse=True,
+                    out_dtype=torch.float32,
+                    **options,
+                )
+                attention.run()
+                mask = reference.visible(sq, sk, causal, top_left, window, "cuda")
+                want, lse, bound = reference.emulate(
+                    q,
+                    k,
+                    v,
+                    mask,
+                    mode="accurate",
+                    v_granularity=granularity,
+                    smooth_k=True,
+                    kv_block=attention.kv_block,
+                )
+                got = attention.out.double()
+                excess = ((got - want).abs() - bound - 1e-6 * want.abs()).max().item()
+                seen = torch.isfinite(lse)
+                lse_error = (attention.lse - lse)[seen].abs().max().item() if seen.any() else 0
+                rel = ((got - want).norm() / want.norm().clamp(min=1e-30)).item()
+                worst = max(worst, rel)
+                count += 1
+                if (
+                    "decode" not in attention.kernel
+                    or not excess <= 1e-6 * want.abs().max().item()
+                    or not lse_error < 1e-3 + 1e-6 * lse[seen].abs().max().item()
+                    or not torch.equal(torch.isfinite(attention.lse), seen)
+                ):
+                    failures.append(
+                        f"{attention.kernel} {granularity} d{head_dim} case {number}: beyond the "
+                        f"bound by {excess:.3g}, rel_l2 {rel:.3g}, lse {lse_error:.3g}"
+                    )
+    print(f"check: decode, {count} cases, {len(failures)} failures, worst rel_l2 {worst:.2e}")
+    for line in failures[:20]:
+        print("  " + line)
+    return {"cases": count, "failures": failures, "worst_rel_l2_to_emulation": worst}
+
+
 def check_half(library):
     """Mode half against exact attention: INT8 scores err by 1 % on these data, not by more."""
     failures, worst = [], 0.0
@@ -524,6 +594,7 @@ def main():
     print(result["machine"])
     if not arguments.skip_check:
         result["check"] = check(library)
+        result["check_decode"] = check_decode(library)
         result["check_half"] = check_half(library)
         result["check_repeats"] = check_repeats(library)
     clock = ClockReader()
@@ -566,7 +637,7 @@ def main():
         with open(arguments.json, "w", encoding="utf-8") as file:
             json.dump(result, file, indent=1)
             file.write("\n")
-    checks = ("check", "check_half", "check_repeats")
+    checks = ("check", "check_decode", "check_half", "check_repeats")
     return 1 if any(result.get(name, {}).get("failures") for name in checks) else 0
 
 

@@ -34,7 +34,6 @@ struct AttendSm80 {
   using VTile =
       std::conditional_t<kHalf, SharedTile<kKvBlock, 2 * kHeadDim>, SharedTile<kHeadDim, kKvBlock>>;
   using Softmax = OnlineSoftmax<kKvBlock, kWeights, kScores>;
-  static_assert(kHalf ? kKvBlock == kHalfTileKeys : VTile::kSpan == kPanelKeys);
   static constexpr int kConstantBytes = kKvBlock / kKeyGroup * kKeyConstants * 4;
 
   static constexpr uint32_t kQ = 0;
@@ -168,6 +167,7 @@ struct AttendSm80 {
   }
 
   static ATTN8_DEVICE void load_v(uint32_t shared, const Sources& from, int block) {
+    static_assert(kHalf ? kKvBlock == kHalfTileKeys : VTile::kSpan == kPanelKeys);
     const uint32_t stage = static_cast<uint32_t>(block) % kStages;
     const Pointers pointers = from.pointers();
     const typename Sources::Place place = from.place_of(pointers.pages, block);
@@ -322,11 +322,12 @@ struct AttendSm80 {
     float4 next_scale = Softmax::load_scale(constants, 0);
     state.softmax.start_block();
     constexpr int kPartGroups = kKvBlock / kKeyGroup / kScoreParts;
-    weigh<0, kPartGroups, kMasked>(shared, k_fragment, constants, from.p.changes, block, state,
-                                   next_scale, p);
+    weigh<0, kPartGroups, kMasked>(shared, row_address(shared), k_fragment, constants,
+                                   from.p.changes, block, state, next_scale, p);
     if constexpr (kScoreParts == 2) {
-      weigh<kPartGroups, 2 * kPartGroups, kMasked>(shared, k_fragment, constants, from.p.changes,
-                                                   block, state, next_scale, p);
+      weigh<kPartGroups, 2 * kPartGroups, kMasked>(shared, row_address(shared), k_fragment,
+                                                   constants, from.p.changes, block, state,
+                                                   next_scale, p);
     }
 
     // Codes of the weights: [k32 steps][A fragment], or bfloat16: [k16 steps][A fragment].
@@ -353,11 +354,11 @@ struct AttendSm80 {
     }
   }
 
-  /// Weights p of key groups [kFirst, kLast) of a block.
+  /// Weights p of key groups [kFirst, kLast) of a block; the rows' VisibleKeys are at `rows`.
   template <int kFirst, int kLast, bool kMasked>
-  static ATTN8_DEVICE void weigh(uint32_t shared, uint32_t k_fragment, uint32_t constants,
-                                 const ScoreChanges& changes, int block, State& state,
-                                 float4& next_scale, float (&p)[Softmax::kElements]) {
+  static ATTN8_DEVICE void weigh(uint32_t shared, uint32_t rows, uint32_t k_fragment,
+                                 uint32_t constants, const ScoreChanges& changes, int block,
+                                 State& state, float4& next_scale, float (&p)[Softmax::kElements]) {
     int products[2 * (kLast - kFirst)][4];  // [8-key groups][C fragment]
     if constexpr (kFewRegisters) {
       ptx::sync_warp();  // as in add_codes()
@@ -390,7 +391,7 @@ struct AttendSm80 {
     const float magic_score[2] = {-kMagic * state.softmax.score_scale[0],
                                   -kMagic * state.softmax.score_scale[1]};
     state.softmax.template weights<kFirst, kLast, kMasked>(
-        changes, row_address(shared),
+        changes, rows,
         [&](int i, int r, float scale) {
           const float product = as_magic(products[i / 4 - 2 * kFirst][i % 4]);
           return ptx::mul(ptx::fma(product, state.softmax.score_scale[r], magic_score[r]), scale);

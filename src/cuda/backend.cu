@@ -316,9 +316,16 @@ Result<Plan> Plan::make(const AttentionInputs& inputs, const AttentionOutputs& o
   s.softmax_scale = options.softmax_scale.value_or(
       static_cast<float>(1.0 / std::sqrt(static_cast<double>(q.shape[3]))));
 
-  if (kernels == Kernels::kBest)
+  int64_t rows = kManyRows;
+  if (kernels == Kernels::kBest) {
     kernels = info.value().family == "sm90a" ? Kernels::kSm90 : Kernels::kSm80;
-  s.entry = find_entry(kernels, weights, scores, std::max(s.head_dim(), s.head_dim_v()));
+    rows = q.shape[1] * (q.shape[2] / k.shape[2]);
+  }
+  const int widest = std::max(s.head_dim(), s.head_dim_v());
+  s.entry = find_entry(kernels, weights, scores, widest, rows);
+  if (s.entry != nullptr && options.kv_block != 0 && options.kv_block != s.entry->kv_block) {
+    s.entry = find_entry(kernels, weights, scores, widest, kManyRows);
+  }
   if (s.entry == nullptr && changed) {
     return unsupported(
         "softcap, attn_mask and alibi_slopes with mode=" + std::string(to_string(options.mode)) +

@@ -49,6 +49,7 @@ macro(attn8_cuda_instance family weights scores head_dim kernel min_blocks)
   endif()
   set(name attend_${weights_name}_${family}_d${head_dim})
   string(REPLACE "sm" "kSm" family_enumerator ${family})
+  string(REPLACE "decode" "kDecode" family_enumerator ${family_enumerator})
   set(source ${ATTN8_CUDA_INSTANCE_DIR}/${name}.cu)
   file(CONFIGURE OUTPUT ${source} @ONLY CONTENT "// Written by instances.cmake.
 #include \"attend_${family}.hpp\"
@@ -62,7 +63,7 @@ AttendEntry ${name}() {
 ")
   if(${family} STREQUAL sm90)
     list(APPEND ATTN8_CUDA_SM90A_SOURCES ${source})
-  elseif(NOT ${has_sm90})
+  elseif(${family} STREQUAL decode OR NOT ${has_sm90})
     list(APPEND ATTN8_CUDA_EVERYWHERE_SOURCES ${source})
   else()
     list(APPEND ATTN8_CUDA_SM80_SOURCES ${source})
@@ -110,5 +111,12 @@ foreach(kernel Folded.Plain Plain.Plain Paper.Plain Folded.Softcap Folded.Biased
                           "AttendSm90<${head_dim}, ${kv_block}" 1)
     endforeach()
   endif()
+endforeach()
+# For few queries. What a block of them has in shared memory leaves room for a third per
+# multiprocessor, but two are what keys are divided among: more parts take longer to join.
+foreach(weights Folded Plain)
+  attn8_cuda_instance(decode ${weights} Plain 64 "AttendDecode<64, 4, 2" 2)
+  attn8_cuda_instance(decode ${weights} Plain 96 "AttendDecode<96, 2, 2" 2)
+  attn8_cuda_instance(decode ${weights} Plain 128 "AttendDecode<128, 2, 2" 2)
 endforeach()
 file(CONFIGURE OUTPUT ${ATTN8_CUDA_INSTANCE_DIR}/instances.inc CONTENT "${instance_lines}")

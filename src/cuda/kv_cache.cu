@@ -110,13 +110,14 @@ Status describe(const CudaKvCacheOptions& options, const Context& context, CudaK
   s.device = context.device.index;
   s.multiprocessors = info.value().multiprocessors;
   // The width with all three kernels.
-  const auto entry_of = [&](cuda::Scores scores, int64_t head_dim) {
-    return cuda::find_entry(kernels.value(), Weights::kFolded, scores, static_cast<int>(head_dim));
+  const auto entry_of = [&](cuda::Scores scores, int64_t head_dim, int64_t rows) {
+    return cuda::find_entry(kernels.value(), Weights::kFolded, scores, static_cast<int>(head_dim),
+                            rows);
   };
-  s.softcap_entry = entry_of(cuda::Scores::kSoftcap, options.head_dim);
+  s.softcap_entry = entry_of(cuda::Scores::kSoftcap, options.head_dim, cuda::kManyRows);
   if (s.softcap_entry != nullptr) {
-    s.entry = entry_of(cuda::Scores::kPlain, s.softcap_entry->head_dim);
-    s.biased_entry = entry_of(cuda::Scores::kBiased, s.softcap_entry->head_dim);
+    s.entry = entry_of(cuda::Scores::kPlain, s.softcap_entry->head_dim, cuda::kManyRows);
+    s.biased_entry = entry_of(cuda::Scores::kBiased, s.softcap_entry->head_dim, cuda::kManyRows);
   }
   const cuda::AttendEntry* const entries[] = {s.entry, s.softcap_entry, s.biased_entry};
   for (const cuda::AttendEntry* entry : entries) {
@@ -128,6 +129,13 @@ Status describe(const CudaKvCacheOptions& options, const Context& context, CudaK
     if (Status status = cuda::make_ready(*entry, s.device, info.value().name); !status.ok()) {
       return status;
     }
+  }
+  const cuda::AttendEntry* decode = entry_of(cuda::Scores::kPlain, s.entry->head_dim, 1);
+  if (decode->family == cuda::Family::kDecode && decode->head_dim == s.entry->head_dim) {
+    if (Status status = cuda::make_ready(*decode, s.device, info.value().name); !status.ok()) {
+      return status;
+    }
+    s.decode_entry = decode;
   }
   const PageBytes bytes = bytes_of(s);
   s.bytes_per_page = (bytes.key_constants + bytes.k_mean + bytes.k + bytes.v) / options.num_pages;
@@ -340,7 +348,12 @@ Status CudaKvCache::attend(const ConstTensorView& q, const CudaKvTables& tables,
   std::byte* base = workspace.data();
   const auto ints_at = [&](size_t offset) { return reinterpret_cast<int*>(base + offset); };
   const auto floats_at = [&](size_t offset) { return reinterpret_cast<float*>(base + offset); };
-  const cuda::Division division = cuda::division_of(s, call, heads);
+  const cuda::AttendEntry* entry = options.alibi_slopes || options.attn_mask ? s.biased_entry
+                                   : options.softcap != 0                    ? s.softcap_entry
+                                                          : &cuda::plain_entry(s, call, heads);
+  // Those that change scores divide as the one that does not.
+  const bool plain = entry != s.biased_entry && entry != s.softcap_entry;
+  const cuda::Division division = cuda::division_of(s, plain ? *entry : *s.entry, call, heads);
   const int64_t rows = cuda::rows_of(call, division.group);
   const int64_t images = (call.ragged ? 1 : call.batch) * (heads / division.group);
   const float softmax_scale = options.softmax_scale.value_or(
@@ -406,9 +419,7 @@ Status CudaKvCache::attend(const ConstTensorView& q, const CudaKvTables& tables,
   } else {
     p.lse_shift = q_rows.lse_shift;
   }
-  const cuda::AttendEntry* entry = options.softcap != 0 ? s.softcap_entry : s.entry;
   if (options.alibi_slopes) {
-    entry = s.biased_entry;
     const ConstTensorView& slopes = *options.alibi_slopes;
     p.changes.position_offset = static_cast<int>(position);
     p.changes.alibi_slopes = static_cast<const float*>(slopes.data);
@@ -416,7 +427,6 @@ Status CudaKvCache::attend(const ConstTensorView& q, const CudaKvTables& tables,
     p.changes.alibi_stride_head = slopes.strides[2];
   }
   if (options.attn_mask) {
-    entry = s.biased_entry;
     const ConstTensorView& mask = *options.attn_mask;
     const auto stride = [&](size_t axis) { return mask.shape[axis] == 1 ? 0 : mask.strides[axis]; };
     p.changes.attn_mask = static_cast<const float*>(mask.data);

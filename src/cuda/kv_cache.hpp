@@ -24,6 +24,8 @@ struct CudaKvCache::State {
   const cuda::AttendEntry* entry = nullptr;
   const cuda::AttendEntry* softcap_entry = nullptr;
   const cuda::AttendEntry* biased_entry = nullptr;
+  /// For few queries, of plain scores; nullptr where there is none as wide.
+  const cuda::AttendEntry* decode_entry = nullptr;
   CudaMemory memory;
   cuda::Pages pages = {};
   size_t bytes_per_page = 0;
@@ -71,11 +73,15 @@ struct CacheLayout {
          lse_shift = 0, split_out = 0, split_lse = 0, bytes = 0;
 };
 
-Division division_of(const CudaKvCache::State& s, const CacheCall& call, int64_t nheads_q);
+/// The kernel of plain scores.
+const AttendEntry& plain_entry(const CudaKvCache::State& s, const CacheCall& call,
+                               int64_t nheads_q);
+Division division_of(const CudaKvCache::State& s, const AttendEntry& entry, const CacheCall& call,
+                     int64_t nheads_q);
 /// Rows of an image of Q.
 int64_t rows_of(const CacheCall& call, int group);
 int append_chunks(const CacheCall& call);
-/// The workspace of a call with this many heads.
+/// The workspace of a call with this many heads, whichever kernel attends.
 CacheLayout lay_out(const CudaKvCache::State& s, const CacheCall& call, int64_t heads);
 
 /// The shapes of a call; not what the tables hold.

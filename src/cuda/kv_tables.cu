@@ -40,8 +40,16 @@ class Bytes {
 
 }  // namespace
 
-Division division_of(const CudaKvCache::State& s, const CacheCall& call, int64_t nheads_q) {
-  return divide(*s.entry, call.batch, static_cast<int>(nheads_q), s.pages.nheads_k, call.seqlen,
+const AttendEntry& plain_entry(const CudaKvCache::State& s, const CacheCall& call,
+                               int64_t nheads_q) {
+  const bool few = s.decode_entry != nullptr &&
+                   call.seqlen * (nheads_q / s.pages.nheads_k) <= s.decode_entry->rows;
+  return few ? *s.decode_entry : *s.entry;
+}
+
+Division division_of(const CudaKvCache::State& s, const AttendEntry& entry, const CacheCall& call,
+                     int64_t nheads_q) {
+  return divide(entry, call.batch, static_cast<int>(nheads_q), s.pages.nheads_k, call.seqlen,
                 static_cast<int64_t>(call.max_pages) << s.pages.page_shift, s.multiprocessors);
 }
 
@@ -62,14 +70,17 @@ CacheLayout lay_out(const CudaKvCache::State& s, const CacheCall& call, int64_t 
   at.bad = bytes.take(ints * call.batch);
   at.raw =
       bytes.take(ints * (static_cast<int64_t>(call.batch) * call.max_pages + 2 * call.batch + 1));
-  const Division division = division_of(s, call, heads);
+  // Few rows are one group with either kernel; only the number of parts differs.
+  const Division division = division_of(s, *s.entry, call, heads);
+  const int splits =
+      std::max(division.splits, division_of(s, plain_entry(s, call, heads), call, heads).splits);
   const int64_t images = (call.ragged ? 1 : call.batch) * (heads / division.group);
   const int64_t rows = images * rows_of(call, division.group);
   at.q = bytes.take(rows * s.row_bytes());
   at.q_scale = bytes.take(rows * 4);
   at.lse_shift = bytes.take(rows * 4);
-  if (division.splits > 1) {
-    const int64_t parts = division.splits * call.total * heads;
+  if (splits > 1) {
+    const int64_t parts = splits * call.total * heads;
     at.split_out = bytes.take(parts * split_row_floats(static_cast<int>(s.options.head_dim)) * 4);
     at.split_lse = bytes.take(parts * 4);
   }

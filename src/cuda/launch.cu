@@ -1,6 +1,7 @@
 // SPDX-FileCopyrightText: The attn8 authors
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
+#include <tuple>
 
 #include "plan.hpp"
 
@@ -20,15 +21,18 @@ std::span<const AttendEntry> attend_entries() {
   return table;
 }
 
-const AttendEntry* find_entry(Kernels kernels, Weights weights, Scores scores, int head_dim) {
+const AttendEntry* find_entry(Kernels kernels, Weights weights, Scores scores, int head_dim,
+                              int64_t rows) {
   const AttendEntry* best = nullptr;
   const auto worse = [&](const AttendEntry& entry) {
     const bool asked = kernels == Kernels::kSm90;
-    return std::pair(asked && entry.family != Family::kSm90, entry.head_dim);
+    return std::tuple(entry.family != Family::kDecode, asked && entry.family != Family::kSm90,
+                      entry.head_dim);
   };
   for (const AttendEntry& entry : attend_entries()) {
     if (entry.weights != weights || entry.scores != scores || entry.head_dim < head_dim) continue;
     if (kernels != Kernels::kSm90 && entry.family == Family::kSm90) continue;
+    if (entry.family == Family::kDecode && rows > entry.rows) continue;
     if (best == nullptr || worse(entry) < worse(*best)) best = &entry;
   }
   return best;
@@ -141,12 +145,13 @@ Division divide(const AttendEntry& entry, int batch, int nheads_q, int nheads_k,
   const int64_t tiles = (static_cast<int64_t>(seqlen_q) * d.group + entry.rows - 1) / entry.rows;
   const int64_t blocks = tiles * batch * (nheads_q / d.group);
   if (blocks == 0) return d;
-  const int64_t key_blocks = (seqlen_k + entry.kv_block - 1) / entry.kv_block;
-  const int64_t room = std::min<int64_t>(multiprocessors / blocks, key_blocks);
+  const int64_t steps = (seqlen_k + entry.step_keys - 1) / entry.step_keys;
+  const int64_t room =
+      std::min<int64_t>(static_cast<int64_t>(multiprocessors) * entry.resident / blocks, steps);
   if (room < 2) return d;
-  const int64_t split_blocks = (key_blocks + room - 1) / room;
-  d.split_keys = static_cast<int>(split_blocks * entry.kv_block);
-  d.splits = static_cast<int>((key_blocks + split_blocks - 1) / split_blocks);
+  const int64_t split_steps = (steps + room - 1) / room;
+  d.split_keys = static_cast<int>(split_steps * entry.step_keys);
+  d.splits = static_cast<int>((steps + split_steps - 1) / split_steps);
   return d;
 }
 

@@ -9,7 +9,11 @@
 /// are written by CMake (instances.cmake), one kernel each.
 namespace attn8::cuda {
 
-enum class Family : int32_t { kSm80, kSm90 };
+enum class Family : int32_t {
+  kSm80,
+  kSm90,
+  kDecode,  ///< of few queries, on every chip
+};
 
 struct AttendEntry {
   const char* name;  ///< "attend_<weights>[_<scores>]_<family>_d<head_dim>"
@@ -18,7 +22,9 @@ struct AttendEntry {
   Scores scores;
   int head_dim;  ///< packed_head_dim of what it computes
   int kv_block;
-  int rows;  ///< query rows per block
+  int rows;       ///< query rows per block
+  int step_keys;  ///< that a block takes at a time, whole key blocks
+  int resident;   ///< blocks of a multiprocessor that keys are divided among
   int threads;
   size_t shared_bytes;
   const void* function;  ///< takes one AttendParams
@@ -33,6 +39,10 @@ __global__ void __launch_bounds__(Kernel::kThreads, kMinBlocks)
 
 template <class Kernel, int kMinBlocks>
 AttendEntry attend_entry(const char* name, Family family, Weights weights, Scores scores) {
+  constexpr int step_keys = [] {
+    if constexpr (requires { Kernel::kStepKeys; }) return Kernel::kStepKeys;
+    return Kernel::kKvBlock;
+  }();
   return {name,
           family,
           weights,
@@ -40,6 +50,8 @@ AttendEntry attend_entry(const char* name, Family family, Weights weights, Score
           Kernel::kHeadDim,
           Kernel::kKvBlock,
           Kernel::kRows,
+          step_keys,
+          family == Family::kDecode ? kMinBlocks : 1,
           Kernel::kThreads,
           Kernel::kSharedBytes,
           reinterpret_cast<const void*>(&attend_kernel<Kernel, kMinBlocks>)};

@@ -330,11 +330,25 @@ Status enqueue_pack(const Plan::State& s, const AttentionInputs& inputs, char* w
 }
 
 Status enqueue_merge(const MergeParams& params, int batch, cudaStream_t stream) {
+  cudaFuncAttributes attributes{};
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, merge_kernel);
+  if (error != cudaSuccess) return device_status(error, "cudaFuncGetAttributes");
   const int64_t rows =
       static_cast<int64_t>(batch) * params.result.seqlen_q * params.result.nheads_q;
-  const auto blocks = static_cast<unsigned>((rows + MergeSplits::kRows - 1) / MergeSplits::kRows);
-  merge_kernel<<<blocks, MergeSplits::kThreads, 0, stream>>>(params, batch);
-  return device_status(cudaGetLastError(), "launching the merge kernel");
+  // Launched while the parts are attended: the launch then takes no time of its own.
+  cudaLaunchAttribute overlap{};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(rows));
+  config.blockDim = dim3(MergeSplits::kThreads);
+  config.dynamicSmemBytes = MergeSplits::kSharedBytes;
+  config.stream = stream;
+  config.attrs = &overlap;
+  // Code for chips before Hopper does not wait for them, on whatever chip it runs.
+  config.numAttrs = attributes.ptxVersion >= 90 ? 1 : 0;
+  return device_status(cudaLaunchKernelEx(&config, merge_kernel, params, batch),
+                       "launching the merge kernel");
 }
 
 }  // namespace attn8::cuda

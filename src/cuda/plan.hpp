@@ -104,9 +104,13 @@ class DeviceGuard {
 // ---- launch.cu ----------------------------------------------------------------------------------
 
 std::span<const AttendEntry> attend_entries();
-/// The narrowest kernel that is wide enough, of the family asked for (not kBest), or of those for
-/// every chip where that has none. nullptr when there is none.
-const AttendEntry* find_entry(Kernels kernels, Weights weights, Scores scores, int head_dim);
+/// No decode kernel, however few the rows are.
+inline constexpr int64_t kManyRows = int64_t{1} << 62;
+/// The narrowest kernel that is wide enough: for few rows, those of all queries and heads that
+/// share keys, one for decode; else of the family asked for (not kBest), or of those for every chip
+/// where that has none. nullptr when there is none.
+const AttendEntry* find_entry(Kernels kernels, Weights weights, Scores scores, int head_dim,
+                              int64_t rows);
 /// kInvalidArgument unless `data` is memory of the device.
 Status check_memory(const void* data, const char* name, int device);
 /// Which kernels a device runs.

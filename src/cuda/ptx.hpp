@@ -207,6 +207,21 @@ ATTN8_DEVICE void bar_arrive(int id, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
+// ---- Grids that follow each other ---------------------------------------------------------------
+
+/// Lets a grid that was launched to overlap with this one start, once all blocks have said so.
+ATTN8_DEVICE void launch_dependents() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+/// Waits until the grid that this one overlaps with has ended; its writes are seen by ld_written.
+ATTN8_DEVICE void wait_for_previous_grid() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // ---- mma.sync (sm_80) ---------------------------------------------------------------------------
 
 /// All lanes: four 8 x 16-byte matrices, the rows of matrix i at the addresses of lanes 8i..8i+7.

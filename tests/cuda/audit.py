@@ -37,6 +37,9 @@ LIMITS = {
         ("sm90", 96): 11.0,
         ("sm90", 128): 11.5,
         ("sm90", 256): 16.0,
+        ("decode", 64): 21.5,
+        ("decode", 96): 24.0,
+        ("decode", 128): 25.5,
     },
     "softcap": {
         ("sm80", 64): 19.0,
@@ -52,7 +55,7 @@ LIMITS = {
     "half_biased": {("sm80", 64): 39.5, ("sm80", 128): 41.0, ("sm80", 256): 47.5},
 }
 #: Registers at launch: 65,536 over the threads of a multiprocessor's blocks.
-REGISTERS = {"sm80": 255, "sm90": 168}
+REGISTERS = {"sm80": 255, "sm90": 168, "decode": 255}
 #: Local memory accesses in the interior loop, where ptxas finds no place for all there is.
 LOCAL_ACCESSES = {("softcap", "sm90", 128): 10}
 #: Waits, fences and commits around wgmma in one turn of the loop; twice this many is serialized.
@@ -186,12 +189,12 @@ def kernels(root: Path) -> list[Kernel]:
     """Every attention kernel of the object files below `root`."""
     found = []
     for path in sorted(root.rglob("attend_*.o")):
-        match = re.match(r"attend_(\w+)_(sm80|sm90)_d(\d+)", path.name)
+        match = re.match(r"attend_(\w+)_(sm80|sm90|decode)_d(\d+)", path.name)
         if match is None:
             continue
         family, head_dim = match[2], int(match[3])
         kv_block = 256 if family == "sm90" and head_dim <= 128 else 128
-        if match[1].startswith("half"):
+        if match[1].startswith("half") or family == "decode":
             kv_block = 64
         for elf in cubins(path.read_bytes()):
             for section in sections(elf):

@@ -7,6 +7,7 @@
 #include <random>
 #include <vector>
 
+#include "cuda/attend_decode.hpp"
 #include "cuda/attend_sm80.hpp"
 #include "cuda/attend_sm90.hpp"
 #include "emulator/packed_problem.hpp"
@@ -123,6 +124,15 @@ void check_sm90() {
   check_random_shapes<AttendSm90<256, 128, kWeights>>(kWeights);
 }
 
+template <Weights kWeights>
+void check_decode() {
+  check_random_shapes<AttendDecode<64, 4, 2, kWeights>>(kWeights);
+  check_random_shapes<AttendDecode<96, 2, 2, kWeights>>(kWeights);
+  check_random_shapes<AttendDecode<128, 2, 2, kWeights>>(kWeights);
+}
+
+TEST(AttendMatrix, DecodeFolded) { check_decode<Weights::kFolded>(); }
+TEST(AttendMatrix, DecodePlain) { check_decode<Weights::kPlain>(); }
 TEST(AttendMatrix, Sm80Folded) { check_sm80<Weights::kFolded>(); }
 TEST(AttendMatrix, Sm80Plain) { check_sm80<Weights::kPlain>(); }
 TEST(AttendMatrix, Sm80Paper) { check_sm80<Weights::kPaper>(); }

@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "cuda/attend_decode.hpp"
 #include "cuda/attend_sm80.hpp"
 #include "cuda/attend_sm90.hpp"
 #include "emulator/packed_problem.hpp"
@@ -102,6 +103,11 @@ TEST(AttendSync, EverySm80SyncIsNeeded) {
   // The last wait only leaves nothing in flight when the block ends.
   EXPECT_EQ(Mutant<Kernel>(six_blocks(128, 64), Weights::kFolded).survivors(),
             "cp.async.wait_group");
+}
+
+TEST(AttendSync, EveryDecodeSyncIsNeeded) {
+  using Kernel = AttendDecode<64, 2, 2, Weights::kFolded>;
+  EXPECT_EQ(Mutant<Kernel>(six_blocks(128, 64), Weights::kFolded).survivors(), "");
 }
 
 TEST(AttendSync, EverySm90SyncIsNeeded) {

@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "cuda/attend_decode.hpp"
 #include "cuda/attend_sm80.hpp"
 #include "cuda/attend_sm90.hpp"
 #include "cuda/merge_splits.hpp"
@@ -63,10 +64,9 @@ emulator::Report run_kernel(const AttendParams& params, const Shape& shape, Asyn
   if (!report.ok || splits == 1) return report;
   const MergeParams merge = {out.data(), lse.data(), splits, params};
   config.threads = MergeSplits::kThreads;
-  config.shared_bytes = 16;
+  config.shared_bytes = MergeSplits::kSharedBytes;
   const emulator::Report merged =
-      emulator::run(config, {(rows + MergeSplits::kRows - 1) / MergeSplits::kRows, 1, 1},
-                    [&] { MergeSplits::run(merge, shape.batch); });
+      emulator::run(config, {rows, 1, 1}, [&] { MergeSplits::run(merge, shape.batch); });
   if (!merged.ok) report = merged;
   return report;
 }
@@ -249,6 +249,35 @@ TEST(AttendSm90, DividedHeadsAndKeys) {
   check_divisions<AttendSm90<64, 256, Weights::kFolded>>(64);
 }
 
+/// Warps that take key blocks in turn: more and fewer blocks than warps and stages, parts with
+/// blocks for some warps only, and rows that see nothing.
+TEST(AttendDecode, Folded) {
+  using Kernel = AttendDecode<64, 4, 2, Weights::kFolded>;
+  for (const Shape& shape : {kOdd, kCausal, kWindow}) check_all<Kernel>(shape, Weights::kFolded);
+  check_divisions<Kernel>(64);
+  const Shape decode = {2, 6, 2, 1, 1100, 64, true, false, -1, -1};
+  for (const Async async : {Async::kLate, Async::kEarly, Async::kRandom}) {
+    check<Kernel>(decode, Weights::kFolded, async, 1.0f, {3, 0});
+    check<Kernel>(decode, Weights::kFolded, async, 1.0f, {3, 5});
+  }
+}
+TEST(AttendDecode, D96And128) {
+  check_divisions<AttendDecode<128, 2, 2, Weights::kFolded>>(128);
+  check_divisions<AttendDecode<96, 2, 2, Weights::kFolded>>(96);
+  check_all<AttendDecode<128, 2, 2, Weights::kFolded>>(with_dim(kCausal, 121), Weights::kFolded);
+}
+TEST(AttendDecode, Plain) {
+  check_all<AttendDecode<64, 4, 2, Weights::kPlain>>(kCausal, Weights::kPlain);
+  check<AttendDecode<128, 2, 2, Weights::kPlain>>(with_dim(kWindow, 128), Weights::kPlain,
+                                                  Async::kRandom, 1.0f, {1, 2});
+}
+/// The first warp does the rows of all again.
+TEST(AttendDecode, HugeScores) {
+  using Kernel = AttendDecode<64, 4, 2, Weights::kFolded>;
+  check<Kernel>(kCausal, Weights::kFolded, Async::kRandom, 100.0f);
+  check<Kernel>(kWindow, Weights::kFolded, Async::kRandom, 3000.0f);
+}
+
 /// Weights and V in bfloat16.
 TEST(AttendSm80, Half) {
   using Kernel = AttendSm80<64, 64, 4, Weights::kHalf>;
@@ -353,6 +382,9 @@ TEST(AttendSm80, Lengths) {
 TEST(AttendSm90, Lengths) {
   check_lengths<AttendSm90<64, 256, Weights::kFolded>>(Weights::kFolded);
 }
+TEST(AttendDecode, Lengths) {
+  check_lengths<AttendDecode<64, 4, 2, Weights::kFolded>>(Weights::kFolded);
+}
 
 /// Sinks and offsets with the kernels that leave scores alone.
 TEST(AttendSm80, SinksAndOffsets) {
@@ -363,6 +395,8 @@ TEST(AttendSm80, SinksAndOffsets) {
                                                   {2, 1});
   check<AttendSm80<64, 128, 4, Weights::kPaper>>(shape, Weights::kPaper, Async::kRandom);
   check<AttendSm90<64, 256, Weights::kPlain>>(shape, Weights::kPlain, Async::kRandom);
+  check<AttendDecode<64, 4, 2, Weights::kFolded>>(shape, Weights::kFolded, Async::kRandom, 1.0f,
+                                                  {2, 2});
 }
 
 /// The quantize and pack kernels against plain loops: codes and scales are equal.

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "cuda/append.hpp"
+#include "cuda/attend_decode.hpp"
 #include "cuda/attend_sm80.hpp"
 #include "cuda/attend_sm90.hpp"
 #include "cuda/merge_splits.hpp"
@@ -326,9 +327,8 @@ class Cache {
     AttendParams merged = p;
     merged.seqlen_q = total;
     const MergeParams merge = {parts.data(), part_lse.data(), splits, merged};
-    ASSERT_EQ(run_kernel(MergeSplits::kThreads, 16,
-                         (total * kHeadsQ + MergeSplits::kRows - 1) / MergeSplits::kRows, 1, 1, {},
-                         [&] { MergeSplits::run(merge, 1); }),
+    ASSERT_EQ(run_kernel(MergeSplits::kThreads, MergeSplits::kSharedBytes, total * kHeadsQ, 1, 1,
+                         {}, [&] { MergeSplits::run(merge, 1); }),
               "");
   }
 
@@ -400,6 +400,7 @@ std::vector<Inputs> sequences(const std::vector<int>& seqlens_q, const std::vect
 
 using Sm80 = AttendSm80<64, 128, 4, Weights::kFolded>;
 using Sm90 = AttendSm90<64, 256, Weights::kFolded>;
+using Few = AttendDecode<64, 4, 2, Weights::kFolded>;
 
 TEST(Pages, AppendedInParts) {
   const std::vector<Inputs> inputs = sequences({5, 1, 70}, {37, 1, 530});
@@ -421,6 +422,9 @@ TEST(Pages, Decode) {
   cache.check_attention<Sm80>(inputs, kTable, false, 2, 1);
   cache.check_attention<Sm90>(inputs, kTable, false, 2, 0);
   cache.check_attention<Sm90>(inputs, kTable, true, 2, 1);
+  cache.check_attention<Few>(inputs, kTable, false, 2, 0);
+  cache.check_attention<Few>(inputs, kTable, false, 2, 4);
+  cache.check_attention<Few>(inputs, kTable, true, 2, 2);
 }
 
 TEST(Pages, Window) {
@@ -429,6 +433,7 @@ TEST(Pages, Window) {
   cache.append(inputs, {0, 0, 0}, {40, 256, 700}, kTable, true);
   if (HasFatalFailure()) return;
   cache.check_attention<Sm80>(inputs, kTable, true, 2, 0);
+  cache.check_attention<Few>(inputs, kTable, true, 2, 3);
 }
 
 /// A mask whose rows are those of the call: of all sequences one after the other, or of each.

@@ -92,6 +92,10 @@ ATTN8_DEVICE float half_to_float(uint32_t x) {
 }
 ATTN8_DEVICE float bfloat16_to_float(uint32_t x) { return std::bit_cast<float>(x << 16); }
 
+/// Grids do not overlap here.
+ATTN8_DEVICE void launch_dependents() {}
+ATTN8_DEVICE void wait_for_previous_grid() {}
+
 ATTN8_DEVICE uint32_t smem_base() { return emulator::kSharedBase; }
 template <class T>
 ATTN8_DEVICE T ld_shared(uint32_t address) {
